@@ -1,0 +1,1 @@
+"""Preprocessed cases to batches."""

@@ -1,0 +1,101 @@
+"""What is installed, what nnU-Net finds, and what to do about what is missing."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.errors import UserError
+from nnunet_csm.plans import PLANS_NAME, read_configuration
+from nnunet_csm.raw.check import check_dataset
+
+TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM")
+
+
+class Finding:
+    """One line of the report; `remedy` is empty when all is well."""
+
+    def __init__(self, what: str, found: str, remedy: str = "") -> None:
+        self.what, self.found, self.remedy = what, found, remedy
+
+    def __str__(self) -> str:
+        mark = "MISSING" if self.remedy else "ok"
+        return f"{mark:<8} {self.what:<34} {self.found}" + (f"\n{'':<8} -> {self.remedy}" if self.remedy else "")
+
+
+def examine(dataset: str | None, configuration: str) -> Iterator[Finding]:
+    """Versions, devices, folders, trainers; with a dataset, also its files, plans and checkpoints."""
+    yield from installation()
+    yield from folders()
+    if dataset is not None:
+        yield from of_dataset(dataset, configuration)
+
+
+def installation() -> Iterator[Finding]:
+    for name, installed in checkpoint.software().items():
+        yield Finding(name, installed)
+    for name in ("SimpleITK", "batchgenerators", "acvl-utils", "torchvision"):
+        try:
+            yield Finding(name, version(name))
+        except PackageNotFoundError:
+            yield Finding(name, "not installed", f"pip install {name}")
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        yield Finding("GPU", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}")
+    else:
+        yield Finding("GPU", "none", "train with -device cpu and `nnunet_csm plan -preset demo`, or check nvidia-smi and the torch build")
+    yield Finding("CPU", f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} torch threads")
+
+
+def folders() -> Iterator[Finding]:
+    for variable in nnunet.FOLDER_VARIABLES:
+        try:
+            path = nnunet.folder(variable)
+        except UserError as error:
+            yield Finding(variable, "not set", str(error))
+            continue
+        yield Finding(variable, str(path), "" if path.is_dir() else f"mkdir -p {path}")
+    listed = os.environ.get(nnunet.TRAINER_VARIABLE, "")
+    known = str(nnunet.TRAINER_FOLDER) in listed.split(os.pathsep)
+    yield Finding(nnunet.TRAINER_VARIABLE, listed or "not set", "" if known else 'eval "$(nnunet_csm env)", for stock nnUNetv2_... commands')
+    for name in TRAINERS:
+        folder = str(nnunet.TRAINER_FOLDER)
+        found = recursive_find_python_class(folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True)
+        yield Finding(name, "found as nnU-Net finds it" if found else "not found", "" if found else "install nnunet_csm again")
+
+
+def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
+    try:
+        name = nnunet.dataset_name(name_or_id)
+    except UserError as error:
+        yield Finding(f"dataset {name_or_id}", "not found", str(error))
+        return
+    raw, preprocessed = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
+    if raw.is_dir():
+        try:
+            for line in check_dataset(raw, nnunet.read_json(raw / "dataset.json", "nnU-Net needs it to read the dataset")):
+                yield Finding(name, line)
+            yield Finding(name, "raw files complete")
+        except UserError as error:
+            yield Finding(name, "raw files", str(error))
+    plans_file = preprocessed / f"{PLANS_NAME}.json"
+    try:
+        plans = nnunet.read_json(plans_file, f"nnUNetv2_plan_and_preprocess -d {name_or_id} -c {configuration}, then nnunet_csm plan")
+        settings = read_configuration(plans, configuration, str(plans_file))
+    except UserError as error:
+        yield Finding("CSM plans", "not usable", str(error))
+        return
+    yield Finding("CSM plans", f"preset {settings.csm.preset}, {', '.join(settings.architecture.series)}")
+    identifier = plans["configurations"][configuration]["data_identifier"]
+    num_cases = len([f for f in (preprocessed / identifier).glob("*.b2nd") if not f.stem.endswith("_seg")])
+    remedy = "" if num_cases else f"nnUNetv2_preprocess -d {name_or_id} -plans_name nnUNetPlans -c {configuration}"
+    yield Finding("preprocessed cases", f"{num_cases} in {identifier}", remedy)
+    results = nnunet.folder("nnUNet_results") / name
+    for trainer in TRAINERS:
+        done = sorted(f.parent.name for f in Path(results).glob(f"{trainer}__{PLANS_NAME}__{configuration}/fold_*/checkpoint_final.pth"))
+        yield Finding(trainer, f"finished: {', '.join(done) or 'no fold'}")

@@ -1,0 +1,116 @@
+"""How well hidden voxels are rebuilt: PSNR, SSIM, and the linear baseline that a pretrained network has to beat."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Float
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from nnunet_csm.errors import UserError
+
+SSIM_WINDOW = 7
+"""Edge in voxels of the cube over which SSIM is taken, skimage's default; made smaller for volumes thinner than that."""
+
+
+def psnr(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"]) -> float:
+    """Peak signal-to-noise ratio in dB, the peak being the range of `true`; inf when equal, NaN when `true` is constant."""
+    data_range = float(np.ptp(true))
+    if data_range == 0:
+        return float("nan")
+    with np.errstate(divide="ignore"):
+        return float(peak_signal_noise_ratio(true, rebuilt, data_range=data_range))
+
+
+def ssim(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"]) -> float:
+    """Mean structural similarity over cubes of 7 voxels (fewer in a thin volume), at most 1; NaN when `true` is constant.
+
+    Raises ValueError for a volume of fewer than 3 voxels along an axis.
+    """
+    data_range = float(np.ptp(true))
+    if data_range == 0:
+        return float("nan")
+    edge = min(SSIM_WINDOW, *true.shape)
+    if edge < 3:
+        msg = f"SSIM needs 3 voxels along every axis, got a volume of shape {true.shape}"
+        raise ValueError(msg)
+    odd_edge = edge if edge % 2 else edge - 1
+    return float(structural_similarity(true, rebuilt, win_size=odd_edge, data_range=data_range))
+
+
+class RidgeBaseline:
+    """Voxel-wise ridge regression of a hidden series on the series that are visible at the same voxel.
+
+    For every hidden series h and every set v of other series there is one linear map with intercept,
+    x_h = mean_h + (x_v - mean_v) (C_vv + alpha I)^-1 C_vh, and all of them follow from the mean and the covariance C of
+    the series over voxels. `alpha` is per voxel: sklearn's Ridge(alpha * num_voxels) is the same map.
+    """
+
+    def __init__(self, alpha: float = 1e-3) -> None:
+        assert alpha >= 0
+        self.alpha = alpha
+        self.num_voxels = 0
+        self.num_volumes_left_out = 0
+        self.mean: Float[np.ndarray, " s"] = np.empty(0)
+        self.covariance: Float[np.ndarray, "s s"] = np.empty((0, 0))
+
+    def fit(self, volumes: Iterable[Float[np.ndarray, "s _z _y _x"]]) -> "RidgeBaseline":
+        """Take mean and covariance over all voxels of `volumes`, one volume in memory at a time; forgets an earlier fit.
+
+        Volumes are (s, z, y, x), of one s. A volume with an absent (all zero) series is left out: its zeros are no measurements.
+        Raises UserError when none remains.
+        """
+        num_voxels, num_left_out = 0, 0
+        mean: np.ndarray | float = 0.0
+        scatter: np.ndarray | float = 0.0
+        for volume in volumes:
+            voxels = np.asarray(volume, dtype=np.float64).reshape(len(volume), -1)
+            if not voxels.any(axis=1).all():
+                num_left_out += 1
+                continue
+            num_new = voxels.shape[1]
+            new_mean = voxels.mean(axis=1)
+            centred = voxels - new_mean[:, None]
+            # Chan, Golub and LeVeque 1979: merging centred moments keeps the digits that sums of squares of raw intensities lose.
+            shift = new_mean - mean
+            num_total = num_voxels + num_new
+            scatter = scatter + centred @ centred.T + np.outer(shift, shift) * (num_voxels * num_new / num_total)
+            mean = mean + shift * (num_new / num_total)
+            num_voxels = num_total
+        if num_voxels == 0:
+            msg = (
+                f"no crop holds every series ({num_left_out} given, each lacks one): the linear baseline cannot be fitted; "
+                "give it cases in which all series are present"
+            )
+            raise UserError(msg)
+        self.num_voxels, self.num_volumes_left_out = num_voxels, num_left_out
+        self.mean = np.asarray(mean)
+        self.covariance = np.asarray(scatter) / num_voxels
+        return self
+
+    def coefficients(self, visible: tuple[int, ...], hidden: int) -> tuple[Float[np.ndarray, " v"], float]:
+        """Weights of the `visible` series, in that order, and the intercept of the map to series `hidden`."""
+        assert self.num_voxels, "fit first"
+        v = list(visible)
+        weights = np.linalg.solve(self.covariance[np.ix_(v, v)] + self.alpha * np.eye(len(v)), self.covariance[v, hidden])
+        return weights, float(self.mean[hidden] - weights @ self.mean[v])
+
+    def predict(
+        self, volume: Float[np.ndarray, "s z y x"], visible_voxels: Bool[np.ndarray, "s z y x"], series: int
+    ) -> Float[np.ndarray, "z y x"]:
+        """Series number `series` from the other series' voxels that are visible at the same place; its mean where none is.
+
+        Whether `series` itself is visible plays no part.
+        """
+        assert volume.shape == visible_voxels.shape and len(volume) == len(self.mean)
+        others = [other for other in range(len(volume)) if other != series]
+        # The set of visible series at a voxel as the bits of a number, so that each set that occurs is solved once.
+        sets = np.zeros(volume.shape[1:], dtype=np.int64)
+        for bit, other in enumerate(others):
+            sets |= visible_voxels[other].astype(np.int64) << bit
+        rebuilt = np.empty(volume.shape[1:], dtype=np.float64)
+        for number in np.unique(sets):
+            visible = tuple(other for bit, other in enumerate(others) if number >> bit & 1)
+            weights, intercept = self.coefficients(visible, series)
+            here = sets == number
+            rebuilt[here] = weights @ volume[list(visible)][:, here] + intercept
+        return rebuilt

@@ -1,0 +1,213 @@
+"""Segmentations drawn over the series they belong to."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from nnunet_csm.errors import UserError
+from nnunet_csm.figures.canvas import COLOURS, INK, draw_empty, draw_grey, grey_window, new_figure, row_names_width, save_figure
+
+# Pixels. The width of a panel shrinks with their number, which keeps files under 300 kB.
+PICTURE_WIDTH = 820
+PANEL_WIDTH_MAX = 250
+TITLE_HEIGHT = 62
+LEGEND_HEIGHT = 44
+GAP = 4
+
+FILL_OPACITY = 0.4
+
+
+def save_overlay(
+    path: str | Path,
+    volume: Float[np.ndarray, "s z y x"],
+    series_names: Sequence[str],
+    reference: Int[np.ndarray, "z y x"] | None,
+    prediction: Int[np.ndarray, "z y x"],
+    label_names: Mapping[int, str],
+    title: str,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> None:
+    """A row per series: image, reference, prediction, and both as lines, enlarged; without a reference, image and prediction.
+
+    All show the axial slice with most foreground in the reference (in the prediction where there is none). A series that is 0
+    everywhere is drawn as absent. `label_names` names the labels to draw (0 is never drawn); `spacing` is in mm as (z, y, x).
+    """
+    assert len(volume) == len(series_names)
+    assert prediction.shape == volume.shape[1:] and (reference is None or reference.shape == volume.shape[1:])
+    labels = [label for label in sorted(label_names) if label != 0]
+    guide = prediction if reference is None else reference
+    z = _fullest_slice(guide, labels)
+    shown = _bounding_box((volume[:, z] != 0).any(axis=0) | np.isin(prediction[z], labels) | np.isin(guide[z], labels))
+    predicted_slice = prediction[z][shown]
+    reference_slice = None if reference is None else reference[z][shown]
+
+    columns = ["image", "prediction"] if reference is None else ["image", "reference", "prediction", "both, enlarged"]
+    aspect = spacing[1] / spacing[2]
+    height, width = predicted_slice.shape
+    figure, panels = _grid(
+        len(volume), columns, series_names, aspect * height / width, f"{title}, axial slice {z + 1} of {len(guide)}"
+    )
+    for series, row in zip(volume, panels, strict=True):
+        if not series.any():
+            for axes in row:
+                draw_empty(axes, "absent")
+            continue
+        window = grey_window(series)
+        for axes in row:
+            draw_grey(axes, series[z][shown], window, aspect)
+        if reference_slice is None:
+            _draw_labels(row[1], predicted_slice, labels)
+        else:
+            _draw_labels(row[1], reference_slice, labels)
+            _draw_labels(row[2], predicted_slice, labels)
+            _draw_outlines(row[3], reference_slice, labels, "solid")
+            _draw_outlines(row[3], predicted_slice, labels, "dashed")
+            _enlarge(row[3], np.isin(reference_slice, labels) | np.isin(predicted_slice, labels))
+    _draw_legend(figure, labels, label_names, with_lines=reference is not None)
+    save_figure(figure, path)
+
+
+def save_overlays_of_folder(
+    raw_image_folder: str | Path,
+    reference_folder: str | Path | None,
+    prediction_folder: str | Path,
+    series_names: Sequence[str],
+    label_names: Mapping[int, str],
+    out_folder: str | Path,
+    num_cases: int,
+    file_ending: str,
+) -> list[Path]:
+    """Draw the first `num_cases` predictions by name over nnU-Net's raw images, as out_folder/{case}.png; returns these paths.
+
+    `series_names` are in the order of the channels. Images are turned to LPS, so that a picture shows the patient's right on
+    its left whatever the file's orientation. Raises UserError when a file is missing or its grid is not that of the image.
+    """
+    prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
+    predictions = sorted(path for path in prediction_folder.glob(f"*{file_ending}") if not path.name.startswith("."))
+    if not predictions:
+        msg = f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions"
+        raise UserError(msg)
+    drawn = []
+    for prediction_file in predictions[:num_cases]:
+        case = prediction_file.name.removesuffix(file_ending)
+        channels = [raw_image_folder / f"{case}_{channel:04d}{file_ending}" for channel in range(len(series_names))]
+        images = [_read_upright(file) for file in channels]
+        prediction = _read_on_grid(prediction_file, images[0], channels[0])
+        reference_file = None if reference_folder is None else Path(reference_folder) / prediction_file.name
+        reference = None if reference_file is None else _read_on_grid(reference_file, images[0], channels[0])
+        volume = [_read_on_grid(file, images[0], channels[0], image) for file, image in zip(channels, images, strict=True)]
+        x, y, z = images[0].GetSpacing()
+        out_file = Path(out_folder) / f"{case}.png"
+        save_overlay(out_file, np.stack(volume), series_names, reference, prediction, label_names, case, (z, y, x))
+        drawn.append(out_file)
+    return drawn
+
+
+def _read_upright(file: Path) -> sitk.Image:
+    if not file.is_file():
+        msg = f"{file}: no such file, expected for a picture of its case; check the folders of images, references and predictions"
+        raise UserError(msg)
+    return sitk.DICOMOrient(sitk.ReadImage(str(file)), "LPS")
+
+
+def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path, image: sitk.Image | None = None) -> np.ndarray:
+    """The (z, y, x) array of `file` (read already where `image` is given), which must have the shape of `grid`."""
+    image = _read_upright(file) if image is None else image
+    if image.GetSize() != grid.GetSize():
+        msg = f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid"
+        raise UserError(msg)
+    return sitk.GetArrayFromImage(image)
+
+
+def _fullest_slice(segmentation: Int[np.ndarray, "z y x"], labels: Sequence[int]) -> int:
+    """The slice with most foreground; the middle one where there is none."""
+    num_foreground = np.isin(segmentation, labels).sum(axis=(1, 2))
+    return int(num_foreground.argmax()) if num_foreground.any() else len(segmentation) // 2
+
+
+def _bounding_box(wanted: Bool[np.ndarray, "y x"], margin: int = 2) -> tuple[slice, slice]:
+    """Where `wanted` is True, widened by `margin` voxels; everything when it is nowhere."""
+    if not wanted.any():
+        return slice(None), slice(None)
+    spans = [np.flatnonzero(wanted.any(axis=axis)) for axis in (1, 0)]
+    y, x = (slice(max(0, int(span[0]) - margin), int(span[-1]) + margin + 1) for span in spans)
+    return y, x
+
+
+def _grid(
+    num_rows: int, columns: Sequence[str], row_names: Sequence[str], height_over_width: float, title: str
+) -> tuple[Figure, list[list[Axes]]]:
+    """Panels placed by hand, in pixels: matplotlib's own layouts leave wide gaps between images of a fixed aspect."""
+    names_width = row_names_width(row_names)
+    panel_width = min(PANEL_WIDTH_MAX, (PICTURE_WIDTH - names_width) / len(columns) - GAP)
+    panel_height = panel_width * height_over_width
+    width = names_width + len(columns) * (panel_width + GAP)
+    height = TITLE_HEIGHT + num_rows * (panel_height + GAP) + LEGEND_HEIGHT
+    figure = new_figure(width, height)
+    figure.text(10 / width, 1 - 20 / height, title, fontsize=12, fontweight="bold", color=INK, va="center")
+    panels = []
+    for row in range(num_rows):
+        top = TITLE_HEIGHT + row * (panel_height + GAP)
+        figure.text(10 / width, 1 - (top + panel_height / 2) / height, row_names[row], fontsize=10, color=INK, va="center")
+        axes_of_row = []
+        for column, name in enumerate(columns):
+            left = names_width + column * (panel_width + GAP)
+            bounds = (left / width, 1 - (top + panel_height) / height, panel_width / width, panel_height / height)
+            axes_of_row.append(figure.add_axes(bounds))
+            if row == 0:
+                x = (left + panel_width / 2) / width
+                figure.text(x, 1 - (TITLE_HEIGHT - 11) / height, name, fontsize=10, color=INK, ha="center", va="center")
+        panels.append(axes_of_row)
+    return figure, panels
+
+
+def _colour(labels: Sequence[int], label: int) -> str:
+    return COLOURS[labels.index(label) % len(COLOURS)]
+
+
+def _draw_labels(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Sequence[int]) -> None:
+    rgba = np.zeros((*segmentation.shape, 4))
+    for label in labels:
+        rgba[segmentation == label] = (*to_rgb(_colour(labels, label)), FILL_OPACITY)
+    axes.imshow(rgba, aspect=axes.get_aspect(), interpolation="nearest")
+    _draw_outlines(axes, segmentation, labels, "solid")
+
+
+def _draw_outlines(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Sequence[int], style: str) -> None:
+    for label in labels:
+        inside = segmentation == label
+        if inside.any():
+            # A rim of background closes lines that would end at the edge of the picture.
+            rimmed = np.pad(inside.astype(float), 1)
+            y, x = (np.arange(-1, size + 1) for size in inside.shape)
+            axes.contour(x, y, rimmed, levels=[0.5], colors=[_colour(labels, label)], linewidths=1.2, linestyles=style)
+    axes.set_xlim(-0.5, segmentation.shape[1] - 0.5)
+    axes.set_ylim(segmentation.shape[0] - 0.5, -0.5)
+
+
+def _enlarge(axes: Axes, wanted: Bool[np.ndarray, "y x"]) -> None:
+    """Show `wanted` and a quarter of its size around it, in the proportions of the whole; everything when it is nowhere."""
+    if not wanted.any():
+        return
+    size = np.array(wanted.shape)
+    first, last = np.argwhere(wanted).min(axis=0), np.argwhere(wanted).max(axis=0)
+    half = size / 2 * min(1.0, 1.5 * float(((last - first + 1) / size).max()))
+    centre = np.clip((first + last + 1) / 2, half, size - half) - 0.5
+    axes.set_xlim(centre[1] - half[1], centre[1] + half[1])
+    axes.set_ylim(centre[0] + half[0], centre[0] - half[0])
+
+
+def _draw_legend(figure: Figure, labels: Sequence[int], label_names: Mapping[int, str], with_lines: bool) -> None:
+    handles: list[Patch | Line2D] = [Patch(color=_colour(labels, label), label=label_names[label]) for label in labels]
+    if with_lines:
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle="solid", label="reference"))
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle="dashed", label="prediction"))
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9, labelcolor=INK)

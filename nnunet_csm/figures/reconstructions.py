@@ -1,0 +1,98 @@
+"""What the encoder saw of a patch, and what was rebuilt of the rest."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+
+from nnunet_csm.figures.canvas import INK, draw_empty, draw_grey, grey_window, new_figure, row_names_width, save_figure
+
+# Pixels.
+PANEL_WIDTH = 190
+TITLE_HEIGHT = 62
+GAP = 4
+
+COLUMNS = ("patch", "seen by the encoder", "rebuilt", "absolute difference")
+
+# Blue, since grey levels are image: a hidden token cannot be taken for tissue.
+HIDDEN_COLOUR = "#3d5a80"
+
+
+def save_reconstruction(
+    path: str | Path,
+    patch: Float[np.ndarray, "s z y x"],
+    hidden_voxels: Bool[np.ndarray, "s z y x"],
+    rebuilt: Float[np.ndarray, "s z y x"],
+    series_names: Sequence[str],
+    series_present: Bool[np.ndarray, " s"],
+    title: str,
+) -> None:
+    """A row per series, its middle slice: the patch, what the encoder saw, rebuilt (visible voxels as they are), |difference|.
+
+    A row has one grey window; its differences run from black at 0 to white at half that window's width. The mean squared error
+    beside a row is over all its hidden voxels, not over the slice alone.
+    """
+    assert patch.shape == hidden_voxels.shape == rebuilt.shape and len(patch) == len(series_names) == len(series_present)
+    z = patch.shape[1] // 2
+    filled = np.where(hidden_voxels, rebuilt, patch)
+
+    panel_height = PANEL_WIDTH * patch.shape[2] / patch.shape[3]
+    names_width = row_names_width([*series_names, "nothing hidden"])
+    width = names_width + len(COLUMNS) * (PANEL_WIDTH + GAP)
+    height = TITLE_HEIGHT + len(patch) * (panel_height + GAP) + GAP
+    figure = new_figure(width, height)
+    figure.text(10 / width, 1 - 20 / height, title, fontsize=12, fontweight="bold", color=INK, va="center")
+    for column, name in enumerate(COLUMNS):
+        x = (names_width + column * (PANEL_WIDTH + GAP) + PANEL_WIDTH / 2) / width
+        figure.text(x, 1 - (TITLE_HEIGHT - 11) / height, name, fontsize=10, color=INK, ha="center", va="center")
+
+    for series, series_name in enumerate(series_names):
+        top = TITLE_HEIGHT + series * (panel_height + GAP)
+        panels = []
+        for column in range(len(COLUMNS)):
+            left = names_width + column * (PANEL_WIDTH + GAP)
+            bounds = (left / width, 1 - (top + panel_height) / height, PANEL_WIDTH / width, panel_height / height)
+            panels.append(figure.add_axes(bounds))
+        hidden = hidden_voxels[series]
+        if series_present[series]:
+            row_text = _error_text(patch[series], rebuilt[series], hidden)
+            _draw_series(panels, patch[series], hidden, filled[series], z)
+        else:
+            row_text = "absent"
+            for axes in panels:
+                draw_empty(axes, "absent")
+        middle = 1 - (top + panel_height / 2) / height
+        figure.text(10 / width, middle + 9 / height, series_name, fontsize=11, fontweight="bold", color=INK, va="center")
+        figure.text(10 / width, middle - 9 / height, row_text, fontsize=9, color=INK, va="center")
+    save_figure(figure, path)
+
+
+def _error_text(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"], hidden: Bool[np.ndarray, "z y x"]) -> str:
+    if not hidden.any():
+        return "nothing hidden"
+    difference = rebuilt[hidden].astype(np.float64) - true[hidden]
+    return f"MSE {np.mean(difference**2):.3g}"
+
+
+def _draw_series(
+    panels: Sequence[Axes],
+    true: Float[np.ndarray, "z y x"],
+    hidden: Bool[np.ndarray, "z y x"],
+    filled: Float[np.ndarray, "z y x"],
+    z: int,
+) -> None:
+    low, high = grey_window(true)
+    draw_grey(panels[0], true[z], (low, high))
+    seen = np.repeat(np.clip((true[z, ..., None] - low) / (high - low), 0, 1), 3, axis=-1)
+    seen[hidden[z]] = to_rgb(HIDDEN_COLOUR)
+    panels[1].imshow(seen, interpolation="nearest")
+    panels[1].set_axis_off()
+    if hidden.all():
+        panels[1].text(
+            0.5, 0.5, "hidden whole", transform=panels[1].transAxes, ha="center", va="center", color="white", fontsize=10
+        )
+    draw_grey(panels[2], filled[z], (low, high))
+    draw_grey(panels[3], np.abs(filled[z] - true[z]), (0.0, (high - low) / 2))

@@ -1,0 +1,28 @@
+"""What is checked before nnU-Net predicts: its own errors come late, after files were written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_csm import nnunet
+from nnunet_csm.errors import UserError
+from nnunet_csm.raw.check import check_inputs
+
+
+def check_before_prediction(
+    dataset: str, trainer: str, plans: str, configuration: str, folds: Sequence[str], inputs: str, checkpoint_name: str
+) -> None:
+    """Look for the model's files and at the headers of all inputs.
+
+    Raises:
+        UserError: a fold that was not trained, a case that lacks a channel file, or series of different shapes.
+    """
+    name = nnunet.dataset_name(dataset)
+    model = nnunet.folder("nnUNet_results") / name / f"{trainer}__{plans}__{configuration}"
+    remedy = f"train with `nnunet_csm finetune -d {dataset} -f {' '.join(folds)}`, or choose trained folds with -f"
+    for fold in folds:
+        path = model / f"fold_{fold}" / checkpoint_name
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint; {remedy}")
+    dataset_json = nnunet.read_json(model / "dataset.json", remedy)
+    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+    check_inputs(Path(inputs), channels, dataset_json["file_ending"])

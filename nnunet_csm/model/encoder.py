@@ -1,0 +1,88 @@
+"""The encoder: a ViT over the tokens of all series of a patch (paper III-B and IV-A, ViT-B/16)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+
+def sine_cosine(coordinates: Int[Tensor, "b k 4"], width: int) -> Float[Tensor, "b k e"]:
+    """Fixed 3-D position embedding: a sixth of the width for the sine and the cosine of each of z, y and x.
+
+    Frequencies fall geometrically from 1 to 1 / 10,000 per token. Left-over entries (width not a multiple of 6) are zero.
+    The series coordinate is not used here.
+    """
+    n = width // 6
+    frequency = torch.exp(torch.arange(n, device=coordinates.device, dtype=torch.float32) * (-math.log(10_000.0) / n))
+    angle = coordinates[..., 1:].float()[..., None] * frequency
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+    return nn.functional.pad(embedding, (0, width - 6 * n))
+
+
+def xavier(module: nn.Module) -> None:
+    """Initialise linear layers as in MAE."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0) -> nn.ModuleList:
+    """Pre-norm ViT blocks; the drop path rate rises linearly with depth."""
+    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+    layers = [Block(width, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
+    for layer in layers:
+        # timm's other path adds a boolean mask as 0 and 1 to the scores
+        layer.attn.fused_attn = True
+    return nn.ModuleList(layers)
+
+
+class Encoder(nn.Module):
+    """Encode any subset of the tokens of any subset of the series.
+
+    The token embedding is shared by all series; an embedding per series name tells them apart, so that the encoder can
+    be carried to other series, or another order, by name.
+    """
+
+    def __init__(
+        self, series: Sequence[str], token_size: Sequence[int], width: int, depth: int, num_heads: int, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.series = tuple(series)
+        self.width, self.depth = width, depth
+        self.embedding = nn.Linear(math.prod(token_size), width)
+        self.series_embedding = nn.Parameter(torch.empty(len(self.series), width))
+        self.blocks = blocks(width, depth, num_heads, drop_path)
+        self.norm = nn.LayerNorm(width)
+        self.apply(xavier)
+        nn.init.normal_(self.series_embedding, std=0.02)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b k v"],
+        coordinates: Int[Tensor, "b k 4"],
+        attend: Bool[Tensor, "b k"] | None = None,
+        taps: Sequence[int] = (),
+    ) -> list[Float[Tensor, "b k e"]]:
+        """Encode the given tokens.
+
+        Args:
+            tokens: voxels of the visible tokens.
+            coordinates: (series, z, y, x) of each.
+            attend: False for tokens nobody may look at (those of absent series); None when all may be looked at.
+            taps: numbers of blocks after which features are returned; those after the last block are normalised.
+
+        Returns:
+            The features at `taps`, or only the last ones when `taps` is empty.
+        """
+        x = self.embedding(tokens) + self.series_embedding[coordinates[..., 0]] + sine_cosine(coordinates, self.width)
+        mask = None if attend is None else attend[:, None, None, :]
+        features = []
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, attn_mask=mask)
+            if number in taps and number < self.depth:
+                features.append(x)
+        return [*features, self.norm(x)]

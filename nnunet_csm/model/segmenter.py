@@ -1,0 +1,154 @@
+"""UNETR on the cross-series encoder: what nnU-Net builds from CSM plans for fine-tuning and prediction (paper III-C, IV-A).
+
+Level i has a resolution i halvings below the input; level n, where n = log2 of the longest token edge, is the token grid.
+A short token edge is halved at the coarse levels only, as nnU-Net treats thick slices.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.fusion import mean_over_present
+from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, select, to_map, to_tokens
+
+
+def series_present(volume: Float[Tensor, "b s z y x"]) -> Bool[Tensor, "b s"]:
+    """A series is present when any of its voxels differs from 0; where none is, all count as present.
+
+    nnU-Net's prediction passes nothing but voxels, and a series that is all zero stays so through its preprocessing.
+    """
+    present = (volume != 0).flatten(2).any(2)
+    return present | ~present.any(1, keepdim=True)
+
+
+def level_strides(token_size: Sequence[int]) -> list[Size]:
+    """Strides from level i to level i + 1, finest first; their product is the token size."""
+    halvings = [t.bit_length() - 1 for t in token_size]
+    num_levels = max(halvings)
+    strides = []
+    for level in range(num_levels):
+        z, y, x = (2 if level >= num_levels - h else 1 for h in halvings)
+        strides.append((z, y, x))
+    return strides
+
+
+def conv_block(input_channels: int, output_channels: int, kernel_size: Size) -> BasicBlockD:
+    """UNETR's residual block: two convolutions with instance norm and leaky ReLU."""
+    return BasicBlockD(
+        nn.Conv3d,
+        input_channels,
+        output_channels,
+        kernel_size,
+        stride=1,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+
+
+class Skip(nn.Module):
+    """Bring a map from the token grid up to one level."""
+
+    def __init__(self, width: int, channels: int, strides: Sequence[Size], kernel_sizes: Sequence[Size]) -> None:
+        super().__init__()
+        first, *further = strides
+        layers: list[nn.Module] = [nn.ConvTranspose3d(width, channels, first, first)]
+        for stride, kernel_size in zip(further, kernel_sizes[1:], strict=True):
+            layers += [nn.ConvTranspose3d(channels, channels, stride, stride), conv_block(channels, channels, kernel_size)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class UNETRDecoder(nn.Module):
+    """Upsample, concatenate with the skip of that level, convolve; logits at full resolution.
+
+    `seg_layers` is nnU-Net's name: `-pretrained_weights` leaves these out, so that other class counts load.
+    """
+
+    def __init__(self, width: int, channels: Sequence[int], strides: Sequence[Size], kernel_sizes: Sequence[Size], num_classes: int):
+        super().__init__()
+        inputs = [*channels[1:], width]
+        levels = list(zip(inputs, channels, strides, kernel_sizes, strict=True))[::-1]
+        self.upsamplings = nn.ModuleList(nn.ConvTranspose3d(i, c, stride, stride) for i, c, stride, _ in levels)
+        self.blocks = nn.ModuleList(conv_block(2 * c, c, kernel_size) for _, c, _, kernel_size in levels)
+        self.seg_layers = nn.ModuleList([nn.Conv3d(channels[0], num_classes, 1)])
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
+        for upsampling, block, skip in zip(self.upsamplings, self.blocks, reversed(skips), strict=True):
+            x = block(torch.cat([upsampling(x), skip], dim=1))
+        return self.seg_layers[0](x)
+
+
+class CSMSegmenter(nn.Module):
+    """Segment a patch from any subset of its series.
+
+    Args are nnU-Net's (`input_channels`, `num_classes`, `deep_supervision`) and the fields of `plans.Architecture`.
+
+    Raises:
+        ValueError: channels that are not the planned series, or deep supervision, which this network has not.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        series: Sequence[str],
+        token_size: Sequence[int],
+        width: int,
+        depth: int,
+        num_heads: int,
+        features: int,
+        drop_path: float,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        if input_channels != len(series):
+            raise ValueError(f"{input_channels} input channels for the {len(series)} series {', '.join(series)} of the plans")
+        if deep_supervision:
+            raise ValueError("CSMSegmenter has no deep supervision; train it with nnUNetTrainerCSM")
+        strides = level_strides(token_size)
+        kernel_sizes: list[Size] = [(3 if z > 1 else 1, 3 if y > 1 else 1, 3 if x > 1 else 1) for z, y, x in strides]
+        channels = [features * 2**level for level in range(len(strides))]
+        tz, ty, tx = token_size
+        self.token_size: Size = (tz, ty, tx)
+        self.taps = [round(depth * (level + 1) / len(strides)) for level in range(len(strides))]
+        self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path)
+        self.stem = conv_block(len(series), features, kernel_sizes[0])
+        self.skips = nn.ModuleList(
+            Skip(width, channels[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
+        )
+        self.decoder = UNETRDecoder(width, channels, strides, kernel_sizes, num_classes)
+
+    def forward(self, volume: Float[Tensor, "b s z y x"]) -> Float[Tensor, "b c z y x"]:
+        """Logits of a patch whose absent series are all zero."""
+        if volume.shape[1] != len(self.encoder.series):
+            raise ValueError(
+                f"the input has {volume.shape[1]} channels, the network was planned for {len(self.encoder.series)} series "
+                f"({', '.join(self.encoder.series)}); give an all-zero volume for a series a patient does not have"
+            )
+        present = series_present(volume)
+        volume = volume * present[:, :, None, None, None].to(volume.dtype)
+        *taps, bottleneck = self.encode(volume, present)
+        skips = [self.stem(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
+        return self.decoder(bottleneck, skips)
+
+    def encode(
+        self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"]
+    ) -> list[Float[Tensor, "b e gz gy gx"]]:
+        """Features of the encoder at its taps, fused over the present series to maps on the token grid."""
+        b, s = present.shape
+        grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
+        index = all_tokens(s, grid, b, volume.device)
+        tokens = select(to_tokens(volume, self.token_size), index)
+        # absent tokens are masked, not dropped, so that every sample of a batch has the same length
+        attend = present.repeat_interleave(math.prod(grid), dim=1) if s > 1 else None
+        features = self.encoder(tokens, coordinates(index, grid), attend, self.taps)
+        return [to_map(mean_over_present(f.unflatten(1, (s, -1)), present), grid) for f in features]

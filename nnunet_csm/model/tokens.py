@@ -1,0 +1,64 @@
+"""Voxels to tokens and back: the only place that knows the order of tokens.
+
+Tokens of a patch are numbered series first, then z, y, x. Legend: b batch, s series, l tokens of a series,
+k selected tokens, e embedding, v voxels of a token, z y x voxels.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Size = tuple[int, int, int]
+
+
+def grid_size(patch_size: Size, token_size: Size) -> Size:
+    """Tokens along (z, y, x) of a patch. Raises ValueError when the patch is no multiple of the token."""
+    if any(p % t for p, t in zip(patch_size, token_size, strict=True)):
+        raise ValueError(f"patch of {tuple(patch_size)} voxels is not a multiple of token_size {tuple(token_size)}")
+    z, y, x = (p // t for p, t in zip(patch_size, token_size, strict=True))
+    return z, y, x
+
+
+def to_tokens(volume: Float[Tensor, "b s z y x"], token_size: Size) -> Float[Tensor, "b s l v"]:
+    """Cut every series into non-overlapping tokens (paper III-B)."""
+    gz, gy, gx = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), token_size)
+    return rearrange(volume, "b s (gz tz) (gy ty) (gx tx) -> b s (gz gy gx) (tz ty tx)", gz=gz, gy=gy, gx=gx)
+
+
+def to_volume(tokens: Float[Tensor, "b s l v"], grid: Size, token_size: Size) -> Float[Tensor, "b s z y x"]:
+    """The inverse of `to_tokens`."""
+    (gz, gy, gx), (tz, ty, tx) = grid, token_size
+    pattern = "b s (gz gy gx) (tz ty tx) -> b s (gz tz) (gy ty) (gx tx)"
+    return rearrange(tokens, pattern, gz=gz, gy=gy, gx=gx, tz=tz, ty=ty, tx=tx)
+
+
+def to_voxels(per_token: Bool[Tensor, "b s l"], grid: Size, token_size: Size) -> Bool[Tensor, "b s z y x"]:
+    """Spread one value per token over its voxels."""
+    return to_volume(per_token[..., None].expand(*per_token.shape, math.prod(token_size)), grid, token_size)
+
+
+def to_map(features: Float[Tensor, "b l e"], grid: Size) -> Float[Tensor, "b e gz gy gx"]:
+    """Features of a series' tokens as a map for convolutions."""
+    gz, gy, gx = grid
+    return rearrange(features, "b (gz gy gx) e -> b e gz gy gx", gz=gz, gy=gy, gx=gx)
+
+
+def coordinates(index: Int[Tensor, "b k"], grid: Size) -> Int[Tensor, "b k 4"]:
+    """(series, z, y, x) of tokens given by their number in the patch."""
+    gz, gy, gx = grid
+    series, place = index // (gz * gy * gx), index % (gz * gy * gx)
+    return torch.stack([series, place // (gy * gx), place // gx % gy, place % gx], dim=-1)
+
+
+def all_tokens(num_series: int, grid: Size, batch_size: int, device: torch.device) -> Int[Tensor, "b k"]:
+    """The numbers of all tokens of a patch, for every sample."""
+    return torch.arange(num_series * math.prod(grid), device=device).expand(batch_size, -1)
+
+
+def select(tokens: Float[Tensor, "b s l v"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k v"]:
+    """The tokens with the given numbers."""
+    flat = tokens.flatten(1, 2)
+    return flat.gather(1, index[..., None].expand(-1, -1, flat.shape[-1]))

@@ -1,0 +1,75 @@
+"""nnU-Net as the host: its folders, its datasets, its commands."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_csm.errors import UserError
+
+TRAINER_VARIABLE = "nnUNet_extTrainer"
+FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+TRAINER_FOLDER = Path(__file__).parent / "nnunet_ext"
+
+
+def trainer_path() -> str:
+    """What `nnUNet_extTrainer` must be for nnU-Net to find our trainers, keeping what the user has there."""
+    folders = [f for f in os.environ.get(TRAINER_VARIABLE, "").split(os.pathsep) if f and Path(f) != TRAINER_FOLDER]
+    return os.pathsep.join([str(TRAINER_FOLDER), *folders])
+
+
+def folder(variable: str) -> Path:
+    """One of nnU-Net's three folders.
+
+    Raises:
+        UserError: the environment variable is not set.
+    """
+    if variable not in os.environ:
+        raise UserError(f"{variable} is not set; nnU-Net needs {', '.join(FOLDER_VARIABLES)}: export {variable}=/a/folder")
+    return Path(os.environ[variable])
+
+
+def dataset_name(name_or_id: str) -> str:
+    """`DatasetXXX_Name` of a dataset given by name or number.
+
+    Raises:
+        UserError: no such dataset in nnU-Net's folders.
+    """
+    for variable in FOLDER_VARIABLES:
+        folder(variable)
+    try:
+        return maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"no dataset {name_or_id!r} in {folder('nnUNet_raw')} or {folder('nnUNet_preprocessed')} ({error})") from None
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file that an earlier step has to have written."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        return load_json(str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def run(entry_point: str, arguments: Sequence[str]) -> None:
+    """Run one of nnU-Net's commands in this process, with our trainers within its reach.
+
+    Args:
+        entry_point: "module:function" as in nnU-Net's own console scripts.
+        arguments: command line without the program's name.
+    """
+    os.environ[TRAINER_VARIABLE] = trainer_path()
+    module, function = entry_point.split(":")
+    before = sys.argv
+    sys.argv = [function, *arguments]
+    try:
+        getattr(importlib.import_module(module), function)()
+    finally:
+        sys.argv = before

@@ -1,0 +1,6 @@
+"""The folder of this file is what `nnUNet_extTrainer` points to: nnU-Net looks here for our trainers."""
+
+from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
+from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+
+__all__ = ["nnUNetTrainerCSM", "nnUNetTrainerCSMPretrain"]

@@ -1,0 +1,1 @@
+"""What to build for a dataset: the planner and its presets."""

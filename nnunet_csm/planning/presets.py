@@ -1,0 +1,103 @@
+"""What a preset fixes; the planner decides the rest from the data. The files are in `plans/` (installed as nnunet_csm.presets)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nnunet_csm.errors import UserError
+from nnunet_csm.plans import Masking, Reconstruction, Size, from_dict
+
+
+@dataclass(frozen=True)
+class PresetNetwork:
+    width: int
+    depth: int
+    num_heads: int
+    features: int
+    drop_path: float
+
+
+@dataclass(frozen=True)
+class PresetSchedule:
+    """As `plans.Schedule`; the length is `num_crops`, or `passes` over the training cases (80 % of all), one of them null."""
+
+    num_crops: int | None
+    passes: int | None
+    iterations_per_epoch: int
+    val_iterations_per_epoch: int
+    batch_size: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    betas: tuple[float, float]
+    layer_decay: float
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`series`: data set this preset was made for (the paper's), or null; `token_edge`: of a token where spacing is finest."""
+
+    description: str
+    series: tuple[str, ...] | None
+    network: PresetNetwork
+    token_edge: int
+    patch_size: Size | None
+    token_size: Size | None
+    max_patch_voxels: int
+    masking: Masking
+    reconstruction: Reconstruction
+    pretraining: PresetSchedule
+    finetuning: PresetSchedule
+    encoder: str
+    mirroring: bool
+
+
+def preset_names() -> list[str]:
+    """Presets that come with the package."""
+    return sorted(f.name.removesuffix(".json") for f in files("nnunet_csm.presets").iterdir() if f.name.endswith(".json"))
+
+
+def read_preset(name: str) -> Preset:
+    """A shipped preset by name, or a preset file by path."""
+    return from_dict(Preset, _read(name), f"preset {name}")
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name.endswith(".json"):
+        text = Path(name).read_text() if Path(name).is_file() else None
+    else:
+        text = (files("nnunet_csm.presets") / f"{name}.json").read_text() if name in preset_names() else None
+    if text is None:
+        raise UserError(f"no preset {name!r}; expected paper, one of {', '.join(preset_names())}, or the path of a JSON file")
+    try:
+        data: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"preset {name}: not valid JSON ({error})") from None
+    parent = data.pop("inherits_from", None)
+    return data if parent is None else merged(_read(parent), data)
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, objects merged key by key."""
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def paper_preset(series: Sequence[str]) -> str:
+    """The preset of the paper's dataset that has these series.
+
+    Raises:
+        UserError: none has; the message lists what there is.
+    """
+    known = {name: preset.series for name in preset_names() if (preset := read_preset(name)).series is not None}
+    for name, names in known.items():
+        if names is not None and set(names) == set(series):
+            return name
+    offers = "; ".join(f"{name}: {', '.join(names or ())}" for name, names in known.items())
+    raise UserError(f"the paper has no dataset with the series {', '.join(series)} ({offers}); choose one by name with -preset, or B")

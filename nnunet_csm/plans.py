@@ -1,0 +1,213 @@
+"""The parts of the plans that are ours: read, validated, written. Every room that needs a setting takes it from here.
+
+A CSM plans file is an nnU-Net plans file. In its configuration, `architecture.arch_kwargs` is an `Architecture` and the
+key `csm` is a `CSM`; everything else is nnU-Net's own.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nnunet_csm.errors import UserError
+
+PLANS_NAME = "nnUNetCSMPlans"
+NETWORK_CLASS = "nnunet_csm.model.segmenter.CSMSegmenter"
+VERSION = 1
+
+Size = tuple[int, int, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`)."""
+
+    series: tuple[str, ...]
+    token_size: Size
+    width: int
+    depth: int
+    num_heads: int
+    features: int
+    drop_path: float
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What pretraining hides (paper III-B, tables VII and VIII)."""
+
+    mask_ratio: float
+    places: Literal["independent", "shared"]
+    hidden_series: Literal["rebuilt", "ignored", "none"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The decoder of pretraining, thrown away afterwards, and its targets."""
+
+    width: int
+    depth: int
+    num_heads: int
+    normalize_targets: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """An optimisation: AdamW, linear warm-up over a share of the iterations, cosine decay to zero."""
+
+    num_epochs: int
+    iterations_per_epoch: int
+    val_iterations_per_epoch: int
+    batch_size: int
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    betas: tuple[float, float]
+    layer_decay: float
+
+    @property
+    def num_iterations(self) -> int:
+        return self.num_epochs * self.iterations_per_epoch
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """What the segmentation trainer does beside its schedule.
+
+    `encoder` is auto (the pretrained encoder of the same plans and fold), all (that of fold all), scratch, or a path.
+    `mirroring` is nnU-Net's test-time augmentation by flips.
+    """
+
+    encoder: str
+    mirroring: bool
+
+
+@dataclass(frozen=True)
+class CSM:
+    """The `csm` block of a configuration."""
+
+    version: int
+    preset: str
+    seed: int
+    masking: Masking
+    reconstruction: Reconstruction
+    pretraining: Schedule
+    finetuning_schedule: Schedule
+    finetuning: Finetuning
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration of a CSM plans file, as our rooms read it."""
+
+    patch_size: Size
+    architecture: Architecture
+    csm: CSM
+
+    @property
+    def grid_size(self) -> Size:
+        z, y, x = (p // t for p, t in zip(self.patch_size, self.architecture.token_size, strict=True))
+        return z, y, x
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one series of a patch."""
+        return math.prod(self.grid_size)
+
+
+def read_configuration(plans: Mapping[str, Any], name: str, source: str) -> Configuration:
+    """Read and validate configuration `name` of a CSM plans file; `source` is the path that errors name.
+
+    Raises:
+        UserError: no such configuration, no `csm` block, an unknown or missing key, a value of the wrong type, or a
+            patch that is no multiple of the token.
+    """
+    configurations = plans.get("configurations", {})
+    if name not in configurations:
+        raise UserError(f"{source}: no configuration {name!r}, expected one of {sorted(configurations)}; choose with -c")
+    return parse_configuration(configurations[name], f"{source}: configurations.{name}")
+
+
+def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
+    """As `read_configuration`, for the configuration's own dictionary (nnU-Net's `ConfigurationManager.configuration`)."""
+    if "csm" not in entry:
+        raise UserError(f"{where} has no 'csm' block; write CSM plans with `nnunet_csm plan -d ID` and choose them with -p")
+    configuration = Configuration(
+        patch_size=_value(Size, entry["patch_size"], f"{where}.patch_size"),
+        architecture=from_dict(Architecture, entry["architecture"]["arch_kwargs"], f"{where}.architecture.arch_kwargs"),
+        csm=from_dict(CSM, entry["csm"], f"{where}.csm"),
+    )
+    _check(configuration, where)
+    return configuration
+
+
+def _check(configuration: Configuration, where: str) -> None:
+    patch_size, architecture, csm = configuration.patch_size, configuration.architecture, configuration.csm
+    token_size = architecture.token_size
+    if csm.version != VERSION:
+        raise UserError(f"{where}.csm.version is {csm.version}, expected {VERSION}; plan again with `nnunet_csm plan`")
+    if any(t < 1 or t & (t - 1) for t in token_size) or max(token_size) < 2:
+        raise UserError(f"{where}: token_size {token_size} must be powers of two, at least one of them above 1")
+    if any(p < t or p % t for p, t in zip(patch_size, token_size, strict=True)):
+        raise UserError(
+            f"{where}: patch_size {patch_size} is not a multiple of token_size {token_size}; "
+            f"edit one of them or plan again with `nnunet_csm plan`"
+        )
+    for width, heads, what in (
+        (architecture.width, architecture.num_heads, "arch_kwargs"),
+        (csm.reconstruction.width, csm.reconstruction.num_heads, "csm.reconstruction"),
+    ):
+        if width % heads or width < 6:
+            raise UserError(f"{where}: width {width} in {what} must be a multiple of num_heads {heads} and at least 6")
+    if architecture.depth < max(token_size).bit_length() - 1:
+        raise UserError(f"{where}: depth {architecture.depth} is too small for a decoder over token_size {token_size}")
+    if not 0.0 <= csm.masking.mask_ratio < 1.0:
+        raise UserError(f"{where}.csm.masking.mask_ratio is {csm.masking.mask_ratio}, expected 0 <= mask_ratio < 1")
+
+
+def from_dict(cls: type[T], data: Any, where: str) -> T:
+    """Build a frozen dataclass from JSON data; unknown and missing keys, and values of the wrong type, are errors."""
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} is {data!r}, expected a JSON object")
+    hints = get_type_hints(cls)
+    unknown, missing = sorted(set(data) - set(hints)), sorted(set(hints) - set(data))
+    if unknown or missing:
+        found = "; ".join(f"{what} {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
+        raise UserError(f"{where}: {found}; expected exactly {', '.join(hints)}; plan again with `nnunet_csm plan`")
+    return cls(**{key: _value(hint, data[key], f"{where}.{key}") for key, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(hints) == len(value):
+            return tuple(_value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+    elif origin is dict and isinstance(value, Mapping):
+        return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif origin is Literal and value in args:
+        return value
+    elif origin in (Union, types.UnionType):
+        for option in args:
+            if option is type(None) and value is None:
+                return None
+            if option is not type(None) and value is not None:
+                return _value(option, value, where)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (str, bool) and isinstance(value, hint):
+        return value
+    expected = " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise UserError(f"{where} is {value!r}, expected {expected}")
+
+
+def to_dict(value: Any) -> Any:
+    """The JSON form of a dataclass of this module."""
+    return dataclasses.asdict(value)

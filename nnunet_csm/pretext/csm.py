@@ -1,0 +1,65 @@
+"""Cross-series masked pretraining: encode what is visible, rebuild what is hidden (paper III-B, Eq. 1 and 2)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.reconstruction import ReconstructionDecoder
+from nnunet_csm.model.tokens import Size, coordinates, grid_size, select, to_tokens, to_volume
+from nnunet_csm.plans import Architecture, Reconstruction
+from nnunet_csm.pretext.masking import Mask
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What the decoder made of a batch."""
+
+    loss: Float[Tensor, ""]
+    error: Float[Tensor, "b s l"]
+    """Mean squared error of every token, whether hidden or not."""
+    tokens: Float[Tensor, "b s l v"]
+    """Rebuilt voxels, in the units of the input."""
+
+
+class CSM(nn.Module):
+    """Encoder and decoder of pretraining."""
+
+    def __init__(self, architecture: Architecture, reconstruction: Reconstruction) -> None:
+        super().__init__()
+        a, r = architecture, reconstruction
+        self.token_size = a.token_size
+        self.normalize_targets = r.normalize_targets
+        self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads, a.drop_path)
+        self.decoder = ReconstructionDecoder(len(a.series), a.token_size, a.width, r.width, r.depth, r.num_heads)
+
+    def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
+        """Rebuild a batch of patches from their visible tokens and compare with what was hidden."""
+        grid = self.grid_size(volume)
+        tokens = to_tokens(volume, self.token_size)
+        encoded = self.encoder(select(tokens, mask.visible), coordinates(mask.visible, grid))[-1]
+        predicted = self.decoder(encoded, mask.visible, grid, mask.series_present).float()
+        target, mean, scale = self.targets(tokens.float())
+        error = (predicted - target).square().mean(-1)
+        return Rebuilt(masked_mean(error, mask), error, predicted * scale + mean)
+
+    def grid_size(self, volume: Float[Tensor, "b s z y x"]) -> Size:
+        return grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
+
+    def targets(self, tokens: Float[Tensor, "b s l v"]) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """What to predict, and the mean and scale that lead back to voxels: the voxels themselves as in the paper's
+        Eq. 2, or each token normalised by its own mean and deviation (MAE's option)."""
+        if not self.normalize_targets:
+            return tokens, 0.0, 1.0
+        mean, scale = tokens.mean(-1, keepdim=True), (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
+        return (tokens - mean) / scale, mean, scale
+
+    def to_volume(self, tokens: Float[Tensor, "b s l v"], grid: Size) -> Float[Tensor, "b s z y x"]:
+        return to_volume(tokens, grid, self.token_size)
+
+
+def masked_mean(error: Float[Tensor, "b s l"], mask: Mask) -> Float[Tensor, ""]:
+    """Mean over the tokens to be rebuilt; 0 when there are none (one series, nothing hidden)."""
+    return torch.where(mask.rebuilt, error, 0.0).sum() / mask.rebuilt.sum().clamp(min=1)

@@ -1,0 +1,205 @@
+"""Is every file there and does it fit? From headers only, in seconds, before hours of preprocessing or half a prediction."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_csm.errors import UserError
+
+# What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
+HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
+
+ABSENT_SERIES_REMEDY = (
+    "for a series the patient does not have, write an all-zero volume with the same geometry: nnunet_csm treats it as absent"
+)
+
+
+def load_dataset_json(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a raw dataset folder, with the keys that nnU-Net needs. Raises `UserError`."""
+    path = folder / "dataset.json"
+    if not folder.is_dir():
+        msg = f"{folder} is not a folder; check nnUNet_raw and the dataset's ID"
+        raise UserError(msg)
+    if not path.is_file():
+        msg = f"{path} is missing; it names the channels, the labels and the file ending"
+        raise UserError(msg)
+    try:
+        dataset_json = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is not valid JSON: {error}"
+        raise UserError(msg) from error
+    if not isinstance(dataset_json, dict):
+        msg = f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending"
+        raise UserError(msg)
+    if "modality" in dataset_json and "channel_names" not in dataset_json:
+        msg = f"{path} is of the decathlon's form ('modality'); convert the folder with nnUNetv2_convert_MSD_dataset -i {folder}"
+        raise UserError(msg)
+    for key in ("channel_names", "labels", "file_ending"):
+        if key not in dataset_json:
+            msg = f"{path} has no {key!r}, only {sorted(dataset_json)}; add it"
+            raise UserError(msg)
+    return dataset_json
+
+
+def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -> list[str]:
+    """The training cases of `nnUNet_raw/DatasetXXX_Name`, sorted, once every one of them has every file and one geometry.
+
+    Reads `dataset.json` from the folder unless it is given. Raises `UserError` with the first problem and how many follow.
+    """
+    if dataset_json is None:
+        dataset_json = load_dataset_json(folder)
+    names, ending = _names(dataset_json["channel_names"]), dataset_json["file_ending"]
+    if "dataset" in dataset_json:
+        return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending)
+    for subfolder in ("imagesTr", "labelsTr"):
+        if not (folder / subfolder).is_dir():
+            msg = f"{folder / subfolder} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json"
+            raise UserError(msg)
+    cases, problems = _found_cases(folder / "imagesTr", len(names), ending, labels=folder / "labelsTr")
+    return _checked(folder / "imagesTr", cases, problems, names, ending)
+
+
+def check_inputs(folder: Path, channel_names: Mapping[str, str] | Sequence[str], file_ending: str) -> list[str]:
+    """The cases of a folder to be predicted (`case_0000.nii.gz`, ...), sorted; same checks as `check_dataset`, without labels."""
+    if not folder.is_dir():
+        msg = f"the input folder {folder} does not exist; give -i the folder with the images"
+        raise UserError(msg)
+    names = _names(channel_names)
+    cases, problems = _found_cases(folder, len(names), file_ending, labels=None)
+    return _checked(folder, cases, problems, names, file_ending)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """`images` in channel order, as they are expected; `label` is None where none is expected."""
+
+    identifier: str
+    images: tuple[Path, ...]
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Shape and spacing (mm) in nnU-Net's axis order."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+
+
+def _checked(folder: Path, cases: Sequence[_Case], problems: Sequence[str], names: Sequence[str], ending: str) -> list[str]:
+    """The cases' identifiers, or `UserError` with the first problem and the number of further ones."""
+    if not (cases or problems):
+        raise UserError(_no_case(folder, ending))
+    problems = [*problems, *(problem for case in cases for problem in _case_problems(case, names, ending))]
+    if problems:
+        raise UserError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    return [case.identifier for case in cases]
+
+
+def _names(channel_names: Mapping[str, str] | Sequence[str]) -> list[str]:
+    if isinstance(channel_names, Mapping):
+        return [str(channel_names[key]) for key in sorted(channel_names, key=int)]
+    return list(channel_names)
+
+
+def _found_cases(folder: Path, num_channels: int, ending: str, labels: Path | None) -> tuple[list[_Case], list[str]]:
+    """Cases by file name, and the files that nnU-Net would take for something else than they are."""
+    pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
+    identifiers, problems = set(), []
+    for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            problems.append(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
+            continue
+        if int(match["channel"]) >= num_channels:
+            problems.append(f"{path} is of channel {int(match['channel'])}, but the dataset has {num_channels}; remove the file")
+        identifiers.add(match["identifier"])
+    cases = [
+        _Case(
+            identifier,
+            tuple(folder / f"{identifier}_{channel:04d}{ending}" for channel in range(num_channels)),
+            None if labels is None else labels / f"{identifier}{ending}",
+        )
+        for identifier in sorted(identifiers)
+    ]
+    return cases, problems
+
+
+def _listed_cases(folder: Path, dataset: Mapping[str, Mapping[str, Any]]) -> list[_Case]:
+    """Cases that dataset.json lists one by one; relative to the folder, environment variables expanded, as in nnU-Net."""
+
+    def absolute(path: str) -> Path:
+        return folder / os.path.expandvars(path)
+
+    return [
+        _Case(identifier, tuple(absolute(image) for image in case["images"]), absolute(case["label"]))
+        for identifier, case in sorted(dataset.items())
+    ]
+
+
+def _case_problems(case: _Case, names: Sequence[str], ending: str) -> Iterator[str]:
+    if len(case.images) != len(names):
+        yield f"case {case.identifier} lists {len(case.images)} images, but the dataset has the channels {', '.join(names)}"
+        return
+    for path, name in zip(case.images, names, strict=True):
+        if not path.is_file():
+            yield f"{path} is missing: the {name} of case {case.identifier}; {ABSENT_SERIES_REMEDY}"
+    if case.label is not None and not case.label.is_file():
+        yield f"{case.label} is missing: the label of case {case.identifier}; add it, or move the images to imagesTs"
+    if not ending.endswith(HEADER_ENDINGS):
+        return
+    headers: dict[Path, _Header] = {}
+    for path in (*case.images, *([case.label] if case.label else [])):
+        if not path.is_file():
+            continue
+        try:
+            header = _read_header(path)
+        except (OSError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+            yield f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?"
+            continue
+        if len(header.shape) != 3:
+            yield f"{path} has the shape {header.shape}; give each series its own 3-D file (see nnUNetv2_convert_MSD_dataset)"
+            continue
+        headers[path] = header
+    yield from _geometry_problems(case, headers)
+
+
+def _geometry_problems(case: _Case, headers: Mapping[Path, _Header]) -> Iterator[str]:
+    """Files whose grid is not that of the case's first readable file."""
+    if not headers:
+        return
+    first, expected = next(iter(headers.items()))
+    remedy = f"resample all files of case {case.identifier} to one grid"
+    for path, header in headers.items():
+        if header.shape != expected.shape:
+            yield f"{path} has the shape {header.shape}, but {first} has {expected.shape} (z, y, x); {remedy}"
+        elif not np.allclose(header.spacing, expected.spacing):
+            yield f"{path} has the spacing {header.spacing}, but {first} has {expected.spacing} (z, y, x in mm); {remedy}"
+
+
+def _read_header(path: Path) -> _Header:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        if not path.name.endswith((".nii", ".nii.gz")):
+            raise
+        # ITK refuses directions that are not orthonormal; nnU-Net then reads with nibabel
+        image = nibabel.Nifti1Image.from_filename(path)
+        return _Header(image.shape[::-1], tuple(float(zoom) for zoom in image.header.get_zooms()[::-1]))
+    return _Header(reader.GetSize()[::-1], reader.GetSpacing()[::-1])
+
+
+def _no_case(folder: Path, ending: str) -> str:
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    listing = f"found {len(found)} other entries, such as {found[0]}" if found else "the folder is empty"
+    return f"{folder} holds no image called CASE_0000{ending}; {listing}"

@@ -1,0 +1,151 @@
+"""What both trainers need of their host, nnU-Net's trainer: settings from the plans, keyed draws, checkpoints, progress."""
+
+import os
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch._dynamo import OptimizedModule
+
+from nnunet_csm import checkpoint
+from nnunet_csm.data.draws import Purpose, key, seed_everything
+from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.plans import CSM, Schedule, read_configuration
+from nnunet_csm.training.optimization import build_optimizer, build_scheduler
+from nnunet_csm.training.progress import Progress
+
+CUDA = torch.device("cuda")
+
+
+def num_workers(device: torch.device) -> int:
+    """Processes that make batches ahead: nnU-Net's number (`nnUNet_n_proc_DA`); none beside a network on the same CPU cores."""
+    return get_allowed_n_proc_DA() if device.type == "cuda" or "nnUNet_n_proc_DA" in os.environ else 0
+
+
+class CSMTrainer(nnUNetTrainer):
+    """A trainer that follows the `csm` block of its plans and whose every draw is a function of (seed, epoch, step, rank)."""
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA) -> None:
+        with exit_on_user_error():
+            # before nnU-Net makes a folder
+            name = f"{plans['plans_name']}.json"
+            source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
+            self.settings = read_configuration(plans, configuration, source)
+            self.schedule = self.choose_schedule(self.settings.csm)
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise UserError("no CUDA device found; train on the CPU with -device cpu, or check the driver with nvidia-smi")
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.schedule.num_epochs
+        self.num_iterations_per_epoch = self.schedule.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.schedule.val_iterations_per_epoch
+        self.initial_lr, self.weight_decay = self.schedule.learning_rate, self.schedule.weight_decay
+        self.enable_deep_supervision = False
+        self.save_every = 1
+        self.iteration = 0
+
+    @staticmethod
+    @abstractmethod
+    def choose_schedule(csm: CSM) -> Schedule:
+        """The schedule this trainer follows."""
+
+    @property
+    def bare_network(self) -> Any:
+        """The network without the wrappers of torch.compile and DDP."""
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.bare_network.encoder
+
+    def key(self, purpose: Purpose, *numbers: int) -> int:
+        return key(self.settings.csm.seed, purpose, *numbers, self.local_rank)
+
+    def initialize(self) -> None:
+        seed_everything(self.key(Purpose.NETWORK))
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = build_optimizer(self.bare_network, self.encoder, self.schedule)
+        return optimizer, build_scheduler(optimizer, self.schedule)
+
+    def on_train_start(self) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        if self.current_epoch == 0:
+            with exit_on_user_error():
+                self.on_fresh_start()
+            moved = checkpoint.move_away(self.output_folder) if self.local_rank == 0 else None
+            if moved is not None:
+                self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
+        super().on_train_start()
+        self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.batch_size)
+
+    def on_fresh_start(self) -> None:
+        """What a run does before its first step and a resumed run does not."""
+
+    def on_train_epoch_start(self) -> None:
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch
+        self.lr_scheduler.step_update(self.iteration)
+        super().on_train_epoch_start()
+        self.progress.start_epoch(self.current_epoch)
+
+    def before_step(self) -> None:
+        """Set the learning rate of the coming iteration and key what the network draws (drop path)."""
+        seed_everything(self.key(Purpose.NETWORK, self.current_epoch, self.iteration))
+        self.iteration += 1
+        self.lr_scheduler.step_update(self.iteration)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        self.progress.end_epoch()
+        super().on_train_epoch_end(train_outputs)
+        self.print_to_log_file(f"{self.progress.crops_per_second:.1f} crops/s, {self.progress.left(1.0)} left")
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        # nnU-Net's keys, so that its own commands read the file, and what tells where it comes from
+        saved = {
+            "network_weights": self.bare_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": {**self.my_init_kwargs, "device": str(self.device)},
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "software": checkpoint.software(),
+            **self.provenance(),
+        }
+        checkpoint.save(saved, filename)
+
+    def provenance(self) -> dict[str, Any]:
+        """Further entries of the checkpoint."""
+        return {}
+
+    def restore_provenance(self, saved: dict[str, Any]) -> None:
+        """Take over those entries when a run goes on."""
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Load a checkpoint of the same plans; it is read once without executing anything before nnU-Net reads it."""
+        with exit_on_user_error():
+            loaded = checkpoint.load(filename_or_checkpoint)
+            init_args = loaded["init_args"]
+            saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
+            for field, found in vars(saved.architecture).items():
+                expected = getattr(self.settings.architecture, field)
+                if found != expected:
+                    raise UserError(
+                        f"{filename_or_checkpoint}: {field} is {found}, the plans say {expected}; "
+                        f"they changed since this run began: restore them, or start afresh without --c"
+                    )
+        super().load_checkpoint(str(filename_or_checkpoint))
+        self.restore_provenance(loaded)

@@ -1,0 +1,47 @@
+"""Optimiser and learning rates of both stages."""
+
+import math
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.plans import Schedule
+
+
+def build_optimizer(network: nn.Module, encoder: Encoder, schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases, norms and embeddings; learning rates of the encoder fall towards its input.
+
+    Args:
+        network: all of it is optimised.
+        encoder: the part of `network` with layer-wise decay: block i of n gets `layer_decay ** (n + 1 - i)`.
+    """
+    layer = {id(p): 0 for p in (*encoder.embedding.parameters(), encoder.series_embedding)}
+    for number, block in enumerate(encoder.blocks, start=1):
+        layer.update({id(p): number for p in block.parameters()})
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        scale = schedule.layer_decay ** (encoder.depth + 1 - layer.get(id(parameter), encoder.depth + 1))
+        decays = parameter.ndim > 1 and "series_embedding" not in name
+        groups.setdefault((scale, schedule.weight_decay if decays else 0.0), []).append(parameter)
+    # the largest rate first: nnU-Net prints and draws that of group 0
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
+    return torch.optim.AdamW(
+        [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in ordered],
+        lr=schedule.learning_rate,
+        betas=schedule.betas,
+        fused=next(network.parameters()).device.type == "cuda",
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> CosineLRScheduler:
+    """Linear warm-up, then cosine decay to zero, by iteration: call `step_update(number of the iteration, from 1)`."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=schedule.num_iterations,
+        warmup_t=math.ceil(schedule.warmup * schedule.num_iterations),
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+        initialize=True,
+    )
