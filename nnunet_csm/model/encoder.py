@@ -5,29 +5,46 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
+from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+
+# the longest period of the position embedding is 128 tokens, beyond any grid in use
+LONGEST_HALF_PERIOD = 64.0
+# comparable to the position embedding from the start: with MAE's 0.02, series are told apart only after many steps
+SERIES_EMBEDDING_STD = 0.5
 
 
 def sine_cosine(coordinates: Int[Tensor, "b k 4"], width: int) -> Float[Tensor, "b k e"]:
     """Fixed 3-D position embedding: a sixth of the width for the sine and the cosine of each of z, y and x.
 
-    Frequencies fall geometrically from 1 to 1 / 10,000 per token. Left-over entries (width not a multiple of 6) are zero.
-    The series coordinate is not used here.
+    Half periods rise geometrically from 1 to 64 tokens. (MAE's, made for sentences, rise to 31,416; on a grid of a few
+    tokens most of its entries are constant, and places hardly differ.) Left-over entries (width not a multiple of 6) are
+    zero. The series coordinate is not used here.
     """
     n = width // 6
-    frequency = torch.exp(torch.arange(n, device=coordinates.device, dtype=torch.float32) * (-math.log(10_000.0) / n))
-    angle = coordinates[..., 1:].float()[..., None] * frequency
+    half_period = LONGEST_HALF_PERIOD ** (torch.arange(n, device=coordinates.device, dtype=torch.float32) / n)
+    angle = coordinates[..., 1:].float()[..., None] * (math.pi / half_period)
     embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
     return nn.functional.pad(embedding, (0, width - 6 * n))
 
 
-def xavier(module: nn.Module) -> None:
-    """Initialise linear layers as in MAE."""
+def draw_weights(module: nn.Module) -> None:
+    """Initial weights: linear layers as in MAE, and keys equal to queries.
+
+    Then a token at first attends to tokens that resemble it, above all those of its own place in other series, and need
+    not learn to. The gain makes the first score of a token with itself about 8 whatever the width of a head.
+    """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    if isinstance(module, Attention):
+        with torch.no_grad():
+            query, key, _ = module.qkv.weight.chunk(3)
+            query *= 4.0 / module.head_dim**0.25
+            key.copy_(query)
 
 
 def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0) -> nn.ModuleList:
@@ -57,8 +74,8 @@ class Encoder(nn.Module):
         self.series_embedding = nn.Parameter(torch.empty(len(self.series), width))
         self.blocks = blocks(width, depth, num_heads, drop_path)
         self.norm = nn.LayerNorm(width)
-        self.apply(xavier)
-        nn.init.normal_(self.series_embedding, std=0.02)
+        self.apply(draw_weights)
+        nn.init.normal_(self.series_embedding, std=SERIES_EMBEDDING_STD)
 
     def forward(
         self,

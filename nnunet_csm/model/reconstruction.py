@@ -4,15 +4,19 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nnunet_csm.model.encoder import blocks, sine_cosine, xavier
+from nnunet_csm.model.encoder import SERIES_EMBEDDING_STD, blocks, draw_weights, sine_cosine
 from nnunet_csm.model.tokens import Size, all_tokens, coordinates
 
 
 class ReconstructionDecoder(nn.Module):
-    """Put a learned token at every place that was not visible, tell each its series and place, and rebuild all."""
+    """Put a learned token at every place that was not visible, tell each its series and place, and rebuild all.
+
+    Every token attends to the visible ones only: the others hold nothing that it does not know. So tokens of absent
+    series, which are never visible, influence nothing.
+    """
 
     def __init__(
         self, num_series: int, token_size: Sequence[int], encoder_width: int, width: int, depth: int, num_heads: int
@@ -25,33 +29,26 @@ class ReconstructionDecoder(nn.Module):
         self.blocks = blocks(width, depth, num_heads)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, math.prod(token_size))
-        self.apply(xavier)
+        self.apply(draw_weights)
         nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.normal_(self.series_embedding, std=0.02)
+        nn.init.normal_(self.series_embedding, std=SERIES_EMBEDDING_STD)
 
-    def forward(
-        self,
-        encoded: Float[Tensor, "b k e"],
-        visible: Int[Tensor, "b k"],
-        grid: Size,
-        series_present: Bool[Tensor, "b s"] | None = None,
-    ) -> Float[Tensor, "b s l v"]:
+    def forward(self, encoded: Float[Tensor, "b k e"], visible: Int[Tensor, "b k"], grid: Size) -> Float[Tensor, "b s l v"]:
         """Rebuild every token.
 
         Args:
             encoded: features of the visible tokens.
             visible: their numbers in the patch.
             grid: tokens of a series along (z, y, x).
-            series_present: series whose tokens may be looked at; None when all are present.
         """
-        num_series, num_tokens = len(self.series_embedding), math.prod(grid)
+        num_series = len(self.series_embedding)
         index = all_tokens(num_series, grid, len(encoded), encoded.device)
         place = coordinates(index, grid)
         embedded = self.embedding(encoded)
         hidden = self.mask_token.to(embedded.dtype).expand(*index.shape, self.width)
         x = hidden.scatter(1, visible[..., None].expand_as(embedded), embedded)
         x = x + self.series_embedding[place[..., 0]] + sine_cosine(place, self.width)
-        attend = None if series_present is None else series_present.repeat_interleave(num_tokens, 1)[:, None, None, :]
+        attend = torch.zeros_like(index, dtype=torch.bool).scatter(1, visible, True)[:, None, None, :]
         for block in self.blocks:
             x = block(x, attn_mask=attend)
-        return self.head(self.norm(x)).unflatten(1, (num_series, num_tokens))
+        return self.head(self.norm(x)).unflatten(1, (num_series, math.prod(grid)))

@@ -40,7 +40,7 @@ class CSM(nn.Module):
         grid = self.grid_size(volume)
         tokens = to_tokens(volume, self.token_size)
         encoded = self.encoder(select(tokens, mask.visible), coordinates(mask.visible, grid))[-1]
-        predicted = self.decoder(encoded, mask.visible, grid, mask.series_present).float()
+        predicted = self.decoder(encoded, mask.visible, grid).float()
         target, mean, scale = self.targets(tokens.float())
         error = (predicted - target).square().mean(-1)
         return Rebuilt(masked_mean(error, mask), error, predicted * scale + mean)

@@ -19,8 +19,6 @@ class Mask:
     """The hidden tokens that enter the loss: never those of absent series."""
     visible: Int[Tensor, "b k"]
     """Numbers of the visible tokens in the patch, in rising order."""
-    series_present: Bool[Tensor, "b s"] | None
-    """None when every series of every sample is present."""
 
     @property
     def series_hidden(self) -> Bool[Tensor, "b s"]:
@@ -28,9 +26,7 @@ class Mask:
         return self.hidden.all(dim=2)
 
     def to(self, device: torch.device) -> "Mask":
-        present = self.series_present
-        moved = (t.to(device, non_blocking=True) for t in (self.hidden, self.rebuilt, self.visible))
-        return Mask(*moved, series_present=None if present is None else present.to(device, non_blocking=True))
+        return Mask(*(t.to(device, non_blocking=True) for t in (self.hidden, self.rebuilt, self.visible)))
 
 
 def num_visible(num_tokens: int, masking: Masking) -> int:
@@ -80,5 +76,4 @@ def draw_mask(
     hidden = ~(chosen & shown[..., None])
     visible = (~hidden).flatten(1).nonzero()[:, 1].view(b, num_shown * count)
     in_loss = series_present if masking.hidden_series != "ignored" else series_present & shown
-    complete = bool(series_present.all())
-    return Mask(hidden, hidden & in_loss[..., None], visible, None if complete else series_present)
+    return Mask(hidden, hidden & in_loss[..., None], visible)

@@ -50,9 +50,10 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
 
 
 def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -> list[str]:
-    """The training cases of `nnUNet_raw/DatasetXXX_Name`, sorted, once every one of them has every file and one geometry.
+    """Check that every training case of `nnUNet_raw/DatasetXXX_Name` has every file, on one grid.
 
-    Reads `dataset.json` from the folder unless it is given. Raises `UserError` with the first problem and how many follow.
+    Reads `dataset.json` from the folder unless it is given. Returns lines to print: what was found, then what nnU-Net lets pass
+    but may be a mistake. Raises `UserError` with the first problem and how many follow.
     """
     if dataset_json is None:
         dataset_json = load_dataset_json(folder)
@@ -64,11 +65,14 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
             msg = f"{folder / subfolder} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json"
             raise UserError(msg)
     cases, problems = _found_cases(folder / "imagesTr", len(names), ending, labels=folder / "labelsTr")
-    return _checked(folder / "imagesTr", cases, problems, names, ending)
+    lines = _checked(folder / "imagesTr", cases, problems, names, ending)
+    if dataset_json.get("numTraining", len(cases)) != len(cases):
+        lines.append(f"numTraining is {dataset_json['numTraining']} in dataset.json, but imagesTr holds {len(cases)} cases")
+    return lines
 
 
 def check_inputs(folder: Path, channel_names: Mapping[str, str] | Sequence[str], file_ending: str) -> list[str]:
-    """The cases of a folder to be predicted (`case_0000.nii.gz`, ...), sorted; same checks as `check_dataset`, without labels."""
+    """Check a folder of images to be predicted (`case_0000.nii.gz`, ...): as `check_dataset`, without labels."""
     if not folder.is_dir():
         msg = f"the input folder {folder} does not exist; give -i the folder with the images"
         raise UserError(msg)
@@ -88,20 +92,32 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Header:
-    """Shape and spacing (mm) in nnU-Net's axis order."""
+    """Shape and spacing (mm) in nnU-Net's axis order, and where the first voxel lies (mm)."""
 
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
+    origin: tuple[float, ...]
 
 
 def _checked(folder: Path, cases: Sequence[_Case], problems: Sequence[str], names: Sequence[str], ending: str) -> list[str]:
-    """The cases' identifiers, or `UserError` with the first problem and the number of further ones."""
+    """Lines to print, or `UserError` with the first problem and the number of further ones."""
     if not (cases or problems):
         raise UserError(_no_case(folder, ending))
-    problems = [*problems, *(problem for case in cases for problem in _case_problems(case, names, ending))]
+    problems, notes = list(problems), list[str]()
+    for case in cases:
+        problems += _missing_files(case, names)
+        headers, unreadable = _read_headers(case) if ending.endswith(HEADER_ENDINGS) else ({}, [])
+        problems += [*unreadable, *_grid_problems(case, headers)]
+        notes += _shifted_files(headers)
     if problems:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
-    return [case.identifier for case in cases]
+        raise UserError(_first(problems))
+    count = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
+    lines = [f"{count} in {folder}: all have {', '.join(names)}{' and a label' if cases[0].label else ''}"]
+    return [*lines, _first(notes)] if notes else lines
+
+
+def _first(messages: Sequence[str]) -> str:
+    return messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else "")
 
 
 def _names(channel_names: Mapping[str, str] | Sequence[str]) -> list[str]:
@@ -145,7 +161,7 @@ def _listed_cases(folder: Path, dataset: Mapping[str, Mapping[str, Any]]) -> lis
     ]
 
 
-def _case_problems(case: _Case, names: Sequence[str], ending: str) -> Iterator[str]:
+def _missing_files(case: _Case, names: Sequence[str]) -> Iterator[str]:
     if len(case.images) != len(names):
         yield f"case {case.identifier} lists {len(case.images)} images, but the dataset has the channels {', '.join(names)}"
         return
@@ -154,35 +170,46 @@ def _case_problems(case: _Case, names: Sequence[str], ending: str) -> Iterator[s
             yield f"{path} is missing: the {name} of case {case.identifier}; {ABSENT_SERIES_REMEDY}"
     if case.label is not None and not case.label.is_file():
         yield f"{case.label} is missing: the label of case {case.identifier}; add it, or move the images to imagesTs"
-    if not ending.endswith(HEADER_ENDINGS):
-        return
-    headers: dict[Path, _Header] = {}
+
+
+def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
+    """Headers of the files that are there, and what is wrong with those that have none of use."""
+    headers, problems = {}, []
     for path in (*case.images, *([case.label] if case.label else [])):
         if not path.is_file():
             continue
         try:
             header = _read_header(path)
         except (OSError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-            yield f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?"
+            problems.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?")
             continue
-        if len(header.shape) != 3:
-            yield f"{path} has the shape {header.shape}; give each series its own 3-D file (see nnUNetv2_convert_MSD_dataset)"
-            continue
-        headers[path] = header
-    yield from _geometry_problems(case, headers)
+        if len(header.shape) == 3:
+            headers[path] = header
+        else:
+            problems.append(
+                f"{path} has the shape {header.shape}; give each series its own 3-D file (see nnUNetv2_convert_MSD_dataset)"
+            )
+    return headers, problems
 
 
-def _geometry_problems(case: _Case, headers: Mapping[Path, _Header]) -> Iterator[str]:
-    """Files whose grid is not that of the case's first readable file."""
-    if not headers:
-        return
-    first, expected = next(iter(headers.items()))
+def _grid_problems(case: _Case, headers: Mapping[Path, _Header]) -> Iterator[str]:
+    """Files whose shape or spacing is not that of the case's first file."""
     remedy = f"resample all files of case {case.identifier} to one grid"
     for path, header in headers.items():
+        first, expected = next(iter(headers.items()))
         if header.shape != expected.shape:
             yield f"{path} has the shape {header.shape}, but {first} has {expected.shape} (z, y, x); {remedy}"
         elif not np.allclose(header.spacing, expected.spacing):
             yield f"{path} has the spacing {header.spacing}, but {first} has {expected.spacing} (z, y, x in mm); {remedy}"
+
+
+def _shifted_files(headers: Mapping[Path, _Header]) -> Iterator[str]:
+    """Files that begin more than a voxel from where the case's first file begins; nnU-Net reads them as if they overlapped."""
+    for path, header in headers.items():
+        first, expected = next(iter(headers.items()))
+        shift = float(np.linalg.norm(np.subtract(header.origin, expected.origin)))
+        if shift > max(expected.spacing):
+            yield f"the header of {path} puts it {shift:.1f} mm from {first}; look with nnUNetv2_plot_overlay_pngs"
 
 
 def _read_header(path: Path) -> _Header:
@@ -195,8 +222,9 @@ def _read_header(path: Path) -> _Header:
             raise
         # ITK refuses directions that are not orthonormal; nnU-Net then reads with nibabel
         image = nibabel.Nifti1Image.from_filename(path)
-        return _Header(image.shape[::-1], tuple(float(zoom) for zoom in image.header.get_zooms()[::-1]))
-    return _Header(reader.GetSize()[::-1], reader.GetSpacing()[::-1])
+        spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[::-1])
+        return _Header(image.shape[::-1], spacing, tuple(image.affine[:3, 3] * (-1.0, -1.0, 1.0)))  # ITK's axes
+    return _Header(reader.GetSize()[::-1], reader.GetSpacing()[::-1], reader.GetOrigin())
 
 
 def _no_case(folder: Path, ending: str) -> str:
