@@ -92,7 +92,8 @@ def predict(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.command import evaluate_dataset
 
-    evaluate_dataset(args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, args.images)
+    images = Path(args.images) if args.images else None
+    evaluate_dataset(args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, images)
     return 0
 
 

@@ -5,7 +5,6 @@ key `csm` is a `CSM`; everything else is nnU-Net's own.
 """
 
 import dataclasses
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,6 +90,7 @@ class CSM:
     version: int
     preset: str
     seed: int
+    pretraining_patch_size: Size
     masking: Masking
     reconstruction: Reconstruction
     pretraining: Schedule
@@ -108,14 +108,10 @@ class Configuration:
     csm: CSM
 
     @property
-    def grid_size(self) -> Size:
-        z, y, x = (p // t for p, t in zip(self.patch_size, self.architecture.token_size, strict=True))
+    def pretraining_grid(self) -> Size:
+        """Tokens along (z, y, x) of a patch in pretraining."""
+        z, y, x = (p // t for p, t in zip(self.csm.pretraining_patch_size, self.architecture.token_size, strict=True))
         return z, y, x
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one series of a patch."""
-        return math.prod(self.grid_size)
 
 
 def read_configuration(plans: Mapping[str, Any], name: str, source: str) -> Configuration:
@@ -151,11 +147,12 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}.csm.version is {csm.version}, expected {VERSION}; plan again with `nnunet_csm plan`")
     if any(t < 1 or t & (t - 1) for t in token_size) or max(token_size) < 2:
         raise UserError(f"{where}: token_size {token_size} must be powers of two, at least one of them above 1")
-    if any(p < t or p % t for p, t in zip(patch_size, token_size, strict=True)):
-        raise UserError(
-            f"{where}: patch_size {patch_size} is not a multiple of token_size {token_size}; "
-            f"edit one of them or plan again with `nnunet_csm plan`"
-        )
+    for name, size in (("patch_size", patch_size), ("csm.pretraining_patch_size", csm.pretraining_patch_size)):
+        if any(p < t or p % t for p, t in zip(size, token_size, strict=True)):
+            raise UserError(
+                f"{where}: {name} {size} is not a multiple of token_size {token_size}; "
+                f"edit one of them or plan again with `nnunet_csm plan`"
+            )
     for width, heads, what in (
         (architecture.width, architecture.num_heads, "arch_kwargs"),
         (csm.reconstruction.width, csm.reconstruction.num_heads, "csm.reconstruction"),

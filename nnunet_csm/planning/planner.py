@@ -78,10 +78,13 @@ def plan(
     decisions.append(Decision("token size", _size(token), why_token))
     decisions.append(Decision("patch size", _size(patch), why_patch))
     decisions.append(Decision("tokens", f"{num_tokens} a series", f"{_size(patch)} voxels / {_size(token)}"))
+    pretraining_patch, why_pretraining_patch = choose_pretraining_patch(preset, patch, token)
+    decisions.append(Decision("pretraining patch", _size(pretraining_patch), why_pretraining_patch))
     n = preset.network
     text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; UNETR features {n.features}"
     decisions.append(Decision("network", text, f"preset {name}: {preset.description}"))
-    decisions += mask_decisions(preset, len(series), num_tokens)
+    num_pretraining_tokens = math.prod(p // t for p, t in zip(pretraining_patch, token, strict=True))
+    decisions += mask_decisions(preset, len(series), num_pretraining_tokens)
     r = preset.reconstruction
     target = "each token by its own mean and deviation" if r.normalize_targets else "z-scored voxels"
     decisions.append(Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}"))
@@ -98,6 +101,7 @@ def plan(
         version=VERSION,
         preset=name,
         seed=12345,
+        pretraining_patch_size=pretraining_patch,
         masking=preset.masking,
         reconstruction=preset.reconstruction,
         pretraining=pretraining,
@@ -164,6 +168,14 @@ def choose_patch_size(
     z, y, x = (c * t for c, t in zip(counts, token_size, strict=True))
     why = f"whole tokens near the median shape {_size(shape)}, at most {preset.max_patch_voxels:,} voxels"
     return (z, y, x), why
+
+
+def choose_pretraining_patch(preset: Preset, patch_size: Size, token_size: Size) -> tuple[Size, str]:
+    """The patch of fine-tuning, as in the paper, unless the preset wants fewer tokens; never larger than it."""
+    if preset.pretraining_grid is None:
+        return patch_size, "that of fine-tuning, as in the paper"
+    z, y, x = (min(n * t, p) for n, t, p in zip(preset.pretraining_grid, token_size, patch_size, strict=True))
+    return (z, y, x), "set by the preset: short sequences learn faster; positions are fixed, so any grid will do later"
 
 
 def mask_decisions(preset: Preset, num_series: int, num_tokens: int) -> list[Decision]:

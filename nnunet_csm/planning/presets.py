@@ -38,13 +38,18 @@ class PresetSchedule:
 
 @dataclass(frozen=True)
 class Preset:
-    """`series`: data set this preset was made for (the paper's), or null; `token_edge`: of a token where spacing is finest."""
+    """Sizes that are null are left to the planner.
+
+    `series`: those of the dataset this preset was made for, or null. `token_edge`: of a token where spacing is finest.
+    `pretraining_grid`: tokens of a patch in pretraining, when it is not to be the patch of fine-tuning.
+    """
 
     description: str
     series: tuple[str, ...] | None
     network: PresetNetwork
     token_edge: int
     patch_size: Size | None
+    pretraining_grid: Size | None
     token_size: Size | None
     max_patch_voxels: int
     masking: Masking

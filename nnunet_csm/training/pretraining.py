@@ -46,13 +46,15 @@ class MaskedBatches:
         self.weights = shown_series_weights(cases.series_present, settings.csm.masking)
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, Mask]:
-        csm, patch_size = self.settings.csm, self.settings.patch_size
+        csm = self.settings.csm
+        patch_size = csm.pretraining_patch_size
         g = generator(key(csm.seed, self.purpose, epoch, step, self.rank))
         num_shown = 1 + int(torch.multinomial(self.weights.mean(0), 1, generator=g))
         weights = self.weights[:, num_shown - 1]
         chosen = torch.multinomial(weights, csm.pretraining.batch_size, replacement=True, generator=g)
         crops = draw_crops(g, self.cases.shapes[chosen], patch_size)
-        mask = draw_mask(g, self.cases.series_present[chosen], num_shown, self.settings.num_tokens, csm.masking)
+        num_tokens = math.prod(self.settings.pretraining_grid)
+        mask = draw_mask(g, self.cases.series_present[chosen], num_shown, num_tokens, csm.masking)
         return self.cases.cut(chosen, crops, patch_size), mask
 
 
@@ -224,7 +226,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         """For each sample of a batch: the patch, its hidden voxels, and what was rebuilt, each (s, z, y, x)."""
         self.network.eval()
         volume, mask = batch[0].to(self.device), batch[1].to(self.device)
-        grid, token_size = self.settings.grid_size, self.settings.architecture.token_size
+        grid, token_size = self.settings.pretraining_grid, self.settings.architecture.token_size
         rebuilt = to_volume(self.rebuild(volume, mask).tokens, grid, token_size)
         hidden = to_voxels(mask.hidden, grid, token_size)
         yield from zip(*(t.cpu().numpy() for t in (volume, hidden, rebuilt.float())), strict=True)

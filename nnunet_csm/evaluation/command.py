@@ -1,0 +1,40 @@
+"""`nnunet_csm evaluate`: tables, files and pictures for a folder of predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_csm import nnunet
+from nnunet_csm.evaluation.segmentation import Scores, evaluate_folder, parse_regions
+from nnunet_csm.figures.overlays import save_overlays_of_folder
+
+
+def evaluate_dataset(
+    dataset: str,
+    references: Path,
+    predictions: Path,
+    out_folder: Path,
+    regions: Sequence[str] | None = None,
+    num_overlays: int = 0,
+    images: Path | None = None,
+) -> Scores:
+    """Score predictions by label and region, print the tables, write them, and draw overlays when images are given.
+
+    Writes evaluation.csv, evaluation.md, evaluation.json and overlays/CASE.png to `out_folder`.
+    """
+    name = nnunet.dataset_name(dataset)
+    candidates = [nnunet.folder(v) / name / "dataset.json" for v in ("nnUNet_raw", "nnUNet_preprocessed")]
+    path = next((c for c in candidates if c.is_file()), candidates[0])
+    dataset_json = nnunet.read_json(path, "nnU-Net needs it to read the dataset")
+    scores = evaluate_folder(references, predictions, dataset_json, parse_regions(regions) if regions else None)
+    scores.save(out_folder)
+    print(scores.to_markdown())
+    print(f"written to {out_folder}/evaluation.csv, .md and .json")
+    if images is not None and num_overlays:
+        channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+        series = [channels[key] for key in sorted(channels, key=int)]
+        labels = {value: label for label, value in dataset_json["labels"].items() if isinstance(value, int) and value > 0}
+        drawn = save_overlays_of_folder(
+            images, references, predictions, series, labels, out_folder / "overlays", num_overlays, dataset_json["file_ending"]
+        )
+        print(f"{len(drawn)} overlay pictures in {out_folder}/overlays")
+    return scores
