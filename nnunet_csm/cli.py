@@ -116,19 +116,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnunet_csm",
         description="Cross-series masking for nnU-Net v2: pretrain on unlabelled multi-series MRI, fine-tune on few labels.",
-        epilog="Stock nnUNetv2_... commands do the same once `eval \"$(nnunet_csm env)\"` was run. See `nnunet_csm COMMAND --help`.",
+        epilog='Stock nnUNetv2_... commands do the same once `eval "$(nnunet_csm env)"` was run.',
     )
     parser.add_argument("--version", action="version", version=f"nnunet_csm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], what: str, example: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
-            name, help=what, description=what, epilog=f"Example: {example}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name,
+            help=what,
+            description=what,
+            epilog=f"Example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.set_defaults(run=run)
         return command
 
-    p = add("demo", demo, "Run everything on a phantom, on two CPU cores, in minutes, with a summary page.", "nnunet_csm demo -o csm_demo")
+    p = add(
+        "demo",
+        demo,
+        "Run everything on a phantom, on two CPU cores, in minutes, with a summary page.",
+        "nnunet_csm demo -o csm_demo",
+    )
     p.add_argument("-o", default="csm_demo", help="output folder; holds the nnU-Net folders of the demo and summary.html")
     p.add_argument("-seed", type=int, default=0, help="seed of the phantom")
 
@@ -158,7 +167,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(p, FINETUNER)
     p.add_argument("-encoder", help="auto (same fold), all (fold all), scratch, or a checkpoint; default: what the plans say")
 
-    p = add("predict", predict, "Segment images; nnUNetv2_predict after a check of the inputs.", "nnunet_csm predict -d 21 -f 0 -i in -o out")
+    p = add(
+        "predict",
+        predict,
+        "Segment images; nnUNetv2_predict after a check of the inputs.",
+        "nnunet_csm predict -d 21 -f 0 -i in -o out",
+    )
     p.add_argument("-d", required=True, help="dataset name or ID")
     p.add_argument("-i", required=True, help="input folder, with CASE_0000.nii.gz, CASE_0001.nii.gz ...")
     p.add_argument("-o", required=True, help="output folder")
@@ -193,7 +207,9 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     p.add_argument("-overwrite_plans_name", default=PLANS_NAME, help="name of the new plans")
     p.add_argument("-overwrite_patch_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="patch size by hand")
     p.add_argument("-overwrite_token_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="token size by hand")
-    p.add_argument("-series_alias", nargs="+", default=[], metavar="GIVEN=NAME", help="series names the alias table does not know")
+    p.add_argument(
+        "-series_alias", nargs="+", default=[], metavar="GIVEN=NAME", help="series names the alias table does not know"
+    )
 
 
 def _add_training(p: argparse.ArgumentParser, trainer: str) -> None:

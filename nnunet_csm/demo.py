@@ -74,8 +74,9 @@ def run_demo(folder: Path, seed: int) -> None:
         raise UserError(f"{folder} exists and is not empty; choose another folder with -o, or remove it")
     folder = folder.resolve()
     print(
-        f"This makes a phantom of {NUM_TRAINING + NUM_TEST} subjects and four series, pretrains a small encoder on its images, fine-tunes it\n"
-        f"for segmentation, predicts and scores {NUM_TEST} test subjects: about 8 minutes on two CPU cores. All of it goes to {folder}"
+        f"This makes a phantom of {NUM_TRAINING + NUM_TEST} subjects and four series, pretrains a small encoder on its images,\n"
+        f"fine-tunes it for segmentation, predicts and scores {NUM_TEST} test subjects: about 8 minutes on two CPU cores.\n"
+        f"All of it goes to {folder}"
     )
     demo = Demo(folder)
     started = time.monotonic()
@@ -89,14 +90,18 @@ def run_demo(folder: Path, seed: int) -> None:
     demo.stage("pretrain", "-m", "nnunet_csm", "pretrain", *common)
     demo.stage("fine-tune", "-m", "nnunet_csm", "finetune", *common)
     demo.stage("predict", "-m", "nnunet_csm", "predict", *common, "-i", images, "-o", str(predicted))
-    demo.stage("predict with an untrained network", "-c", UNTRAINED, str(demo.results("nnUNetTrainerCSM")), images, str(untrained))
+    demo.stage(
+        "predict with an untrained network", "-c", UNTRAINED, str(demo.results("nnUNetTrainerCSM")), images, str(untrained)
+    )
     evaluate = ("-m", "nnunet_csm", "evaluate", "-d", DATASET, "-ref", references)
     demo.stage("evaluate", *evaluate, "-pred", str(predicted), "-images", images, "-overlays", "3")
     demo.stage("evaluate the untrained network", *evaluate, "-pred", str(untrained))
 
     page = summarize(demo, task, predicted, untrained, time.monotonic() - started)
     page.save(folder / "summary.html")
-    print(f"\nDone in {time.monotonic() - started:.0f} s. Open {folder / 'summary.html'}: plan, curves, reconstructions, overlays, scores.")
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s. Plan, curves, reconstructions, overlays, scores: {folder / 'summary.html'}"
+    )
 
 
 def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds: float) -> Page:
@@ -117,7 +122,9 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         images=[(phantom_picture(case, demo.folder / "phantom.png"), case.name)],
     )
     decisions = [(name, *reason.split(": ", 1)) for name, reason in csm["reasons"].items()]
-    page.section("The plan", "Written by the planner from nnU-Net's fingerprint.", [Table(("decision", "value", "reason"), decisions)])
+    page.section(
+        "The plan", "Written by the planner from nnU-Net's fingerprint.", [Table(("decision", "value", "reason"), decisions)]
+    )
     pictures = sorted((pretraining / "reconstructions").glob("*.png"))
     whole = errors[(errors["left_visible"] == HIDDEN_WHOLE) & (errors["series"] == "all")].iloc[0]
     page.section(
@@ -126,7 +133,10 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         f"the best voxel-wise linear map (ridge regression on the series visible at the voxel) reaches {whole['linear']:.3f}, "
         f"the mean {whole['mean']:.3f}. Subjects of the validation fold, foreground voxels, z-scored units.",
         [Table(tuple(errors.columns), [tuple(row) for row in errors.itertuples(index=False)])],
-        [(pretraining / "progress.png", "Loss, errors, learning rate and speed"), *((p, p.stem) for p in (*pictures[:1], *pictures[-2:]))],
+        [
+            (pretraining / "progress.png", "Loss, errors, learning rate and speed"),
+            *((p, p.stem) for p in (*pictures[:1], *pictures[-2:])),
+        ],
     )
     page.section("Fine-tuning", "nnU-Net's own progress picture.", images=[(finetuning / "progress.png", "Loss and pseudo Dice")])
     page.section(

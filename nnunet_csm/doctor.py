@@ -48,7 +48,9 @@ def installation() -> Iterator[Finding]:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding("GPU", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}")
     else:
-        yield Finding("GPU", "none", "train with -device cpu and `nnunet_csm plan -preset demo`, or check nvidia-smi and the torch build")
+        yield Finding(
+            "GPU", "none", "train with -device cpu and `nnunet_csm plan -preset demo`, or check nvidia-smi and the torch build"
+        )
     yield Finding("CPU", f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} torch threads")
 
 
@@ -62,7 +64,9 @@ def folders() -> Iterator[Finding]:
         yield Finding(variable, str(path), "" if path.is_dir() else f"mkdir -p {path}")
     listed = os.environ.get(nnunet.TRAINER_VARIABLE, "")
     known = str(nnunet.TRAINER_FOLDER) in listed.split(os.pathsep)
-    yield Finding(nnunet.TRAINER_VARIABLE, listed or "not set", "" if known else 'eval "$(nnunet_csm env)", for stock nnUNetv2_... commands')
+    yield Finding(
+        nnunet.TRAINER_VARIABLE, listed or "not set", "" if known else 'eval "$(nnunet_csm env)", for stock nnUNetv2_... commands'
+    )
     for name in TRAINERS:
         folder = str(nnunet.TRAINER_FOLDER)
         found = recursive_find_python_class(folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True)
@@ -85,7 +89,9 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
             yield Finding(name, "raw files", str(error))
     plans_file = preprocessed / f"{PLANS_NAME}.json"
     try:
-        plans = nnunet.read_json(plans_file, f"nnUNetv2_plan_and_preprocess -d {name_or_id} -c {configuration}, then nnunet_csm plan")
+        plans = nnunet.read_json(
+            plans_file, f"nnUNetv2_plan_and_preprocess -d {name_or_id} -c {configuration}, then nnunet_csm plan"
+        )
         settings = read_configuration(plans, configuration, str(plans_file))
     except UserError as error:
         yield Finding("CSM plans", "not usable", str(error))
@@ -97,5 +103,7 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
     yield Finding("preprocessed cases", f"{num_cases} in {identifier}", remedy)
     results = nnunet.folder("nnUNet_results") / name
     for trainer in TRAINERS:
-        done = sorted(f.parent.name for f in Path(results).glob(f"{trainer}__{PLANS_NAME}__{configuration}/fold_*/checkpoint_final.pth"))
+        done = sorted(
+            f.parent.name for f in Path(results).glob(f"{trainer}__{PLANS_NAME}__{configuration}/fold_*/checkpoint_final.pth")
+        )
         yield Finding(trainer, f"finished: {', '.join(done) or 'no fold'}")

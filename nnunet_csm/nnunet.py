@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ def dataset_name(name_or_id: str) -> str:
     try:
         return maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"no dataset {name_or_id!r} in {folder('nnUNet_raw')} or {folder('nnUNet_preprocessed')} ({error})") from None
+        raise UserError(
+            f"no dataset {name_or_id!r} in {folder('nnUNet_raw')} or {folder('nnUNet_preprocessed')} ({error})"
+        ) from None
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -56,6 +58,14 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         return load_json(str(path))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """The dataset's own names of its series, in the order of the channels."""
+    names = dataset_json.get("channel_names") or dataset_json.get("modality")
+    if not names:
+        raise UserError('dataset.json has no channel_names; nnU-Net\'s format wants {"0": "FLAIR", "1": "T1w", ...}')
+    return [names[key] for key in sorted(names, key=int)]
 
 
 def run(entry_point: str, arguments: Sequence[str]) -> None:

@@ -197,9 +197,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 return _value(option, value, where)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool) and isinstance(value, hint):
+    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
+        hint in (str, bool) and isinstance(value, hint)
+    ):
         return value
     expected = " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
     raise UserError(f"{where} is {value!r}, expected {expected}")

@@ -1,6 +1,7 @@
 """What every test stands on: shape checks, a quiet machine, and nnU-Net's three folders."""
 
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,3 +42,47 @@ def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnunetFol
         folder.mkdir()
         monkeypatch.setenv(folder.name, str(folder))
     return folders
+
+
+TINY_PRESET = Path(__file__).with_name("tiny.json")
+NUM_TRAINING, NUM_TEST = 6, 2
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """A phantom in nnU-Net's folders, converted, planned and preprocessed by stock commands, with CSM plans."""
+
+    folders: NnunetFolders
+    environment: dict[str, str]
+    task: Path
+    name: str = "Dataset900_Phantom"
+
+    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a console command of the environment the tests run in."""
+        command = [str(Path(sys.executable).with_name(program)), *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=600)
+
+    def check(self, program: str, *arguments: str) -> str:
+        done = self.run(program, *arguments)
+        assert done.returncode == 0, f"{program} {' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def planned_dataset(tmp_path_factory: pytest.TempPathFactory) -> PlannedDataset:
+    from nnunet_csm import nnunet
+    from nnunet_csm.phantom import PhantomSpec, write_task
+
+    root = tmp_path_factory.mktemp("planned")
+    folders = NnunetFolders(root / "nnUNet_raw", root / "nnUNet_preprocessed", root / "nnUNet_results")
+    environment = {**os.environ, "nnUNet_def_n_proc": "1", "nnUNet_extTrainer": nnunet.trainer_path(), "PYTHONWARNINGS": "ignore"}
+    for folder in (folders.raw, folders.preprocessed, folders.results):
+        folder.mkdir()
+        environment[folder.name] = str(folder)
+    spec = PhantomSpec(series=("FLAIR", "T1w", "T1ce"), shape=(16, 32, 32), spacing_mm=(8.0, 5.0, 5.0), missing_share=0.2)
+    task = write_task(spec, root, NUM_TRAINING, NUM_TEST)
+    dataset = PlannedDataset(folders, environment, task)
+    dataset.check("nnUNetv2_convert_MSD_dataset", "-i", str(task), "-np", "1")
+    dataset.check("nnUNetv2_plan_and_preprocess", "-d", "900", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
+    dataset.check("nnunet_csm", "plan", "-d", "900", "-preset", str(TINY_PRESET))
+    return dataset

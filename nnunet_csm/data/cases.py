@@ -59,7 +59,9 @@ class Cases:
     def _open(folder: Path, name: str, num_series: int) -> blosc2.NDArray:
         path = folder / f"{name}.b2nd"
         if not path.is_file():
-            raise UserError(f"{path}: case {name} is not preprocessed; run nnUNetv2_preprocess (nnU-Net 2.8) or check splits_final.json")
+            raise UserError(
+                f"{path}: case {name} is not preprocessed; run nnUNetv2_preprocess (nnU-Net 2.8) or check splits_final.json"
+            )
         file = blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         if file.shape[0] != num_series:
             raise UserError(f"{path}: {file.shape[0]} series, expected {num_series} as in the plans; plan and preprocess again")

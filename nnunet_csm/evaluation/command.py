@@ -30,8 +30,7 @@ def evaluate_dataset(
     print(scores.to_markdown())
     print(f"written to {out_folder}/evaluation.csv, .md and .json")
     if images is not None and num_overlays:
-        channels = dataset_json.get("channel_names", dataset_json.get("modality"))
-        series = [channels[key] for key in sorted(channels, key=int)]
+        series = nnunet.channel_names(dataset_json)
         labels = {value: label for label, value in dataset_json["labels"].items() if isinstance(value, int) and value > 0}
         drawn = save_overlays_of_folder(
             images, references, predictions, series, labels, out_folder / "overlays", num_overlays, dataset_json["file_ending"]

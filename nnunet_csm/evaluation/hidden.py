@@ -42,8 +42,11 @@ class HiddenVoxelErrors:
             for kind, where in kinds.items():
                 voxels = where & hidden[number] & foreground
                 true = patch[number][voxels]
-                errors = (rebuilt[number][voxels], linear[voxels], self.baseline.mean[number])
-                self.rows.append((kind, name, len(true), *(float(np.square(true - e).sum()) for e in errors)))
+                network, ridge, mean = (
+                    float(np.square(true - estimate).sum())
+                    for estimate in (rebuilt[number][voxels], linear[voxels], self.baseline.mean[number])
+                )
+                self.rows.append((kind, name, len(true), network, ridge, mean))
 
     def table(self) -> pd.DataFrame:
         """Mean squared errors; columns left_visible, series, voxels, network, linear, mean; a row "all" per kind."""

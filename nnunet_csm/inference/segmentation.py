@@ -24,5 +24,5 @@ def check_before_prediction(
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint; {remedy}")
     dataset_json = nnunet.read_json(model / "dataset.json", remedy)
-    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
-    check_inputs(Path(inputs), channels, dataset_json["file_ending"])
+    for line in check_inputs(Path(inputs), nnunet.channel_names(dataset_json), dataset_json["file_ending"]):
+        print(line)

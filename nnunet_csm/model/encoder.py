@@ -9,7 +9,6 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-
 # the longest period of the position embedding is 128 tokens, beyond any grid in use
 LONGEST_HALF_PERIOD = 64.0
 # comparable to the position embedding from the start: with MAE's 0.02, series are told apart only after many steps
@@ -53,7 +52,7 @@ def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0) -> nn
     layers = [Block(width, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
     for layer in layers:
         # timm's other path adds a boolean mask as 0 and 1 to the scores
-        layer.attn.fused_attn = True
+        layer.attn.fused_attn = True  # type: ignore[misc]
     return nn.ModuleList(layers)
 
 

@@ -73,7 +73,9 @@ class UNETRDecoder(nn.Module):
     `seg_layers` is nnU-Net's name: `-pretrained_weights` leaves these out, so that other class counts load.
     """
 
-    def __init__(self, width: int, channels: Sequence[int], strides: Sequence[Size], kernel_sizes: Sequence[Size], num_classes: int):
+    def __init__(
+        self, width: int, channels: Sequence[int], strides: Sequence[Size], kernel_sizes: Sequence[Size], num_classes: int
+    ):
         super().__init__()
         inputs = [*channels[1:], width]
         levels = list(zip(inputs, channels, strides, kernel_sizes, strict=True))[::-1]
@@ -140,9 +142,7 @@ class CSMSegmenter(nn.Module):
         skips = [self.stem(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
         return self.decoder(bottleneck, skips)
 
-    def encode(
-        self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"]
-    ) -> list[Float[Tensor, "b e gz gy gx"]]:
+    def encode(self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"]) -> list[Float[Tensor, "b e gz gy gx"]]:
         """Features of the encoder at its taps, fused over the present series to maps on the token grid."""
         b, s = present.shape
         grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)

@@ -41,7 +41,9 @@ def read_encoder(path: str) -> PretrainedEncoder:
     weights = {k.removeprefix("encoder."): v for k, v in saved["network_weights"].items() if k.startswith("encoder.")}
     init_args: dict[str, Any] = saved["init_args"]
     if not weights:
-        raise UserError(f"{path}: holds a {saved['trainer_name']} network without an encoder of ours; give a checkpoint of pretraining")
+        raise UserError(
+            f"{path}: holds a {saved['trainer_name']} network without an encoder of ours; give a checkpoint of pretraining"
+        )
     configuration = read_configuration(init_args["plans"], init_args["configuration"], str(path))
     return PretrainedEncoder(str(path), configuration.architecture, weights)
 
@@ -73,18 +75,20 @@ def transfer(pretrained: PretrainedEncoder, encoder: Encoder, architecture: Arch
     weights, rows = dict(pretrained.weights), []
     weights["series_embedding"], series_rows = by_series_name(weights["series_embedding"], source.series, target.series)
     state = encoder.state_dict()
-    wrong = [k for k in sorted(set(state) | set(weights)) if k not in state or k not in weights or state[k].shape != weights[k].shape]
+    wrong = [
+        k for k in sorted(set(state) | set(weights)) if k not in state or k not in weights or state[k].shape != weights[k].shape
+    ]
     if wrong:
-        raise UserError(f"{pretrained.source}: tensors without an equal partner: {', '.join(wrong[:5])}; was it written by another version?")
+        raise UserError(
+            f"{pretrained.source}: tensors without an equal partner: {', '.join(wrong[:5])}; was it written by another version?"
+        )
     encoder.load_state_dict(weights)
     for name, tensor in state.items():
         rows += series_rows if name == "series_embedding" else [Transferred(name, tuple(tensor.shape), "loaded")]
     return rows
 
 
-def by_series_name(
-    embedding: Tensor, source: Sequence[str], target: Sequence[str]
-) -> tuple[Tensor, list[Transferred]]:
+def by_series_name(embedding: Tensor, source: Sequence[str], target: Sequence[str]) -> tuple[Tensor, list[Transferred]]:
     """Rows of a per-series tensor (s, e) in another order, or for other series."""
     rows, report = [], []
     for name in target:

@@ -25,7 +25,7 @@ def plan_dataset(
     remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration} first"
     base_plans = nnunet.read_json(folder / f"{base_plans_name}.json", remedy)
     dataset_json = nnunet.read_json(folder / "dataset.json", remedy)
-    matches = canonical_series(dataset_json.get("channel_names", dataset_json.get("modality")), parse_aliases(aliases))
+    matches = canonical_series(nnunet.channel_names(dataset_json), parse_aliases(aliases))
     for match in matches:
         note = "" if match.known else "  (unknown name, kept; say what it is with -series_alias)"
         print(f"series {match.given} -> {match.canonical}{note}")

@@ -69,7 +69,7 @@ def plan(
     entry = base_configuration(base_plans, configuration, source)
     name = paper_preset(series) if preset_name == "paper" else preset_name
     preset = read_preset(name)
-    shape, spacing = [int(round(n)) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
+    shape, spacing = [round(n) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
 
     decisions = [Decision("series", f"{len(series)}: {', '.join(series)}", "channel names of the dataset, in its order")]
     token, why_token = choose_token_size(preset, shape, spacing, token_size)
@@ -87,7 +87,9 @@ def plan(
     decisions += mask_decisions(preset, len(series), num_pretraining_tokens)
     r = preset.reconstruction
     target = "each token by its own mean and deviation" if r.normalize_targets else "z-scored voxels"
-    decisions.append(Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}"))
+    decisions.append(
+        Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}")
+    )
     pretraining = schedule(preset.pretraining, num_cases)
     finetuning = schedule(preset.finetuning, num_cases)
     decisions.append(schedule_decision("pretraining", pretraining, preset.pretraining, num_cases))
@@ -124,7 +126,9 @@ def base_configuration(base_plans: Mapping[str, Any], configuration: str, source
     """A configuration of nnU-Net's plans with its inheritance resolved."""
     names = [c for c in base_plans["configurations"] if c.startswith("3d")]
     if configuration not in names:
-        raise UserError(f"{source}: no 3-D configuration {configuration!r}, there are {', '.join(names) or 'none'}; choose with -c")
+        raise UserError(
+            f"{source}: no 3-D configuration {configuration!r}, there are {', '.join(names) or 'none'}; choose with -c"
+        )
     entry = deepcopy(PlansManager(dict(base_plans)).get_configuration(configuration).configuration)
     if entry.get("previous_stage") is not None:
         raise UserError(f"{source}: {configuration} is the second stage of a cascade; plan for 3d_fullres or 3d_lowres")
@@ -156,15 +160,18 @@ def choose_patch_size(
         return by_hand, "by hand"
     if preset.patch_size is not None:
         return preset.patch_size, "as in the preset"
-    counts = [max(1, round(length / t)) for length, t in zip(shape, token_size, strict=True)]
-    token_voxels = math.prod(token_size)
-    while math.prod(counts) * token_voxels > preset.max_patch_voxels:
-        lengths = [
-            c * t * s if c > MIN_TOKENS_PER_AXIS else 0.0 for c, t, s in zip(counts, token_size, spacing, strict=True)
-        ]
+    whole = [max(1, round(length / t)) for length, t in zip(shape, token_size, strict=True)]
+    counts, max_tokens = list(whole), preset.max_patch_voxels // math.prod(token_size)
+    while math.prod(counts) > max_tokens:
+        lengths = [c * t * s if c > MIN_TOKENS_PER_AXIS else 0.0 for c, t, s in zip(counts, token_size, spacing, strict=True)]
         if not any(lengths):
             break
         counts[lengths.index(max(lengths))] -= 1
+    # the last token taken may have left room for one along another axis
+    for axis, count in enumerate(counts):
+        grown = math.prod(counts) // count * (count + 1)
+        if count < whole[axis] and grown <= max_tokens:
+            counts[axis] += 1
     z, y, x = (c * t for c, t in zip(counts, token_size, strict=True))
     why = f"whole tokens near the median shape {_size(shape)}, at most {preset.max_patch_voxels:,} voxels"
     return (z, y, x), why
@@ -188,7 +195,10 @@ def mask_decisions(preset: Preset, num_series: int, num_tokens: int) -> list[Dec
     if masking.hidden_series == "none":
         return [*rows, Decision("series hidden whole", "none", "set by the preset")]
     rebuilt = "and rebuilt" if masking.hidden_series == "rebuilt" else "and not rebuilt"
-    return [*rows, Decision("series hidden whole", f"1 to {num_series - 1}", f"of the present ones, each number as likely, {rebuilt}")]
+    return [
+        *rows,
+        Decision("series hidden whole", f"1 to {num_series - 1}", f"of the present ones, each number as likely, {rebuilt}"),
+    ]
 
 
 def schedule(preset: PresetSchedule, num_cases: int) -> Schedule:
@@ -210,7 +220,9 @@ def schedule_decision(name: str, chosen: Schedule, preset: PresetSchedule, num_c
     else:
         why = f"{preset.passes:,} passes over the {round(0.8 * num_cases)} training cases of a fold"
     value = f"{chosen.num_iterations:,} iterations of {chosen.batch_size}"
-    return Decision(name, value, f"{why}; AdamW {chosen.learning_rate:g}, weight decay {chosen.weight_decay:g}, warm-up {chosen.warmup:.0%}")
+    return Decision(
+        name, value, f"{why}; AdamW {chosen.learning_rate:g}, weight decay {chosen.weight_decay:g}, warm-up {chosen.warmup:.0%}"
+    )
 
 
 def save_plans(plans: Mapping[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a preset fixes; the planner decides the rest from the data. The files are in `plans/` (installed as nnunet_csm.presets)."""
+"""What a preset fixes; the planner decides the rest. The files are in `plans/`, installed as nnunet_csm.presets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -105,4 +105,6 @@ def paper_preset(series: Sequence[str]) -> str:
         if names is not None and set(names) == set(series):
             return name
     offers = "; ".join(f"{name}: {', '.join(names or ())}" for name, names in known.items())
-    raise UserError(f"the paper has no dataset with the series {', '.join(series)} ({offers}); choose one by name with -preset, or B")
+    raise UserError(
+        f"the paper has no dataset with the series {', '.join(series)} ({offers}); choose one by name with -preset, or B"
+    )

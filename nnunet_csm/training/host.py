@@ -29,7 +29,7 @@ def num_workers(device: torch.device) -> int:
 class CSMTrainer(nnUNetTrainer):
     """A trainer that follows the `csm` block of its plans and whose every draw is a function of (seed, epoch, step, rank)."""
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA) -> None:
+    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
             # before nnU-Net makes a folder
             name = f"{plans['plans_name']}.json"
@@ -84,6 +84,9 @@ class CSMTrainer(nnUNetTrainer):
                 self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
         super().on_train_start()
         self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.batch_size)
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net draws with hiddenlayer, which is no longer to be had, and complains at every start."""
 
     def on_fresh_start(self) -> None:
         """What a run does before its first step and a resumed run does not."""

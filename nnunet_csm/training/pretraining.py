@@ -66,7 +66,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     logged = ("error_part_hidden", "error_whole_hidden", "crops_per_second")
 
-    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA) -> None:
+    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         with exit_on_user_error():
             if self.is_ddp:
@@ -75,6 +75,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         for name in self.logged:
             self.logger.local_logger.my_fantastic_logging[name] = []
         self.last_picture = 0.0
+        self._best_ema: float | None = None
 
     @staticmethod
     def choose_schedule(csm: CSMPlans) -> Schedule:
@@ -100,9 +101,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """There is none."""
-
-    def plot_network_architecture(self) -> None:
-        """nnU-Net would trace the network without a mask."""
 
     def on_fresh_start(self) -> None:
         # hours of pretraining must not end in weights that do not load
@@ -152,7 +150,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         loss = torch.stack([output["loss"] for output in train_outputs]).mean().item()
         if not np.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} in epoch {self.current_epoch}; lower csm.pretraining.learning_rate in the plans")
+            raise RuntimeError(
+                f"the loss is {loss} in epoch {self.current_epoch}; lower csm.pretraining.learning_rate in the plans"
+            )
         super().on_train_epoch_end([{"loss": np.asarray(loss)}])
 
     def on_validation_epoch_start(self) -> None:
@@ -217,7 +217,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
                 hidden,
                 filled,
                 self.settings.architecture.series,
-                patch.any(axis=(1, 2, 3)),
+                np.asarray(patch.any(axis=(1, 2, 3))),
                 f"validation patch {number}, epoch {self.current_epoch}",
             )
 
@@ -258,7 +258,8 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         table.to_csv(folder / "reconstruction.csv", index=False)
         save_json({"hidden_voxels": table.to_dict("records")}, str(folder / "summary.json"))
         self.print_to_log_file(
-            f"Mean squared error on hidden foreground voxels:\n{table.to_string(index=False, float_format='%.4f')}", add_timestamp=False
+            f"Mean squared error on hidden foreground voxels:\n{table.to_string(index=False, float_format='%.4f')}",
+            add_timestamp=False,
         )
 
 

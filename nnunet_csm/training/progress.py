@@ -20,7 +20,9 @@ class Progress:
         if self.run_started is None:
             self.run_started, self.first_epoch = time.monotonic(), epoch
         self.epoch, self.epoch_started, self.shown = epoch, time.monotonic(), time.monotonic()
-        self.bar = tqdm(total=self.num_iterations, desc=f"epoch {epoch + 1}/{self.num_epochs}", unit="it", leave=False, disable=None)
+        self.bar = tqdm(
+            total=self.num_iterations, desc=f"epoch {epoch + 1}/{self.num_epochs}", unit="it", leave=False, disable=None
+        )
 
     def step(self, loss: Tensor | float) -> None:
         """Count one iteration. Reading the loss waits for the GPU, so it is read twice a second at most."""
@@ -29,7 +31,9 @@ class Progress:
         if not self.bar.disable and time.monotonic() - self.shown > 0.5:
             self.shown = time.monotonic()
             rate = self.bar.n * self.batch_size / (self.shown - self.epoch_started)
-            self.bar.set_postfix_str(f"loss {float(loss):.4f}, {rate:.1f} crops/s, {self.left(self.bar.n / self.num_iterations)} left")
+            self.bar.set_postfix_str(
+                f"loss {float(loss):.4f}, {rate:.1f} crops/s, {self.left(self.bar.n / self.num_iterations)} left"
+            )
 
     def end_epoch(self) -> None:
         """Close the bar; `crops_per_second` is that of this epoch's training iterations from here on."""

@@ -1,0 +1,90 @@
+"""The chain a user runs, by stock commands, on a tiny phantom."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from tests.conftest import NUM_TEST, PlannedDataset
+
+PRETRAINER, FINETUNER, PLANS = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetCSMPlans"
+
+
+@pytest.fixture(scope="module")
+def trained(planned_dataset: PlannedDataset) -> PlannedDataset:
+    for trainer in (PRETRAINER, FINETUNER):
+        planned_dataset.check("nnUNetv2_train", "900", "3d_fullres", "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
+    return planned_dataset
+
+
+def fold(dataset: PlannedDataset, trainer: str, number: str = "0") -> Path:
+    return dataset.folders.results / dataset.name / f"{trainer}__{PLANS}__3d_fullres" / f"fold_{number}"
+
+
+def test_training_leaves_what_users_look_at(trained: PlannedDataset) -> None:
+    pretraining, finetuning = fold(trained, PRETRAINER), fold(trained, FINETUNER)
+    for folder in (pretraining, finetuning):
+        assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png"} <= {f.name for f in folder.iterdir()}
+        assert not list(folder.glob("*.tmp"))
+        assert (folder / "validation" / "summary.json").is_file()
+    assert list((pretraining / "reconstructions").glob("*.png"))
+    log = next(finetuning.glob("training_log_*.txt")).read_text()
+    assert str(pretraining / "checkpoint_final.pth") in log
+    assert "by name, from T1ce" in log
+
+
+def test_stock_prediction_and_evaluation(trained: PlannedDataset, tmp_path: Path) -> None:
+    images, references = trained.folders.raw / trained.name / "imagesTs", trained.task / "labelsTs"
+    model = ["-d", "900", "-c", "3d_fullres", "-tr", FINETUNER, "-p", PLANS, "-f", "0", "-device", "cpu"]
+    trained.check("nnUNetv2_predict", *model, "-i", str(images), "-o", str(tmp_path / "out"), "-npp", "1", "-nps", "1")
+    predictions = sorted((tmp_path / "out").glob("*.nii.gz"))
+    assert len(predictions) == NUM_TEST
+    for file in predictions:
+        found, expected = sitk.ReadImage(str(file)), sitk.ReadImage(str(references / file.name))
+        assert found.GetSize() == expected.GetSize()
+        assert found.GetSpacing() == expected.GetSpacing()
+
+    trained.check("nnunet_csm", "predict", *model, "-i", str(images), "-o", str(tmp_path / "ours"))
+    for file in predictions:
+        ours = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "ours" / file.name)))
+        assert np.array_equal(ours, sitk.GetArrayFromImage(sitk.ReadImage(str(file))))
+
+    printed = trained.check(
+        "nnunet_csm", "evaluate", "-d", "900", "-ref", str(references), "-pred", str(tmp_path / "out"), "-images", str(images)
+    )
+    assert "WT" in printed and "paper" in printed and "BraTS" in printed
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == NUM_TEST
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary
+
+
+def test_a_case_without_a_channel_file_is_named_before_anything_is_written(trained: PlannedDataset, tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs"
+    shutil.copytree(trained.folders.raw / trained.name / "imagesTs", inputs)
+    victim = sorted(inputs.glob("*_0001.nii.gz"))[0]
+    victim.unlink()
+    done = trained.run(
+        "nnunet_csm", "predict", "-d", "900", "-f", "0", "-device", "cpu", "-i", str(inputs), "-o", str(tmp_path / "out")
+    )
+    assert done.returncode == 2
+    assert victim.name in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("trainer, complaint", [(FINETUNER, "no pretrained encoder"), (PRETRAINER, "is not a multiple")])
+def test_what_our_trainers_refuse_ends_in_exit_code_2(trained: PlannedDataset, trainer: str, complaint: str) -> None:
+    arguments = ["900", "3d_fullres", "1", "-tr", trainer, "-p", PLANS, "-device", "cpu"]
+    if trainer == PRETRAINER:
+        path = trained.folders.preprocessed / trained.name / f"{PLANS}.json"
+        plans = json.loads(path.read_text())
+        plans["plans_name"] = "Broken"
+        plans["configurations"]["3d_fullres"]["patch_size"][0] += 1
+        path.with_name("Broken.json").write_text(json.dumps(plans))
+        arguments[-3] = "Broken"
+    done = trained.run("nnUNetv2_train", *arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr and "Traceback" not in done.stderr
+    assert "checkpoint" not in " ".join(f.name for f in trained.folders.results.rglob("*") if "Broken" in str(f))

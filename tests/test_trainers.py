@@ -1,0 +1,167 @@
+"""Training runs in this process: resume, determinism, what is read, where the encoder comes from."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import NnunetFolders, PlannedDataset
+
+
+@pytest.fixture
+def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Trainers of the planned phantom that write to a results folder of this test's own."""
+    from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
+    from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+
+    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
+    for folder in vars(folders).values():
+        monkeypatch.setenv(folder.name, str(folder))
+    preprocessed = folders.preprocessed / planned_dataset.name
+
+    def make(pretraining: bool, fold: int | str = 0, resume: bool = False, **changes: Any) -> Any:
+        plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
+        plans["configurations"]["3d_fullres"]["csm"] |= changes
+        plans["continue_training"] = resume
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        trainer = nnUNetTrainerCSMPretrain if pretraining else nnUNetTrainerCSM
+        made = trainer(plans, "3d_fullres", fold, dataset_json, torch.device("cpu"))
+        return made
+
+    return make
+
+
+def weights(folder: str, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:
+    from nnunet_csm import checkpoint
+
+    return checkpoint.load(Path(folder) / name)["network_weights"]
+
+
+class KilledError(Exception):
+    """Stands in for a kill: nothing is saved on the way out."""
+
+
+def kill_in(trainer: Any, epoch: int, step: int) -> None:
+    original = trainer.train_step
+
+    def train_step(batch: Any) -> dict:
+        if trainer.current_epoch == epoch and trainer.iteration % trainer.num_iterations_per_epoch == step:
+            raise KilledError
+        return original(batch)
+
+    trainer.train_step = train_step
+
+
+@pytest.mark.parametrize("pretraining", [True, False])
+def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, pretraining: bool
+) -> None:
+    monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
+    whole = make_trainer(pretraining)
+    whole.run_training()
+    expected = weights(whole.output_folder)
+    shutil.rmtree(whole.output_folder)
+
+    killed = make_trainer(pretraining)
+    kill_in(killed, epoch=1, step=1)
+    with pytest.raises(KilledError):
+        killed.run_training()
+    resumed = make_trainer(pretraining, resume=True)
+    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == 1
+    resumed.run_training()
+    found = weights(resumed.output_folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_pretraining_sees_training_cases_of_its_fold_only_and_no_label(
+    make_trainer: Callable[..., Any], planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessed = tmp_path / "nnUNet_preprocessed"
+    shutil.copytree(planned_dataset.folders.preprocessed, preprocessed)
+    for label in (preprocessed / planned_dataset.name).rglob("*_seg.b2nd"):
+        label.unlink()
+    trainer = make_trainer(True, fold=1)
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+    trainer.preprocessed_dataset_folder_base = str(preprocessed / planned_dataset.name)
+    trainer.preprocessed_dataset_folder = str(preprocessed / planned_dataset.name / "nnUNetPlans_3d_fullres")
+    trainer.run_training()
+    training, validation = trainer.do_split()
+    assert trainer.train_batches.cases.names == sorted(training)
+    assert trainer.val_batches.cases.names == sorted(validation)
+    assert not set(training) & set(validation)
+
+
+def test_fold_all_pretrains_on_every_case(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(True, fold="all")
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert len(trainer.train_batches.cases) == 6
+
+
+def test_finetuning_starts_from_the_encoder_of_its_fold(make_trainer: Callable[..., Any]) -> None:
+    pretrainer = make_trainer(True)
+    pretrainer.run_training()
+    pretrained = weights(pretrainer.output_folder)
+    finetuner = make_trainer(False)
+    finetuner.initialize()
+    finetuner.on_fresh_start()
+    for name, tensor in finetuner.encoder.state_dict().items():
+        assert torch.equal(tensor, pretrained[f"encoder.{name}"])
+    assert finetuner.encoder_source.endswith("fold_0/checkpoint_final.pth")
+
+
+def test_a_missing_encoder_is_an_error_that_offers_fold_all(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunet_csm.errors import UserError
+
+    make_trainer(True, fold="all").run_training()
+    finetuner = make_trainer(False, fold=2)
+    finetuner.initialize()
+    with pytest.raises(UserError, match="nnUNet_csm_encoder=all") as error:
+        finetuner.on_fresh_start()
+    assert "validation images" in str(error.value) and "scratch" in str(error.value)
+    monkeypatch.setenv("nnUNet_csm_encoder", "all")
+    finetuner.on_fresh_start()
+    assert "fold_all" in finetuner.encoder_source
+
+
+def test_weights_given_by_hand_stay_in_charge(make_trainer: Callable[..., Any]) -> None:
+    finetuner = make_trainer(False)
+    finetuner.initialize()
+    with torch.no_grad():
+        for parameter in finetuner.network.parameters():
+            parameter.add_(1.0)
+    before = {k: v.clone() for k, v in finetuner.network.state_dict().items()}
+    finetuner.on_fresh_start()
+    assert all(torch.equal(before[k], v) for k, v in finetuner.network.state_dict().items())
+
+
+def test_a_fresh_run_moves_old_checkpoints_away(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
+    trainer = make_trainer(False)
+    stale = Path(trainer.output_folder) / "checkpoint_final.pth"
+    stale.write_bytes(b"an earlier run")
+    kill_in(trainer, epoch=0, step=1)
+    with pytest.raises(KilledError):
+        trainer.run_training()
+    assert not stale.exists()
+    moved = list(Path(trainer.output_folder).glob("previous_*/checkpoint_final.pth"))
+    assert [f.read_bytes() for f in moved] == [b"an earlier run"]
+
+
+def test_resuming_with_other_plans_is_refused(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(True)
+    trainer.run_training()
+    other = make_trainer(True, resume=True)
+    object.__setattr__(other.settings.architecture, "width", 48)
+    with pytest.raises(SystemExit) as stop:
+        other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    assert stop.value.code == 2
+    assert "width is 24, the plans say 48" in capsys.readouterr().err
