@@ -99,9 +99,7 @@ def run_demo(folder: Path, seed: int) -> None:
 
     page = summarize(demo, task, predicted, untrained, time.monotonic() - started)
     page.save(folder / "summary.html")
-    print(
-        f"\nDone in {time.monotonic() - started:.0f} s. Plan, curves, reconstructions, overlays, scores: {folder / 'summary.html'}"
-    )
+    print(f"\nDone in {time.monotonic() - started:.0f} s. All stages, with pictures and scores: {folder}/summary.html")
 
 
 def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds: float) -> Page:
@@ -115,7 +113,11 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         f"equations. It took {seconds / 60:.1f} minutes."
     )
     page = Page("Cross-series masking, demo", lead)
-    case = min((task / "imagesTr").glob("*.nii.gz"))
+    # a subject that has every series and shows every label
+    subjects = pd.read_csv(task / "cases.csv")
+    series = [c for c in subjects.columns if c not in ("case", "split", "enhancing")]
+    full = subjects[(subjects["split"] == "Tr") & subjects[series].all(axis=1) & subjects["enhancing"].astype(bool)]
+    case = task / "imagesTr" / f"{full['case'].iloc[0]}.nii.gz"
     page.section(
         "The phantom",
         "One training subject. Oedema shows in FLAIR, the enhancing part in T1ce only. One series in ten is missing.",
@@ -157,14 +159,15 @@ def phantom_picture(case: Path, path: Path) -> Path:
     series = [dataset["modality"][key] for key in sorted(dataset["modality"], key=int)]
     names = {int(value): name for value, name in dataset["labels"].items() if int(value)}
     x, y, z = image.GetSpacing()[:3]
-    save_overlay(path, volume, series, None, sitk.GetArrayFromImage(label), names, case.name.split(".")[0], (z, y, x))
+    save_overlay(path, volume, series, None, sitk.GetArrayFromImage(label), names, case.name.split(".")[0], (z, y, x), "labels")
     return path
 
 
 def score_table(scores: dict[str, Any], floor: dict[str, Any]) -> Table:
-    rows = []
-    for name, row in scores["summary"].items():
-        rows.append((name, row["mean"], row["median"], row["n"], floor["summary"][name]["mean"]))
+    rows: list[tuple[object, ...]] = [
+        (name, row["mean"], row["median"], row["n"], floor["dice"][name]["mean"]) for name, row in scores["dice"].items()
+    ]
+    rows.append(("foreground mean", scores["foreground_mean"], float("nan"), "", floor["foreground_mean"]))
     return Table(("structure", "mean Dice", "median", "n", "untrained"), rows)
 
 

@@ -34,8 +34,11 @@ def save_overlay(
     label_names: Mapping[int, str],
     title: str,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    drawn: str = "prediction",
 ) -> None:
     """A row per series: image, reference, prediction, and both as lines, enlarged; without a reference, image and prediction.
+
+    `drawn` is the heading of the predictions' column, for labels that are something else.
 
     All show the axial slice with most foreground in the reference (in the prediction where there is none). A series that is 0
     everywhere is drawn as absent. `label_names` names the labels to draw (0 is never drawn); `spacing` is in mm as (z, y, x).
@@ -49,7 +52,7 @@ def save_overlay(
     predicted_slice = prediction[z][shown]
     reference_slice = None if reference is None else reference[z][shown]
 
-    columns = ["image", "prediction"] if reference is None else ["image", "reference", "prediction", "both, enlarged"]
+    columns = ["image", drawn] if reference is None else ["image", "reference", drawn, "both, enlarged"]
     aspect = spacing[1] / spacing[2]
     height, width = predicted_slice.shape
     figure, panels = _grid(

@@ -209,8 +209,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         )
         folder = Path(self.output_folder) / "reconstructions"
         folder.mkdir(exist_ok=True)
-        for number, batch in enumerate(self.val_patches[:2]):
-            patch, hidden, filled = next(self.rebuilt_patches(batch))
+        for number, (volume, mask) in enumerate(self.val_patches[:2]):
+            # the sample with most to see: most series, most tissue
+            sample = slice(best := int((volume != 0).flatten(1).sum(1).argmax()), best + 1)
+            chosen = Mask(mask.hidden[sample], mask.rebuilt[sample], mask.visible[sample])
+            patch, hidden, filled = next(self.rebuilt_patches((volume[sample], chosen)))
             save_reconstruction(
                 folder / f"epoch_{self.current_epoch:04d}_{number}.png",
                 patch,
