@@ -123,7 +123,7 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         "One training subject. Oedema shows in FLAIR, the enhancing part in T1ce only. One series in ten is missing.",
         images=[(phantom_picture(case, demo.folder / "phantom.png"), case.name)],
     )
-    decisions = [(name, *reason.split(": ", 1)) for name, reason in csm["reasons"].items()]
+    decisions = [(name, value, reason) for name, (value, reason) in csm["reasons"].items()]
     page.section(
         "The plan", "Written by the planner from nnU-Net's fingerprint.", [Table(("decision", "value", "reason"), decisions)]
     )

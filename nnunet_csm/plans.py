@@ -85,7 +85,7 @@ class Finetuning:
 
 @dataclass(frozen=True)
 class CSM:
-    """The `csm` block of a configuration."""
+    """The `csm` block of a configuration. `reasons`: for each decision, its value as text and why."""
 
     version: int
     preset: str
@@ -96,7 +96,7 @@ class CSM:
     pretraining: Schedule
     finetuning_schedule: Schedule
     finetuning: Finetuning
-    reasons: dict[str, str]
+    reasons: dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,24 @@ def read_configuration(plans: Mapping[str, Any], name: str, source: str) -> Conf
         UserError: no such configuration, no `csm` block, an unknown or missing key, a value of the wrong type, or a
             patch that is no multiple of the token.
     """
+    return parse_configuration(_entry(plans, name, source), f"{source}: configurations.{name}")
+
+
+def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Architecture:
+    """Only the network of a configuration: what a checkpoint of another version must still tell.
+
+    Raises:
+        UserError: no such configuration, or not a network of ours.
+    """
+    arguments = _entry(plans, name, source)["architecture"]["arch_kwargs"]
+    return from_dict(Architecture, arguments, f"{source}: configurations.{name}.architecture.arch_kwargs")
+
+
+def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
     configurations = plans.get("configurations", {})
     if name not in configurations:
         raise UserError(f"{source}: no configuration {name!r}, expected one of {sorted(configurations)}; choose with -c")
-    return parse_configuration(configurations[name], f"{source}: configurations.{name}")
+    return configurations[name]
 
 
 def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.plans import Architecture, read_configuration
+from nnunet_csm.plans import Architecture, read_architecture
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def read_encoder(path: str) -> PretrainedEncoder:
         raise UserError(
             f"{path}: holds a {saved['trainer_name']} network without an encoder of ours; give a checkpoint of pretraining"
         )
-    configuration = read_configuration(init_args["plans"], init_args["configuration"], str(path))
-    return PretrainedEncoder(str(path), configuration.architecture, weights)
+    architecture = read_architecture(init_args["plans"], init_args["configuration"], str(path))
+    return PretrainedEncoder(str(path), architecture, weights)
 
 
 def transfer(pretrained: PretrainedEncoder, encoder: Encoder, architecture: Architecture) -> list[Transferred]:

@@ -109,7 +109,7 @@ def plan(
         pretraining=pretraining,
         finetuning_schedule=finetuning,
         finetuning=Finetuning(encoder=preset.encoder, mirroring=preset.mirroring),
-        reasons={d.name: f"{d.value}: {d.reason}" for d in decisions},
+        reasons={d.name: (d.value, d.reason) for d in decisions},
     )
     entry |= {
         "patch_size": list(patch),

@@ -14,7 +14,7 @@ from nnunet_csm import checkpoint
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.plans import CSM, Schedule, read_configuration
+from nnunet_csm.plans import CSM, Schedule, read_architecture, read_configuration
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.progress import Progress
 
@@ -142,8 +142,8 @@ class CSMTrainer(nnUNetTrainer):
         with exit_on_user_error():
             loaded = checkpoint.load(filename_or_checkpoint)
             init_args = loaded["init_args"]
-            saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
-            for field, found in vars(saved.architecture).items():
+            saved = read_architecture(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
+            for field, found in vars(saved).items():
                 expected = getattr(self.settings.architecture, field)
                 if found != expected:
                     raise UserError(

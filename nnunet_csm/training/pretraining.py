@@ -1,5 +1,6 @@
 """`nnUNetTrainerCSMPretrain`: train an encoder by cross-series masking, on images only (paper III-B)."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SECONDS_BETWEEN_PICTURES = 60.0
 MAX_GRADIENT_NORM = 1.0
+# patches on which reconstructions are compared with the linear map
+NUM_COMPARED = 192
 
 
 class MaskedBatches:
@@ -125,12 +128,14 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         )
         self.print_to_log_file(f"Pretraining on {len(cases[0])} cases (read from {cases[0].where}), labels unread")
         pin = self.device.type == "cuda"
-        # the same patches and masks in every epoch, so that epochs compare
-        self.val_patches = [self.val_batches(0, step) for step in range(self.num_val_iterations_per_epoch)]
         train = batches(
             self.train_batches, self.current_epoch, self.num_epochs, self.num_iterations_per_epoch, num_workers(self.device), pin
         )
-        return train, iter(self.val_patches)
+        return train, self.fixed_validation()
+
+    def fixed_validation(self) -> Iterator[tuple[Tensor, Mask]]:
+        """The same patches and masks in every epoch, so that epochs compare."""
+        return (self.val_batches(0, step) for step in range(self.num_val_iterations_per_epoch))
 
     def train_step(self, batch: tuple[Tensor, Mask]) -> dict:
         self.before_step()
@@ -157,7 +162,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self.dataloader_val = iter(self.val_patches)
+        self.dataloader_val = self.fixed_validation()
 
     def validation_step(self, batch: tuple[Tensor, Mask]) -> dict:
         volume, mask = batch[0].to(self.device), batch[1].to(self.device)
@@ -209,7 +214,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         )
         folder = Path(self.output_folder) / "reconstructions"
         folder.mkdir(exist_ok=True)
-        for number, (volume, mask) in enumerate(self.val_patches[:2]):
+        for number, (volume, mask) in enumerate(itertools.islice(self.fixed_validation(), 2)):
             # the sample with most to see: most series, most tissue
             sample = slice(best := int((volume != 0).flatten(1).sum(1).argmax()), best + 1)
             chosen = Mask(mask.hidden[sample], mask.rebuilt[sample], mask.visible[sample])
@@ -243,7 +248,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             self.get_dataloaders()
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
-        num_batches = max(8, math.ceil(256 / self.batch_size))
+        num_batches = max(4, math.ceil(NUM_COMPARED / self.batch_size))
         self.print_to_log_file("Comparing reconstructions of validation cases with a voxel-wise linear map ...")
         training = (patch.numpy() for step in range(num_batches) for patch in self.train_batches(0, step)[0])
         try:
