@@ -1,7 +1,6 @@
 """Checkpoints: plain Python and tensors, written whole or not at all, read without executing anything."""
 
 import os
-import pickle
 import platform
 from datetime import datetime
 from importlib.metadata import version
@@ -54,7 +53,7 @@ def load(path: str | Path) -> dict[str, Any]:
     remedy = "expected a checkpoint written by nnUNetTrainerCSMPretrain or nnUNetTrainerCSM"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever bytes that are no checkpoint may lead to
         raise UserError(f"{path}: not readable as a checkpoint ({type(error).__name__}); {remedy}") from error
     if not isinstance(checkpoint, dict) or not {"network_weights", "init_args", "trainer_name"} <= set(checkpoint):
         raise UserError(f"{path}: a file of tensors but not a training checkpoint; {remedy}")

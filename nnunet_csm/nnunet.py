@@ -44,10 +44,9 @@ def dataset_name(name_or_id: str) -> str:
         folder(variable)
     try:
         return maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"no dataset {name_or_id!r} in {folder('nnUNet_raw')} or {folder('nnUNet_preprocessed')} ({error})"
-        ) from None
+    except (RuntimeError, ValueError, AssertionError):
+        where = " or ".join(str(folder(variable)) for variable in FOLDER_VARIABLES)
+        raise UserError(f"no dataset {name_or_id!r} in {where}; convert it, or check nnUNet_raw") from None
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -130,8 +130,12 @@ def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Archi
     Raises:
         UserError: no such configuration, or not a network of ours.
     """
-    arguments = _entry(plans, name, source)["architecture"]["arch_kwargs"]
-    return from_dict(Architecture, arguments, f"{source}: configurations.{name}.architecture.arch_kwargs")
+    return _architecture(_entry(plans, name, source), f"{source}: configurations.{name}")
+
+
+def _architecture(entry: Mapping[str, Any], where: str) -> Architecture:
+    network = entry.get("architecture") or {}
+    return from_dict(Architecture, network.get("arch_kwargs"), f"{where}.architecture.arch_kwargs")
 
 
 def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
@@ -146,8 +150,8 @@ def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
     if "csm" not in entry:
         raise UserError(f"{where} has no 'csm' block; write CSM plans with `nnunet_csm plan -d ID` and choose them with -p")
     configuration = Configuration(
-        patch_size=_value(Size, entry["patch_size"], f"{where}.patch_size"),
-        architecture=from_dict(Architecture, entry["architecture"]["arch_kwargs"], f"{where}.architecture.arch_kwargs"),
+        patch_size=_value(Size, entry.get("patch_size"), f"{where}.patch_size"),
+        architecture=_architecture(entry, where),
         csm=from_dict(CSM, entry["csm"], f"{where}.csm"),
     )
     _check(configuration, where)
@@ -171,7 +175,7 @@ def _check(configuration: Configuration, where: str) -> None:
         (architecture.width, architecture.num_heads, "arch_kwargs"),
         (csm.reconstruction.width, csm.reconstruction.num_heads, "csm.reconstruction"),
     ):
-        if width % heads or width < 6:
+        if heads < 1 or width % heads or width < 6:
             raise UserError(f"{where}: width {width} in {what} must be a multiple of num_heads {heads} and at least 6")
     if architecture.depth < max(token_size).bit_length() - 1:
         raise UserError(f"{where}: depth {architecture.depth} is too small for a decoder over token_size {token_size}")

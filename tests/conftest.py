@@ -75,7 +75,13 @@ def planned_dataset(tmp_path_factory: pytest.TempPathFactory) -> PlannedDataset:
 
     root = tmp_path_factory.mktemp("planned")
     folders = NnunetFolders(root / "nnUNet_raw", root / "nnUNet_preprocessed", root / "nnUNet_results")
-    environment = {**os.environ, "nnUNet_def_n_proc": "1", "nnUNet_extTrainer": nnunet.trainer_path(), "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "nnUNet_def_n_proc": "1",
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_extTrainer": nnunet.trainer_path(),
+        "PYTHONWARNINGS": "ignore",
+    }
     for folder in (folders.raw, folders.preprocessed, folders.results):
         folder.mkdir()
         environment[folder.name] = str(folder)

@@ -49,7 +49,10 @@ class Cases:
         for file in tqdm(files, desc="reading images", unit="case", disable=None, leave=False):
             volume = torch.from_numpy(file[:])
             present.append((volume != 0).flatten(1).any(1))
-            self.volumes.append(volume.half() if self.where == "memory" else file)
+            half = volume.half()
+            # intensities that nobody normalised may be beyond fp16
+            in_memory = half if half.isfinite().all() else volume
+            self.volumes.append(in_memory if self.where == "memory" else file)
         self.series_present = torch.stack(present)
         empty = [name for name, has in zip(self.names, self.series_present, strict=True) if not has.any()]
         if empty:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import blosc2
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -30,7 +31,9 @@ def draw_crops(generator: torch.Generator, shapes: Int[Tensor, "b 3"], patch_siz
     return Crops(torch.where(room >= 0, offset, -offset), torch.rand(shapes.shape, generator=generator) < 0.5)
 
 
-def cut(volume: Tensor, start: Sequence[int], flip: Sequence[bool], patch_size: Size) -> Float[Tensor, "s z y x"]:
+def cut(
+    volume: Tensor | blosc2.NDArray, start: Sequence[int], flip: Sequence[bool], patch_size: Size
+) -> Float[Tensor, "s z y x"]:
     """Cut one patch out of a volume (s, z, y, x), zero outside of it, and flip it."""
     inside, outside = [], []
     for first, size, length in zip(start, patch_size, volume.shape[1:], strict=True):

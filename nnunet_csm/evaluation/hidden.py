@@ -13,8 +13,19 @@ HIDDEN_WHOLE_ALONE = "series hidden whole, nothing visible there"
 HIDDEN_PART = "series visible elsewhere"
 
 
+def foreground(series: Float[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
+    """Voxels that are not background: nnU-Net leaves it 0 when it normalises within a mask, else it is the lowest value."""
+    return (series != 0) & (series > series.min())
+
+
+def foreground_voxels(patch: Float[np.ndarray, "s z y x"]) -> Float[np.ndarray, "s n 1 1"]:
+    """The voxels of a patch that are foreground in any series, for `RidgeBaseline.fit`."""
+    inside = np.any([foreground(series) for series in patch], axis=0)
+    return patch[:, inside][:, :, None, None]
+
+
 class HiddenVoxelErrors:
-    """Sums of squared errors over foreground voxels (true value not 0), by series and by what was visible.
+    """Sums of squared errors over foreground voxels, by series and by what was visible.
 
     The network and the linear map see the same visible tokens. The map is the ridge regression of the hidden series on
     the series visible at the same voxel.
@@ -30,9 +41,9 @@ class HiddenVoxelErrors:
         """Score one patch; series that are all zero are absent and left out."""
         visible = ~hidden
         for number, name in enumerate(self.series):
-            foreground = patch[number] != 0
-            if not foreground.any():
+            if not patch[number].any():
                 continue
+            inside = foreground(patch[number])
             elsewhere = np.delete(visible, number, axis=0).any(axis=0)
             if hidden[number].all():
                 kinds = {HIDDEN_WHOLE: elsewhere, HIDDEN_WHOLE_ALONE: ~elsewhere}
@@ -40,7 +51,7 @@ class HiddenVoxelErrors:
                 kinds = {HIDDEN_PART: np.ones_like(elsewhere)}
             linear = self.baseline.predict(patch, visible, number)
             for kind, where in kinds.items():
-                voxels = where & hidden[number] & foreground
+                voxels = where & hidden[number] & inside
                 true = patch[number][voxels]
                 network, ridge, mean = (
                     float(np.square(true - estimate).sum())

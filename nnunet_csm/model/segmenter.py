@@ -123,7 +123,8 @@ class CSMSegmenter(nn.Module):
         self.token_size: Size = (tz, ty, tx)
         self.taps = [round(depth * (level + 1) / len(strides)) for level in range(len(strides))]
         self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path)
-        self.stem = conv_block(len(series), features, kernel_sizes[0])
+        # the first layer holds all weights that belong to a series
+        self.stem = nn.Sequential(nn.Conv3d(len(series), features, 1), conv_block(features, features, kernel_sizes[0]))
         self.skips = nn.ModuleList(
             Skip(width, channels[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
         )

@@ -8,7 +8,7 @@ import math
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Size = tuple[int, int, int]
@@ -28,7 +28,7 @@ def to_tokens(volume: Float[Tensor, "b s z y x"], token_size: Size) -> Float[Ten
     return rearrange(volume, "b s (gz tz) (gy ty) (gx tx) -> b s (gz gy gx) (tz ty tx)", gz=gz, gy=gy, gx=gx)
 
 
-def to_volume(tokens: Float[Tensor, "b s l v"], grid: Size, token_size: Size) -> Float[Tensor, "b s z y x"]:
+def to_volume(tokens: Shaped[Tensor, "b s l v"], grid: Size, token_size: Size) -> Shaped[Tensor, "b s z y x"]:
     """The inverse of `to_tokens`."""
     (gz, gy, gx), (tz, ty, tx) = grid, token_size
     pattern = "b s (gz gy gx) (tz ty tx) -> b s (gz tz) (gy ty) (gx tx)"

@@ -40,11 +40,17 @@ def read_encoder(path: str) -> PretrainedEncoder:
     saved = checkpoint.load(path)
     weights = {k.removeprefix("encoder."): v for k, v in saved["network_weights"].items() if k.startswith("encoder.")}
     init_args: dict[str, Any] = saved["init_args"]
-    if not weights:
+    if "series_embedding" not in weights:
+        kind = saved["trainer_name"]
         raise UserError(
-            f"{path}: holds a {saved['trainer_name']} network without an encoder of ours; give a checkpoint of pretraining"
+            f"{path}: a {kind} network without an encoder of ours (no series_embedding); give a checkpoint of pretraining"
         )
     architecture = read_architecture(init_args["plans"], init_args["configuration"], str(path))
+    found, expected = len(weights["series_embedding"]), len(architecture.series)
+    if found != expected:
+        raise UserError(
+            f"{path}: series_embedding holds {found} series, its plans name {expected}; the file was changed, pretrain again"
+        )
     return PretrainedEncoder(str(path), architecture, weights)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from nnunet_csm import nnunet
+from nnunet_csm.errors import UserError
 from nnunet_csm.planning.planner import Decision, plan, save_plans
 from nnunet_csm.plans import Size
 from nnunet_csm.raw.check import check_dataset
@@ -22,6 +23,10 @@ def plan_dataset(
     """Write `<plans_name>.json` beside nnU-Net's plans and print every decision with its reason."""
     name = nnunet.dataset_name(dataset)
     folder = nnunet.folder("nnUNet_preprocessed") / name
+    if plans_name == base_plans_name:
+        raise UserError(
+            f"{folder / plans_name}.json: these are nnU-Net's plans, kept as they are; give another -overwrite_plans_name"
+        )
     remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {configuration} first"
     base_plans = nnunet.read_json(folder / f"{base_plans_name}.json", remedy)
     dataset_json = nnunet.read_json(folder / "dataset.json", remedy)
@@ -40,6 +45,8 @@ def plan_dataset(
         token_size,
     )
     path = folder / f"{plans_name}.json"
+    if path.is_file() and not any("csm" in c for c in nnunet.read_json(path, "remove it")["configurations"].values()):
+        raise UserError(f"{path}: holds plans that are not ours and are kept; give another -overwrite_plans_name")
     save_plans(plans, path)
     print(f"\n{as_table(decisions)}\n\nwritten to {path}")
     data = folder / plans["configurations"][configuration]["data_identifier"]

@@ -67,6 +67,9 @@ def plan(
     """
     source = f"plans {base_plans['plans_name']}"
     entry = base_configuration(base_plans, configuration, source)
+    for flag, size in (("-overwrite_patch_size", patch_size), ("-overwrite_token_size", token_size)):
+        if size is not None and min(size) < 1:
+            raise UserError(f"{flag} {_size(size)}: expected three numbers above 0")
     name = paper_preset(series) if preset_name == "paper" else preset_name
     preset = read_preset(name)
     shape, spacing = [round(n) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
@@ -132,7 +135,8 @@ def base_configuration(base_plans: Mapping[str, Any], configuration: str, source
     entry = deepcopy(PlansManager(dict(base_plans)).get_configuration(configuration).configuration)
     if entry.get("previous_stage") is not None:
         raise UserError(f"{source}: {configuration} is the second stage of a cascade; plan for 3d_fullres or 3d_lowres")
-    return entry
+    # both name configurations that CSM plans do not have
+    return {key: value for key, value in entry.items() if key not in ("inherits_from", "next_stage")}
 
 
 def choose_token_size(preset: Preset, shape: Sequence[int], spacing: Sequence[float], by_hand: Size | None) -> tuple[Size, str]:

@@ -81,6 +81,8 @@ def _read(name: str) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise UserError(f"preset {name}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"preset {name}: expected a JSON object, found {type(data).__name__}")
     parent = data.pop("inherits_from", None)
     return data if parent is None else merged(_read(parent), data)
 

@@ -37,10 +37,13 @@ def build_optimizer(network: nn.Module, encoder: Encoder, schedule: Schedule) ->
 
 def build_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> CosineLRScheduler:
     """Linear warm-up, then cosine decay to zero, by iteration: call `step_update(number of the iteration, from 1)`."""
+    warmup = math.ceil(schedule.warmup * schedule.num_iterations)
     return CosineLRScheduler(
         optimizer,
-        t_initial=schedule.num_iterations,
-        warmup_t=math.ceil(schedule.warmup * schedule.num_iterations),
+        # one more, so that the last iteration still learns
+        t_initial=schedule.num_iterations + 1 - warmup,
+        warmup_t=warmup,
+        warmup_prefix=True,
         warmup_lr_init=0.0,
         t_in_epochs=False,
         initialize=True,

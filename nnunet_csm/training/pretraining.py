@@ -18,7 +18,7 @@ from nnunet_csm.data.cases import Cases
 from nnunet_csm.data.crops import draw_crops
 from nnunet_csm.data.draws import Purpose, batches, generator, key
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.evaluation.hidden import HiddenVoxelErrors
+from nnunet_csm.evaluation.hidden import HiddenVoxelErrors, foreground_voxels
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.reconstructions import save_reconstruction
@@ -215,8 +215,8 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         folder = Path(self.output_folder) / "reconstructions"
         folder.mkdir(exist_ok=True)
         for number, (volume, mask) in enumerate(itertools.islice(self.fixed_validation(), 2)):
-            # the sample with most to see: most series, most tissue
-            sample = slice(best := int((volume != 0).flatten(1).sum(1).argmax()), best + 1)
+            # the sample with most to see
+            sample = slice(best := int(volume.flatten(1).std(1).argmax()), best + 1)
             chosen = Mask(mask.hidden[sample], mask.rebuilt[sample], mask.visible[sample])
             patch, hidden, filled = next(self.rebuilt_patches((volume[sample], chosen)))
             save_reconstruction(
@@ -252,7 +252,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         self.print_to_log_file("Comparing reconstructions of validation cases with a voxel-wise linear map ...")
         training = (patch.numpy() for step in range(num_batches) for patch in self.train_batches(0, step)[0])
         try:
-            baseline = RidgeBaseline().fit(foreground(patch) for patch in training)
+            baseline = RidgeBaseline().fit(foreground_voxels(patch) for patch in training)
         except UserError as error:
             self.print_to_log_file(f"No comparison: {error}")
             save_json({}, str(folder / "summary.json"))
@@ -269,8 +269,3 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             f"Mean squared error on hidden foreground voxels:\n{table.to_string(index=False, float_format='%.4f')}",
             add_timestamp=False,
         )
-
-
-def foreground(patch: np.ndarray) -> np.ndarray:
-    """The voxels of a patch (s, z, y, x) in which any series differs from 0, as (s, n, 1, 1)."""
-    return patch[:, patch.any(axis=0)][:, :, None, None]

@@ -9,6 +9,7 @@ from typing import Any
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunet_csm.data.draws import Purpose, batches, seed_everything
@@ -22,7 +23,7 @@ PRETRAINER = "nnUNetTrainerCSMPretrain"
 
 
 class KeepAbsentSeriesAbsent(BasicTransform):
-    """Apply nnU-Net's training transforms, then set series that were all zero back to zero.
+    """Apply intensity transforms, then set series that were all zero before them back to zero.
 
     Noise and the like make an absent series differ from zero, and the segmenter would take it for present.
     """
@@ -116,7 +117,10 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             if isinstance(inner, GaussianBlurTransform):
                 # it would time two implementations and keep the faster: not a function of the key
                 inner.benchmark = False
-        return KeepAbsentSeriesAbsent(transforms)
+        # spatial transforms come first; what is left of a series after them is what the network may see
+        first = next(i for i, transform in enumerate(transforms.transforms) if isinstance(transform, RandomTransform))
+        spatial, intensity = transforms.transforms[:first], transforms.transforms[first:]
+        return ComposeTransforms([*spatial, KeepAbsentSeriesAbsent(ComposeTransforms(intensity))])
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         with no_worker_processes():

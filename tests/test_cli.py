@@ -1,0 +1,219 @@
+"""Every command explains itself, and what a user got wrong ends in exit code 2 and a line or two."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from typing import Any
+
+import pytest
+from factories import DATASET_JSON, base_plans
+
+from nnunet_csm import cli, nnunet
+from nnunet_csm.plans import read_configuration
+
+COMMANDS: dict[str, argparse.ArgumentParser] = next(
+    dict(a.choices) for a in cli.build_parser()._actions if isinstance(a.choices, dict)
+)
+# one command line for each command that needs a dataset
+ON_A_DATASET = {
+    "plan": ["plan", "-d", "1"],
+    "plan_and_preprocess": ["plan_and_preprocess", "-d", "1"],
+    "pretrain": ["pretrain", "-d", "1", "-device", "cpu"],
+    "finetune": ["finetune", "-d", "1", "-device", "cpu"],
+    "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
+    "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
+}
+
+
+def refused(arguments, capsys):
+    """The command ends in exit code 2 with one or two lines, which are returned."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("Error: ")
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 2
+    return message
+
+
+@pytest.fixture
+def dataset(nnunet_folders):
+    """A dataset that nnU-Net has planned."""
+    folder = nnunet_folders.preprocessed / "Dataset001_Tiny"
+    folder.mkdir()
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    (folder / "nnUNetPlans.json").write_text(json.dumps(base_plans()))
+    return folder
+
+
+# --- help --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Example: " in text and f"nnunet_csm {command}" in text.split("Example: ")[1]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_example_is_a_command_line_that_parses(command):
+    example = (COMMANDS[command].epilog or "").removeprefix("Example: ")
+    arguments = shlex.split(example.removeprefix('eval "$(').removesuffix(')"'))
+    assert arguments[0] == "nnunet_csm"
+    assert cli.build_parser().parse_args(arguments[1:]).run
+
+
+def test_the_help_of_the_program_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_every_command_that_needs_a_dataset_is_tested_here():
+    assert set(COMMANDS) - set(ON_A_DATASET) == {"demo", "doctor", "env"}
+
+
+# --- what a user got wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", nnunet.FOLDER_VARIABLES)
+@pytest.mark.parametrize("command", sorted(ON_A_DATASET))
+def test_a_missing_variable_of_nnunet_is_named(command, missing, nnunet_folders, monkeypatch, capsys):
+    monkeypatch.delenv(missing)
+    message = refused(ON_A_DATASET[command], capsys)
+    assert f"{missing} is not set" in message and f"export {missing}=" in message
+
+
+@pytest.mark.parametrize("command", sorted(ON_A_DATASET))
+def test_a_missing_dataset_is_named_with_the_folders_looked_at(command, nnunet_folders, capsys):
+    message = refused(ON_A_DATASET[command], capsys)
+    assert "'1'" in message and str(nnunet_folders.raw) in message
+
+
+@pytest.mark.parametrize("name", ["Dataset007_Gone", "Tiny", "Dataset1"])
+def test_a_dataset_by_a_name_there_is_not_is_refused(name, nnunet_folders, capsys):
+    assert name in refused(["plan", "-d", name], capsys)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_dataset_that_was_not_planned_is_refused_with_the_remedy(command, dataset, capsys):
+    message = refused(ON_A_DATASET[command], capsys)
+    assert str(dataset / "nnUNetCSMPlans.json") in message and "nnunet_csm plan" in message
+
+
+def test_a_dataset_that_nnunet_has_not_planned_is_refused_with_the_remedy(dataset, capsys):
+    (dataset / "nnUNetPlans.json").unlink()
+    message = refused(ON_A_DATASET["plan"], capsys)
+    assert str(dataset / "nnUNetPlans.json") in message and "nnUNetv2_plan_and_preprocess -d 1" in message
+
+
+def test_a_plans_file_that_is_no_json_is_named(dataset, capsys):
+    (dataset / "nnUNetPlans.json").write_text("{")
+    assert "nnUNetPlans.json: not valid JSON" in refused(ON_A_DATASET["plan"], capsys)
+
+
+def test_a_fold_that_was_not_trained_is_refused(dataset, capsys):
+    message = refused(ON_A_DATASET["predict"], capsys)
+    assert "fold_0" in message and "nnunet_csm finetune -d 1" in message
+
+
+def test_an_alias_of_the_wrong_form_is_refused(dataset, capsys):
+    assert "-series_alias" in refused(["plan", "-d", "1", "-series_alias", "T1"], capsys)
+
+
+def test_sizes_by_hand_that_do_not_fit_are_refused(dataset, capsys):
+    flags = ["-overwrite_patch_size", "32", "32", "30", "-overwrite_token_size", "8", "8", "8"]
+    message = refused(["plan", "-d", "1", *flags], capsys)
+    assert "(32, 32, 30)" in message and "(8, 8, 8)" in message
+    assert not (dataset / "nnUNetCSMPlans.json").exists()
+
+
+# --- what they do ------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_writes_plans_beside_nnunets_and_prints_every_decision(dataset, capsys):
+    before = (dataset / "nnUNetPlans.json").read_text()
+    assert cli.main(["plan", "-d", "1", "-preset", "demo", "-series_alias", "T1w=T1ce"]) == 0
+    printed = capsys.readouterr().out
+    plans = json.loads((dataset / "nnUNetCSMPlans.json").read_text())
+    settings = read_configuration(plans, "3d_fullres", "plans")
+    assert settings.architecture.series == ("FLAIR", "T1ce", "T2w")
+    assert "series T1w -> T1ce" in printed
+    assert all(name in printed for name in settings.csm.reasons)
+    assert (dataset / "nnUNetPlans.json").read_text() == before
+
+
+def test_plan_never_overwrites_nnunets_plans(dataset, capsys):
+    before = (dataset / "nnUNetPlans.json").read_text()
+    refused(["plan", "-d", "1", "-overwrite_plans_name", "nnUNetPlans"], capsys)
+    assert (dataset / "nnUNetPlans.json").read_text() == before
+
+
+def exported(capsys):
+    """The value a shell would get."""
+    assert cli.main(["env"]) == 0
+    word, assignment = shlex.split(capsys.readouterr().out)
+    assert word == "export"
+    variable, _, value = assignment.partition("=")
+    assert variable == "nnUNet_extTrainer"
+    return value
+
+
+def test_env_exports_the_folder_of_our_trainers(monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    value = exported(capsys)
+    assert value == str(nnunet.TRAINER_FOLDER) and os.path.isdir(value)
+
+
+def test_env_keeps_what_the_user_has_there_and_ours_once(monkeypatch, capsys):
+    monkeypatch.setenv(
+        "nnUNet_extTrainer", os.pathsep.join(["/my/trainers", str(nnunet.TRAINER_FOLDER), "/a folder/with 'quotes'"])
+    )
+    once = exported(capsys)
+    assert sorted(once.split(os.pathsep)) == sorted(["/my/trainers", str(nnunet.TRAINER_FOLDER), "/a folder/with 'quotes'"])
+    monkeypatch.setenv("nnUNet_extTrainer", once)
+    assert exported(capsys) == once
+
+
+def test_running_a_command_of_nnunet_leaves_our_own_command_line_as_it_was(monkeypatch):
+    seen: dict[str, Any] = {}
+
+    def entry_point():
+        seen["argv"], seen["trainers"] = sys.argv, os.environ["nnUNet_extTrainer"]
+        raise SystemExit(1)
+
+    monkeypatch.setenv("nnUNet_extTrainer", "/my/trainers")
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training_entry", entry_point)
+    monkeypatch.setattr("sys.argv", ["nnunet_csm", "pretrain"])
+    with pytest.raises(SystemExit):
+        nnunet.run("nnunetv2.run.run_training:run_training_entry", ["1", "3d_fullres", "0"])
+    assert seen["argv"] == ["run_training_entry", "1", "3d_fullres", "0"]
+    assert seen["trainers"].split(os.pathsep) == [str(nnunet.TRAINER_FOLDER), "/my/trainers"]
+    assert sys.argv == ["nnunet_csm", "pretrain"]
+
+
+def test_training_hands_nnunets_own_flags_to_nnunet(dataset, monkeypatch, capsys):
+    assert cli.main(["plan", "-d", "1", "-preset", "demo"]) == 0
+    calls = []
+    monkeypatch.setattr(nnunet, "run", lambda entry_point, arguments: calls.append(list(arguments)))
+    assert cli.main(["finetune", "-d", "1", "-f", "0", "1", "-device", "cpu", "--npz"]) == 0
+    flags = ["-tr", "nnUNetTrainerCSM", "-p", "nnUNetCSMPlans", "-device", "cpu", "-num_gpus", "1", "--npz"]
+    assert calls == [["Dataset001_Tiny", "3d_fullres", fold, *flags] for fold in ("0", "1")]
+
+
+def test_doctor_names_what_is_missing_and_does_not_stop_there(nnunet_folders, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_results")
+    nnunet_folders.raw.rmdir()
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("MISSING") and "nnUNet_results" in line for line in lines)
+    assert f"         -> mkdir -p {nnunet_folders.raw}" in lines
+    assert sum("found as nnU-Net finds it" in line for line in lines) == 2
+    assert lines[-1].endswith("to look at")
