@@ -73,7 +73,12 @@ def train(args: argparse.Namespace) -> int:
     for fold in args.f:
         flags = [name, args.c, fold, "-tr", args.tr, "-p", args.p, "-device", args.device, "-num_gpus", str(args.num_gpus)]
         flags += [f"--{flag}" for flag in ("c", "val", "npz") if getattr(args, f"flag_{flag}")]
-        nnunet.run("nnunetv2.run.run_training:run_training_entry", flags)
+        # nnU-Net's command can run once in a process: it sets the number of torch's threads
+        code = nnunet.run_apart("nnunetv2.run.run_training:run_training_entry", flags) if len(args.f) > 1 else None
+        if code:
+            return code
+        if code is None:
+            nnunet.run("nnunetv2.run.run_training:run_training_entry", flags)
     return 0
 
 
@@ -93,7 +98,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.command import evaluate_dataset
 
     images = Path(args.images) if args.images else None
-    evaluate_dataset(args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, images)
+    evaluate_dataset(
+        args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, images, args.np
+    )
     return 0
 
 
@@ -194,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-pred", required=True, help="folder with predictions")
     p.add_argument("-o", help="where the tables go; default: the folder of the predictions")
     p.add_argument("-regions", nargs="+", metavar="NAME=1,2", help="regions to score, instead of those the label names imply")
+    p.add_argument("-np", type=int, default=1, help="processes; worth it for many large cases")
     p.add_argument("-images", help="folder with the images, for overlay pictures")
     p.add_argument("-overlays", type=int, default=5, help="number of overlay pictures, with -images")
     return parser

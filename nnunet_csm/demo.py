@@ -36,8 +36,9 @@ class Demo:
         self.times: list[tuple[str, float]] = []
         folders = {variable: str(folder / variable) for variable in nnunet.FOLDER_VARIABLES}
         # two cores: no more processes than that, each of nnU-Net's starts a Python of its own
-        self.environment = {**os.environ, **folders, "nnUNet_def_n_proc": "2", "PYTHONWARNINGS": "ignore"}
-        self.environment[nnunet.TRAINER_VARIABLE] = nnunet.trainer_path()
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
+        self.environment = {**inherited, **folders, "nnUNet_def_n_proc": "2", "PYTHONWARNINGS": "ignore"}
+        self.environment[nnunet.TRAINER_VARIABLE] = str(nnunet.TRAINER_FOLDER)
         for path in folders.values():
             Path(path).mkdir(parents=True)
 
@@ -70,8 +71,8 @@ def run_demo(folder: Path, seed: int) -> None:
     Raises:
         UserError: the folder exists and is not empty, or a stage failed.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty; choose another folder with -o, or remove it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another with -o, or remove it")
     folder = folder.resolve()
     print(
         f"This makes a phantom of {NUM_TRAINING + NUM_TEST} subjects and four series, pretrains a small encoder on its images,\n"

@@ -82,7 +82,7 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
     raw, preprocessed = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
     if raw.is_dir():
         try:
-            for line in check_dataset(raw, nnunet.read_json(raw / "dataset.json", "nnU-Net needs it to read the dataset")):
+            for line in check_dataset(raw):
                 yield Finding(name, line)
             yield Finding(name, "raw files complete")
         except UserError as error:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,16 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
     if not names:
         raise UserError('dataset.json has no channel_names; nnU-Net\'s format wants {"0": "FLAIR", "1": "T1w", ...}')
     return [names[key] for key in sorted(names, key=int)]
+
+
+def run_apart(entry_point: str, arguments: Sequence[str]) -> int:
+    """As `run`, in a process of its own.
+
+    Returns:
+        Its exit code.
+    """
+    code = f"from nnunet_csm import nnunet; import sys; nnunet.run({entry_point!r}, sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode
 
 
 def run(entry_point: str, arguments: Sequence[str]) -> None:

@@ -142,7 +142,12 @@ def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any
     configurations = plans.get("configurations", {})
     if name not in configurations:
         raise UserError(f"{source}: no configuration {name!r}, expected one of {sorted(configurations)}; choose with -c")
-    return configurations[name]
+    if "inherits_from" not in configurations[name]:
+        return configurations[name]
+    # only then: importing nnU-Net's plans takes seconds
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    return PlansManager(dict(plans)).get_configuration(name).configuration
 
 
 def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
@@ -155,6 +160,12 @@ def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
         csm=from_dict(CSM, entry["csm"], f"{where}.csm"),
     )
     _check(configuration, where)
+    # nnU-Net reads the one, people edit the other
+    if entry.get("batch_size") != configuration.csm.finetuning_schedule.batch_size:
+        raise UserError(
+            f"{where}.batch_size is {entry.get('batch_size')}, csm.finetuning_schedule.batch_size is "
+            f"{configuration.csm.finetuning_schedule.batch_size}; make them equal"
+        )
     return configuration
 
 
@@ -219,7 +230,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         hint in (str, bool) and isinstance(value, hint)
     ):
         return value
-    expected = " | ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    expected = " | ".join(map(repr, args)) if origin is Literal else str(hint) if origin else hint.__name__
     raise UserError(f"{where} is {value!r}, expected {expected}")
 
 

@@ -177,7 +177,8 @@ def test_patches_are_those_of_the_stored_volumes_from_memory_and_from_files(fold
     names = list(SHAPES)
     for patch, case, start, flip in zip(patches, chosen, crops.start.tolist(), crops.flip.tolist(), strict=True):
         expected = sliced(volume_of(names[case]), start, flip, PATCH_SIZE)
-        np.testing.assert_allclose(patch.numpy(), expected, rtol=1e-3 if share else 0, atol=1e-6 if share else 0)
+        # rounded to fp16 wherever it comes from, so that a batch does not depend on the memory of a machine
+        assert np.array_equal(patch.numpy(), expected.astype(np.float16).astype(np.float32))
 
 
 @MORE_WORKERS_THAN_CORES

@@ -40,40 +40,54 @@ class Cases:
         self.names = list(names)
         if not self.names:
             raise UserError(f"{folder}: no case to read; check splits_final.json beside it")
-        files = [self._open(Path(folder), name, len(series)) for name in self.names]
-        self.shapes = torch.tensor([file.shape[1:] for file in files])
+        self.paths = [Path(folder) / f"{name}.b2nd" for name in self.names]
+        self.shapes = torch.tensor([_open(path, len(series)).shape[1:] for path in self.paths])
         size = sum(2 * len(series) * int(shape.prod()) for shape in self.shapes)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self.where = "memory" if size <= SHARE_OF_MEMORY * memory else "files"
-        self.volumes, present = [], []
-        for file in tqdm(files, desc="reading images", unit="case", disable=None, leave=False):
-            volume = torch.from_numpy(file[:])
+        self.where = "memory" if size <= SHARE_OF_MEMORY * memory_bytes() else "files"
+        self.volumes: list[Tensor] = []
+        present = []
+        for path in tqdm(self.paths, desc="reading images", unit="case", disable=None, leave=False):
+            volume = torch.from_numpy(_open(path, len(series))[:])
             present.append((volume != 0).flatten(1).any(1))
-            half = volume.half()
-            # intensities that nobody normalised may be beyond fp16
-            in_memory = half if half.isfinite().all() else volume
-            self.volumes.append(in_memory if self.where == "memory" else file)
+            if self.where == "memory":
+                self.volumes.append(to_half(volume))
         self.series_present = torch.stack(present)
         empty = [name for name, has in zip(self.names, self.series_present, strict=True) if not has.any()]
         if empty:
             raise UserError(f"{folder}: {', '.join(empty[:5])} hold nothing but zeros; remove them from the dataset")
-
-    @staticmethod
-    def _open(folder: Path, name: str, num_series: int) -> blosc2.NDArray:
-        path = folder / f"{name}.b2nd"
-        if not path.is_file():
-            raise UserError(
-                f"{path}: case {name} is not preprocessed; run nnUNetv2_preprocess (nnU-Net 2.8) or check splits_final.json"
-            )
-        file = blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-        if file.shape[0] != num_series:
-            raise UserError(f"{path}: {file.shape[0]} series, expected {num_series} as in the plans; plan and preprocess again")
-        return file
 
     def __len__(self) -> int:
         return len(self.names)
 
     def cut(self, cases: Int[Tensor, " b"], crops: Crops, patch_size: Size) -> Float[Tensor, "b s z y x"]:
         """Cut one patch from each of the given cases."""
-        drawn = zip(cases.tolist(), crops.start.tolist(), crops.flip.tolist(), strict=True)
-        return torch.stack([cut(self.volumes[case], start, flip, patch_size) for case, start, flip in drawn])
+        num_series = self.series_present.shape[1]
+        patches = []
+        for case, start, flip in zip(cases.tolist(), crops.start.tolist(), crops.flip.tolist(), strict=True):
+            volume = self.volumes[case] if self.where == "memory" else _open(self.paths[case], num_series)
+            patches.append(to_half(cut(volume, start, flip, patch_size)).float())
+        return torch.stack(patches)
+
+
+def to_half(volume: Tensor) -> Tensor:
+    """Round to fp16, so that a batch does not depend on where its images lie; values beyond fp16 are clamped to it."""
+    largest = torch.finfo(torch.float16).max
+    return volume.clamp(-largest, largest).half()
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container if that has less."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(text)) if text.isdigit() else machine
+
+
+def _open(path: Path, num_series: int) -> blosc2.NDArray:
+    """Opened when needed: hundreds of files held open would exceed the usual limit."""
+    if not path.is_file():
+        raise UserError(f"{path}: not preprocessed; run nnUNetv2_preprocess (nnU-Net 2.8), or check splits_final.json")
+    file = blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    if file.shape[0] != num_series:
+        raise UserError(f"{path}: {file.shape[0]} series, expected {num_series} as in the plans; plan and preprocess again")
+    return file

@@ -14,6 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 Batch = TypeVar("Batch")
 
+# of each worker, and of all of them together
+BATCHES_AHEAD = 2
+BYTES_AHEAD = 8 * 2**30
+
 
 class Purpose(IntEnum):
     """What a draw is for; draws for different purposes are independent."""
@@ -58,9 +62,20 @@ class _Batches(Dataset[Batch], Generic[Batch]):
 
 
 def batches(
-    make_batch: Callable[[int, int], Batch], first_epoch: int, num_epochs: int, num_steps: int, num_workers: int, pin_memory: bool
+    make_batch: Callable[[int, int], Batch],
+    first_epoch: int,
+    num_epochs: int,
+    num_steps: int,
+    num_workers: int,
+    pin_memory: bool,
+    batch_bytes: int = 0,
 ) -> Iterator[Batch]:
-    """The batches `make_batch(epoch, step)` in order, made ahead by worker processes when there are any."""
+    """The batches `make_batch(epoch, step)` in order, made ahead by worker processes when there are any.
+
+    With `batch_bytes`, the size of a batch, no more workers run than keep the batches made ahead below `BYTES_AHEAD`.
+    """
+    if num_workers and batch_bytes:
+        num_workers = min(num_workers, max(1, BYTES_AHEAD // (BATCHES_AHEAD * batch_bytes)))
     loader: DataLoader[Batch] = DataLoader(
         _Batches(make_batch),
         batch_size=None,
@@ -68,7 +83,7 @@ def batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_unchanged,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=BATCHES_AHEAD if num_workers else None,
     )
     return iter(loader)
 

@@ -1,1 +1,1 @@
-"""How good a result is: segmentations beside references, rebuilt volumes beside true ones. Imports nothing of ours but errors."""
+"""How good a result is: segmentations beside references, rebuilt voxels beside true ones and a linear map."""

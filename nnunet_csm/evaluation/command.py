@@ -1,7 +1,8 @@
 """`nnunet_csm evaluate`: tables, files and pictures for a folder of predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunet_csm import nnunet
 from nnunet_csm.evaluation.segmentation import Scores, evaluate_folder, parse_regions
@@ -16,6 +17,7 @@ def evaluate_dataset(
     regions: Sequence[str] | None = None,
     num_overlays: int = 0,
     images: Path | None = None,
+    num_processes: int = 1,
 ) -> Scores:
     """Score predictions by label and region, print the tables, write them, and draw overlays when images are given.
 
@@ -25,15 +27,25 @@ def evaluate_dataset(
     candidates = [nnunet.folder(v) / name / "dataset.json" for v in ("nnUNet_raw", "nnUNet_preprocessed")]
     path = next((c for c in candidates if c.is_file()), candidates[0])
     dataset_json = nnunet.read_json(path, "nnU-Net needs it to read the dataset")
-    scores = evaluate_folder(references, predictions, dataset_json, parse_regions(regions) if regions else None)
+    scores = evaluate_folder(
+        references, predictions, dataset_json, parse_regions(regions) if regions else None, None, num_processes
+    )
     scores.save(out_folder)
     print(scores.to_markdown())
     print(f"written to {out_folder}/evaluation.csv, .md and .json")
     if images is not None and num_overlays:
         series = nnunet.channel_names(dataset_json)
-        labels = {value: label for label, value in dataset_json["labels"].items() if isinstance(value, int) and value > 0}
+        labels = names_to_draw(dataset_json)
         drawn = save_overlays_of_folder(
             images, references, predictions, series, labels, out_folder / "overlays", num_overlays, dataset_json["file_ending"]
         )
         print(f"{len(drawn)} overlay pictures in {out_folder}/overlays")
     return scores
+
+
+def names_to_draw(dataset_json: Mapping[str, Any]) -> dict[int, str]:
+    """Names of the label values in a segmentation file: for regions, the values nnU-Net writes for them."""
+    names = [name for name in dataset_json["labels"] if name not in ("background", "ignore")]
+    if "regions_class_order" in dataset_json:
+        return dict(zip(dataset_json["regions_class_order"], names, strict=True))
+    return {dataset_json["labels"][name]: name for name in names}

@@ -1,40 +1,11 @@
-"""How well hidden voxels are rebuilt: PSNR, SSIM, and the linear baseline that a pretrained network has to beat."""
+"""The linear baseline that a pretrained network has to beat: each voxel of a hidden series from the others at the same voxel."""
 
 from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from nnunet_csm.errors import UserError
-
-SSIM_WINDOW = 7
-"""Edge in voxels of the cube over which SSIM is taken, skimage's default; made smaller for volumes thinner than that."""
-
-
-def psnr(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"]) -> float:
-    """Peak signal-to-noise ratio in dB, the peak being the range of `true`; inf when equal, NaN when `true` is constant."""
-    data_range = float(np.ptp(true))
-    if data_range == 0:
-        return float("nan")
-    with np.errstate(divide="ignore"):
-        return float(peak_signal_noise_ratio(true, rebuilt, data_range=data_range))
-
-
-def ssim(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"]) -> float:
-    """Mean structural similarity over cubes of 7 voxels (fewer in a thin volume), at most 1; NaN when `true` is constant.
-
-    Raises ValueError for a volume of fewer than 3 voxels along an axis.
-    """
-    data_range = float(np.ptp(true))
-    if data_range == 0:
-        return float("nan")
-    edge = min(SSIM_WINDOW, *true.shape)
-    if edge < 3:
-        msg = f"SSIM needs 3 voxels along every axis, got a volume of shape {true.shape}"
-        raise ValueError(msg)
-    odd_edge = edge if edge % 2 else edge - 1
-    return float(structural_similarity(true, rebuilt, win_size=odd_edge, data_range=data_range))
 
 
 class RidgeBaseline:
@@ -49,7 +20,6 @@ class RidgeBaseline:
         assert alpha >= 0
         self.alpha = alpha
         self.num_voxels = 0
-        self.num_volumes_left_out = 0
         self.mean: Float[np.ndarray, " s"] = np.empty(0)
         self.covariance: Float[np.ndarray, "s s"] = np.empty((0, 0))
 
@@ -82,7 +52,7 @@ class RidgeBaseline:
                 "give it cases in which all series are present"
             )
             raise UserError(msg)
-        self.num_voxels, self.num_volumes_left_out = num_voxels, num_left_out
+        self.num_voxels = num_voxels
         self.mean = np.asarray(mean)
         self.covariance = np.asarray(scatter) / num_voxels
         return self

@@ -15,11 +15,12 @@ from nnunet_csm.plans import Architecture, read_architecture
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """Weights of an encoder and what they were made for."""
+    """Weights of an encoder, what they were made for, and the cases they were learned from (none known: empty)."""
 
     source: str
     architecture: Architecture
     weights: Mapping[str, Tensor]
+    training_cases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def read_encoder(path: str) -> PretrainedEncoder:
         raise UserError(
             f"{path}: series_embedding holds {found} series, its plans name {expected}; the file was changed, pretrain again"
         )
-    return PretrainedEncoder(str(path), architecture, weights)
+    return PretrainedEncoder(str(path), architecture, weights, tuple(saved.get("training_cases", ())))
 
 
 def transfer(pretrained: PretrainedEncoder, encoder: Encoder, architecture: Architecture) -> list[Transferred]:

@@ -38,15 +38,19 @@ def plan_dataset(
         base_plans,
         configuration,
         [match.canonical for match in matches],
-        dataset_json["numTraining"],
+        dataset_json.get("numTraining") or len(list((folder / "gt_segmentations").iterdir())),
         preset,
         plans_name,
         patch_size,
         token_size,
     )
     path = folder / f"{plans_name}.json"
-    if path.is_file() and not any("csm" in c for c in nnunet.read_json(path, "remove it")["configurations"].values()):
+    earlier = nnunet.read_json(path, "remove it")["configurations"] if path.is_file() else {}
+    if earlier and not any("csm" in entry for entry in earlier.values()):
         raise UserError(f"{path}: holds plans that are not ours and are kept; give another -overwrite_plans_name")
+    if earlier.get(configuration, plans["configurations"][configuration]) != plans["configurations"][configuration]:
+        print(f"replacing other plans for {configuration} in {path}; networks trained with them need their old plans to go on")
+    plans["configurations"] = {**earlier, **plans["configurations"]}
     save_plans(plans, path)
     print(f"\n{as_table(decisions)}\n\nwritten to {path}")
     data = folder / plans["configurations"][configuration]["data_identifier"]
@@ -57,7 +61,7 @@ def plan_dataset(
 def check_raw(dataset: str) -> None:
     """Look at the headers of all raw files before hours of preprocessing."""
     folder = nnunet.folder("nnUNet_raw") / nnunet.dataset_name(dataset)
-    for line in check_dataset(folder, nnunet.read_json(folder / "dataset.json", "nnU-Net needs it to read the dataset")):
+    for line in check_dataset(folder):
         print(line)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
-from nnunet_csm.model.tokens import Size, coordinates, grid_size, select, to_tokens, to_volume
+from nnunet_csm.model.tokens import coordinates, grid_size, select, to_tokens
 from nnunet_csm.plans import Architecture, Reconstruction
 from nnunet_csm.pretext.masking import Mask
 
@@ -36,28 +36,23 @@ class CSM(nn.Module):
         self.decoder = ReconstructionDecoder(len(a.series), a.token_size, a.width, r.width, r.depth, r.num_heads)
 
     def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
-        """Rebuild a batch of patches from their visible tokens and compare with what was hidden."""
-        grid = self.grid_size(volume)
+        """Rebuild a batch of patches from their visible tokens and compare with what was hidden.
+
+        The target is the voxels as in the paper's Eq. 2 or, as an option, each token normalised by its own mean and
+        deviation (MAE's); the rebuilt tokens are voxels in either case.
+        """
+        _, _, z, y, x = volume.shape
+        grid = grid_size((z, y, x), self.token_size)
         tokens = to_tokens(volume, self.token_size)
         encoded = self.encoder(select(tokens, mask.visible), coordinates(mask.visible, grid))[-1]
         predicted = self.decoder(encoded, mask.visible, grid).float()
-        target, mean, scale = self.targets(tokens.float())
-        error = (predicted - target).square().mean(-1)
-        return Rebuilt(masked_mean(error, mask), error, predicted * scale + mean)
-
-    def grid_size(self, volume: Float[Tensor, "b s z y x"]) -> Size:
-        return grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
-
-    def targets(self, tokens: Float[Tensor, "b s l v"]) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """What to predict, and the mean and scale that lead back to voxels: the voxels themselves as in the paper's
-        Eq. 2, or each token normalised by its own mean and deviation (MAE's option)."""
+        target = tokens.float()
         if not self.normalize_targets:
-            return tokens, 0.0, 1.0
-        mean, scale = tokens.mean(-1, keepdim=True), (tokens.var(-1, keepdim=True) + 1e-6).sqrt()
-        return (tokens - mean) / scale, mean, scale
-
-    def to_volume(self, tokens: Float[Tensor, "b s l v"], grid: Size) -> Float[Tensor, "b s z y x"]:
-        return to_volume(tokens, grid, self.token_size)
+            error = (predicted - target).square().mean(-1)
+            return Rebuilt(masked_mean(error, mask), error, predicted)
+        mean, scale = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = (predicted - (target - mean) / scale).square().mean(-1)
+        return Rebuilt(masked_mean(error, mask), error, predicted * scale + mean)
 
 
 def masked_mean(error: Float[Tensor, "b s l"], mask: Mask) -> Float[Tensor, ""]:

@@ -25,6 +25,10 @@ class Mask:
         """Series of which nothing is visible (present or not)."""
         return self.hidden.all(dim=2)
 
+    def pin_memory(self) -> "Mask":
+        """Called by torch's `DataLoader`."""
+        return Mask(self.hidden.pin_memory(), self.rebuilt.pin_memory(), self.visible.pin_memory())
+
     def to(self, device: torch.device) -> "Mask":
         return Mask(*(t.to(device, non_blocking=True) for t in (self.hidden, self.rebuilt, self.visible)))
 

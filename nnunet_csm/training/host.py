@@ -14,7 +14,7 @@ from nnunet_csm import checkpoint
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.plans import CSM, Schedule, read_architecture, read_configuration
+from nnunet_csm.plans import CSM, Schedule, read_configuration
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.progress import Progress
 
@@ -36,6 +36,8 @@ class CSMTrainer(nnUNetTrainer):
             source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
             self.settings = read_configuration(plans, configuration, source)
             self.schedule = self.choose_schedule(self.settings.csm)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                raise UserError(f"{type(self).__name__} runs on one GPU so far; leave out -num_gpus")
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise UserError("no CUDA device found; train on the CPU with -device cpu, or check the driver with nvidia-smi")
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -54,9 +56,8 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def bare_network(self) -> Any:
-        """The network without the wrappers of torch.compile and DDP."""
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        """The network without the wrapper of torch.compile."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
 
     @property
     def encoder(self) -> Encoder:
@@ -79,10 +80,12 @@ class CSMTrainer(nnUNetTrainer):
         if self.current_epoch == 0:
             with exit_on_user_error():
                 self.on_fresh_start()
-            moved = checkpoint.move_away(self.output_folder) if self.local_rank == 0 else None
+        super().on_train_start()
+        if self.current_epoch == 0 and not self.disable_checkpointing:
+            # only now, when nothing is left that could stop the run before its first step
+            moved = checkpoint.move_away(self.output_folder)
             if moved is not None:
                 self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
-        super().on_train_start()
         self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.batch_size)
 
     def plot_network_architecture(self) -> None:
@@ -142,13 +145,15 @@ class CSMTrainer(nnUNetTrainer):
         with exit_on_user_error():
             loaded = checkpoint.load(filename_or_checkpoint)
             init_args = loaded["init_args"]
-            saved = read_architecture(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
-            for field, found in vars(saved).items():
-                expected = getattr(self.settings.architecture, field)
-                if found != expected:
-                    raise UserError(
-                        f"{filename_or_checkpoint}: {field} is {found}, the plans say {expected}; "
-                        f"they changed since this run began: restore them, or start afresh without --c"
-                    )
+            saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
+            pairs = [(vars(saved.architecture), vars(self.settings.architecture)), (vars(saved.csm), vars(self.settings.csm))]
+            pairs.append(({"patch_size": saved.patch_size}, {"patch_size": self.settings.patch_size}))
+            for found, expected in pairs:
+                for field in found.keys() - {"reasons", "finetuning"}:
+                    if found[field] != expected[field]:
+                        raise UserError(
+                            f"{filename_or_checkpoint}: {field} is {found[field]}, the plans say {expected[field]}; "
+                            f"they changed since this run began: restore them, or start afresh without --c"
+                        )
         super().load_checkpoint(str(filename_or_checkpoint))
         self.restore_provenance(loaded)

@@ -71,9 +71,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        with exit_on_user_error():
-            if self.is_ddp:
-                raise UserError("pretraining runs on one GPU so far; leave out -num_gpus")
         self.grad_scaler = None  # bf16 needs none
         for name in self.logged:
             self.logger.local_logger.my_fantastic_logging[name] = []
@@ -99,6 +96,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         super().initialize()
         self.batch_size = self.schedule.batch_size
 
+    def provenance(self) -> dict[str, Any]:
+        return {"training_cases": self.train_batches.cases.names}
+
     def _build_loss(self) -> None:
         """The loss is part of the pretext, see `pretext/csm.py`."""
 
@@ -115,21 +115,28 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         rows = transfer(pretrained, segmenter.encoder, self.settings.architecture)
         self.print_to_log_file(f"Transfer to the segmenter, tried before the first step:\n{as_table(rows)}", add_timestamp=False)
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
+    def open_cases(self) -> None:
+        """Read the images of the fold, training and validation cases apart."""
+        folder, series = self.preprocessed_dataset_folder, self.settings.architecture.series
         with exit_on_user_error():
-            training, validation = self.do_split()
-            cases = [
-                Cases(self.preprocessed_dataset_folder, sorted(names), self.settings.architecture.series)
-                for names in (training, validation)
-            ]
-        self.train_batches, self.val_batches = (
-            MaskedBatches(c, self.settings, purpose, self.local_rank)
-            for c, purpose in zip(cases, (Purpose.TRAINING, Purpose.VALIDATION), strict=True)
-        )
-        self.print_to_log_file(f"Pretraining on {len(cases[0])} cases (read from {cases[0].where}), labels unread")
-        pin = self.device.type == "cuda"
+            training, validation = (sorted(names) for names in self.do_split())
+            train_cases = Cases(folder, training, series)
+            val_cases = train_cases if validation == training else Cases(folder, validation, series)
+        self.train_batches = MaskedBatches(train_cases, self.settings, Purpose.TRAINING, self.local_rank)
+        self.val_batches = MaskedBatches(val_cases, self.settings, Purpose.VALIDATION, self.local_rank)
+        self.print_to_log_file(f"Pretraining on {len(train_cases)} cases (read from {train_cases.where}), labels unread")
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        self.open_cases()
+        voxels = math.prod(self.settings.csm.pretraining_patch_size) * len(self.settings.architecture.series)
         train = batches(
-            self.train_batches, self.current_epoch, self.num_epochs, self.num_iterations_per_epoch, num_workers(self.device), pin
+            self.train_batches,
+            self.current_epoch,
+            self.num_epochs,
+            self.num_iterations_per_epoch,
+            num_workers(self.device),
+            pin_memory=self.device.type == "cuda",
+            batch_bytes=4 * voxels * self.schedule.batch_size,
         )
         return train, self.fixed_validation()
 
@@ -189,11 +196,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             f"(series visible elsewhere {log['error_part_hidden'][-1]:.4f}, hidden whole {log['error_whole_hidden'][-1]:.4f})"
         )
         last = self.current_epoch == self.num_epochs - 1
-        if not last:
-            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
         if self._best_ema is None or log["val_losses"][-1] < self._best_ema:
             self._best_ema = log["val_losses"][-1]
             self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
+        if not last:
+            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
         if last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES:
             self.save_pictures()
             self.last_picture = time.monotonic()
@@ -245,7 +252,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         The map is fitted on patches of training cases. Writes validation/summary.json and validation/reconstruction.csv.
         """
         if not hasattr(self, "val_batches"):
-            self.get_dataloaders()
+            self.open_cases()
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
         num_batches = max(4, math.ceil(NUM_COMPARED / self.batch_size))

@@ -91,9 +91,15 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             self.print_to_log_file("Training from scratch, as set; no pretrained encoder is used")
             return
         path = find_encoder(wanted, Path(self.output_folder_base), self.fold)
-        if self.fold != "all" and path.parent.name == "fold_all":
-            self.print_to_log_file(f"WARNING: {path} saw the validation images of fold {self.fold} (never their labels)")
-        rows = transfer(read_encoder(str(path)), self.encoder, self.settings.architecture)
+        pretrained = read_encoder(str(path))
+        if self.fold != "all":
+            seen = set(pretrained.training_cases) & set(self.do_split()[1])
+            if seen:
+                self.print_to_log_file(
+                    f"WARNING: {path} saw the images (never the labels) of {len(seen)} validation cases of fold {self.fold}; "
+                    f"validation scores of this run are too good"
+                )
+        rows = transfer(pretrained, self.encoder, self.settings.architecture)
         self.encoder_source = str(path)
         self.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
 
