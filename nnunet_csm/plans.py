@@ -1,7 +1,7 @@
 """The parts of the plans that are ours: read, validated, written. Every room that needs a setting takes it from here.
 
 A CSM plans file is an nnU-Net plans file. In its configuration, `architecture.arch_kwargs` is an `Architecture` and the
-key `csm` is a `CSM`; everything else is nnU-Net's own.
+key `csm` is a `Recipe`; everything else is nnU-Net's own.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class Finetuning:
 
 
 @dataclass(frozen=True)
-class CSM:
+class Recipe:
     """The `csm` block of a configuration. `reasons`: for each decision, its value as text and why."""
 
     version: int
@@ -105,7 +105,7 @@ class Configuration:
 
     patch_size: Size
     architecture: Architecture
-    csm: CSM
+    csm: Recipe
 
     @property
     def pretraining_grid(self) -> Size:
@@ -157,7 +157,7 @@ def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
     configuration = Configuration(
         patch_size=_value(Size, entry.get("patch_size"), f"{where}.patch_size"),
         architecture=_architecture(entry, where),
-        csm=from_dict(CSM, entry["csm"], f"{where}.csm"),
+        csm=from_dict(Recipe, entry["csm"], f"{where}.csm"),
     )
     _check(configuration, where)
     # nnU-Net reads the one, people edit the other

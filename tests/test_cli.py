@@ -202,7 +202,12 @@ def test_running_a_command_of_nnunet_leaves_our_own_command_line_as_it_was(monke
 def test_training_hands_nnunets_own_flags_to_nnunet(dataset, monkeypatch, capsys):
     assert cli.main(["plan", "-d", "1", "-preset", "demo"]) == 0
     calls = []
-    monkeypatch.setattr(nnunet, "run_apart", lambda entry_point, arguments: calls.append(list(arguments)) or 0)
+
+    def run_apart(entry_point, arguments):
+        calls.append(list(arguments))
+        return 0
+
+    monkeypatch.setattr(nnunet, "run_apart", run_apart)
     assert cli.main(["finetune", "-d", "1", "-f", "0", "1", "-device", "cpu", "--npz"]) == 0
     flags = ["-tr", "nnUNetTrainerCSM", "-p", "nnUNetCSMPlans", "-device", "cpu", "-num_gpus", "1", "--npz"]
     assert calls == [["Dataset001_Tiny", "3d_fullres", fold, *flags] for fold in ("0", "1")]

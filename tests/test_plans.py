@@ -6,7 +6,7 @@ import pytest
 from factories import GRID_SIZE, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.plans import CSM, Architecture, from_dict, parse_configuration, read_configuration, to_dict
+from nnunet_csm.plans import Architecture, Recipe, from_dict, parse_configuration, read_configuration, to_dict
 
 FILE = "/data/nnUNetCSMPlans.json"
 ENTRY = ("configurations", "3d_fullres")
@@ -46,7 +46,7 @@ def test_what_was_written_is_read():
 
 def test_plans_survive_json():
     settings = read_configuration(csm_plans(), "3d_fullres", FILE)
-    for cls, value in ((Architecture, settings.architecture), (CSM, settings.csm)):
+    for cls, value in ((Architecture, settings.architecture), (Recipe, settings.csm)):
         assert from_dict(cls, json.loads(json.dumps(to_dict(value))), FILE) == value
     entry = csm_plans()["configurations"]["3d_fullres"]
     assert parse_configuration(json.loads(json.dumps(entry)), FILE) == settings

@@ -14,11 +14,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.presets import Preset, PresetSchedule, paper_preset, read_preset
 from nnunet_csm.plans import (
-    CSM,
     NETWORK_CLASS,
     VERSION,
     Architecture,
     Finetuning,
+    Recipe,
     Schedule,
     Size,
     parse_configuration,
@@ -102,7 +102,7 @@ def plan(
     decisions.append(Decision("preprocessed data", entry["data_identifier"], f"reused from {base_plans['plans_name']}, as it is"))
 
     architecture = Architecture(tuple(series), token, n.width, n.depth, n.num_heads, n.features, n.drop_path)
-    csm = CSM(
+    csm = Recipe(
         version=VERSION,
         preset=name,
         seed=12345,

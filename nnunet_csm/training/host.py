@@ -14,7 +14,7 @@ from nnunet_csm import checkpoint
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.plans import CSM, Schedule, read_configuration
+from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.progress import Progress
 
@@ -51,7 +51,7 @@ class CSMTrainer(nnUNetTrainer):
 
     @staticmethod
     @abstractmethod
-    def choose_schedule(csm: CSM) -> Schedule:
+    def choose_schedule(csm: Recipe) -> Schedule:
         """The schedule this trainer follows."""
 
     @property

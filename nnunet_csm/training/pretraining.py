@@ -24,8 +24,7 @@ from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.reconstructions import save_reconstruction
 from nnunet_csm.model.tokens import to_volume, to_voxels
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
-from nnunet_csm.plans import CSM as CSMPlans
-from nnunet_csm.plans import Configuration, Schedule, parse_configuration
+from nnunet_csm.plans import Configuration, Recipe, Schedule, parse_configuration
 from nnunet_csm.pretext.csm import CSM, Rebuilt
 from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights
 from nnunet_csm.training.host import CUDA, CSMTrainer, num_workers
@@ -78,7 +77,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         self._best_ema: float | None = None
 
     @staticmethod
-    def choose_schedule(csm: CSMPlans) -> Schedule:
+    def choose_schedule(csm: Recipe) -> Schedule:
         return csm.pretraining
 
     @staticmethod

@@ -15,7 +15,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunet_csm.data.draws import Purpose, batches, seed_everything
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
-from nnunet_csm.plans import CSM, Schedule
+from nnunet_csm.plans import Recipe, Schedule
 from nnunet_csm.training.host import CSMTrainer, num_workers
 
 ENCODER_VARIABLE = "nnUNet_csm_encoder"
@@ -74,7 +74,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     encoder_source: str = "-pretrained_weights"
 
     @staticmethod
-    def choose_schedule(csm: CSM) -> Schedule:
+    def choose_schedule(csm: Recipe) -> Schedule:
         return csm.finetuning_schedule
 
     def initialize(self) -> None:
