@@ -181,7 +181,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         outputs = collate_outputs(val_outputs)
-        part, whole = outputs["sums"].sum(0) / np.maximum(outputs["counts"].sum(0), 1)
+        counts = outputs["counts"].sum(0)
+        # with one series, none is hidden whole
+        part, whole = np.where(counts > 0, outputs["sums"].sum(0) / np.maximum(counts, 1), np.nan)
         self.logger.log("val_losses", float(np.mean(outputs["loss"])), self.current_epoch)
         self.logger.log("error_part_hidden", float(part), self.current_epoch)
         self.logger.log("error_whole_hidden", float(whole), self.current_epoch)
