@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["nnUNet_n_proc_DA"] = "0"
 os.environ["MPLBACKEND"] = "Agg"
 
+import hypothesis
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
@@ -25,6 +26,10 @@ assert not any(name.startswith(CHECKED_ROOMS) for name in sys.modules)
 install_import_hook(CHECKED_ROOMS, f"{__name__}.typechecker")
 
 torch.set_num_threads(2)
+
+# a busy machine is no failure, and the same commit draws the same examples
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 @dataclass(frozen=True)
