@@ -1,9 +1,7 @@
 """What every test stands on: shape checks, a quiet machine, and nnU-Net's three folders."""
 
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 # before anything reads them: no worker processes for augmentation, no window for pictures
@@ -15,6 +13,7 @@ import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
+from nnunet_folders import NUM_TEST, NUM_TRAINING, TINY_PRESET, NnunetFolders, PlannedDataset
 
 CHECKED_ROOMS = ("nnunet_csm.model", "nnunet_csm.pretext", "nnunet_csm.data", "nnunet_csm.evaluation")
 
@@ -32,13 +31,6 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 
-@dataclass(frozen=True)
-class NnunetFolders:
-    raw: Path
-    preprocessed: Path
-    results: Path
-
-
 @pytest.fixture
 def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnunetFolders:
     """Empty nnU-Net folders of this test's own; nnU-Net reads the variables each time it needs them."""
@@ -47,30 +39,6 @@ def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NnunetFol
         folder.mkdir()
         monkeypatch.setenv(folder.name, str(folder))
     return folders
-
-
-TINY_PRESET = Path(__file__).with_name("tiny.json")
-NUM_TRAINING, NUM_TEST = 6, 2
-
-
-@dataclass(frozen=True)
-class PlannedDataset:
-    """A phantom in nnU-Net's folders, converted, planned and preprocessed by stock commands, with CSM plans."""
-
-    folders: NnunetFolders
-    environment: dict[str, str]
-    task: Path
-    name: str = "Dataset900_Phantom"
-
-    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a console command of the environment the tests run in."""
-        command = [str(Path(sys.executable).with_name(program)), *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=600)
-
-    def check(self, program: str, *arguments: str) -> str:
-        done = self.run(program, *arguments)
-        assert done.returncode == 0, f"{program} {' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
 
 
 @pytest.fixture(scope="session")

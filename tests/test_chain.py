@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-
-from tests.conftest import NUM_TEST, PlannedDataset
+from nnunet_folders import NUM_TEST, PlannedDataset
 
 PRETRAINER, FINETUNER, PLANS = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetCSMPlans"
 
@@ -88,3 +88,24 @@ def test_what_our_trainers_refuse_ends_in_exit_code_2(trained: PlannedDataset, t
     assert done.returncode == 2
     assert complaint in done.stderr and "Traceback" not in done.stderr
     assert "checkpoint" not in " ".join(f.name for f in trained.folders.results.rglob("*") if "Broken" in str(f))
+
+
+def test_validation_alone_export_and_installation_elsewhere(trained: PlannedDataset, tmp_path: Path) -> None:
+    model = ["-d", "900", "-c", "3d_fullres", "-tr", FINETUNER, "-p", PLANS]
+    trained.check("nnUNetv2_train", "900", "3d_fullres", "0", "-tr", FINETUNER, "-p", PLANS, "-device", "cpu", "--val", "--npz")
+    assert list((fold(trained, FINETUNER) / "validation").glob("*.npz"))
+
+    archive, elsewhere = tmp_path / "model.zip", tmp_path / "nnUNet_results"
+    elsewhere.mkdir()
+    trained.check("nnUNetv2_export_model_to_zip", *model, "-f", "0", "-o", str(archive))
+    installed = replace(trained, environment={**trained.environment, "nnUNet_results": str(elsewhere)})
+    installed.check("nnUNetv2_install_pretrained_model_from_zip", str(archive))
+
+    inputs = trained.folders.raw / trained.name / "imagesTs"
+    found = []
+    for number, dataset in enumerate((trained, installed)):
+        out = tmp_path / f"out{number}"
+        dataset.check("nnUNetv2_predict", *model, "-f", "0", "-device", "cpu", "-i", str(inputs), "-o", str(out))
+        found.append([sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(out.glob("*.nii.gz"))])
+    assert len(found[0]) == NUM_TEST
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))

@@ -10,7 +10,7 @@ from factories import GRID_SIZE, PATCH_SIZE, SERIES, TOKEN_SIZE
 from factories import settings as read_settings
 from torch import nn
 
-from nnunet_csm.model.encoder import sine_cosine
+from nnunet_csm.model.encoder import Encoder, sine_cosine
 from nnunet_csm.model.tokens import all_tokens, coordinates, select, to_tokens, to_volume
 from nnunet_csm.plans import Masking
 from nnunet_csm.pretext.csm import CSM, masked_mean
@@ -241,3 +241,20 @@ def test_the_decoder_gives_every_hidden_token_its_own_answer():
     with torch.no_grad():
         tokens = model(volume, mask).tokens[0].flatten(0, 1)
     assert (torch.cdist(tokens, tokens) + 10 * torch.eye(len(tokens))).min() > 1e-4
+
+
+def test_two_backward_passes_give_the_same_gradients():
+    """At a size at which torch splits sums over threads; summed in the order of arrival, they would differ."""
+    torch.manual_seed(0)
+    encoder = Encoder(("A", "B", "C"), (2, 4, 4), width=48, depth=1, num_heads=2)
+    index = all_tokens(3, (4, 8, 8), 8, torch.device("cpu"))
+    tokens, place = torch.randn(8, index.shape[1], 32), coordinates(index, (4, 8, 8))
+
+    def gradients():
+        encoder.zero_grad()
+        encoder(tokens, place)[-1].square().sum().backward()
+        return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+    first = gradients()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.conftest import NnunetFolders, PlannedDataset
+from nnunet_folders import NnunetFolders, PlannedDataset
 
 
 @pytest.fixture

@@ -29,6 +29,14 @@ def sine_cosine(coordinates: Int[Tensor, "b k 4"], width: int) -> Float[Tensor, 
     return nn.functional.pad(embedding, (0, width - 6 * n))
 
 
+def of_series(embedding: Float[Tensor, "s e"], series: Int[Tensor, "b k"]) -> Float[Tensor, "b k e"]:
+    """The row of each token's series.
+
+    As a product, since the gradient of indexing is summed in an order that changes from run to run.
+    """
+    return nn.functional.one_hot(series, len(embedding)).to(embedding.dtype) @ embedding
+
+
 def draw_weights(module: nn.Module) -> None:
     """Initial weights: linear layers as in MAE, and keys equal to queries.
 
@@ -94,7 +102,7 @@ class Encoder(nn.Module):
         Returns:
             The features at `taps`, or only the last ones when `taps` is empty.
         """
-        x = self.embedding(tokens) + self.series_embedding[coordinates[..., 0]] + sine_cosine(coordinates, self.width)
+        x = self.embedding(tokens) + of_series(self.series_embedding, coordinates[..., 0]) + sine_cosine(coordinates, self.width)
         mask = None if attend is None else attend[:, None, None, :]
         features = []
         for number, block in enumerate(self.blocks, start=1):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nnunet_csm.model.encoder import SERIES_EMBEDDING_STD, blocks, draw_weights, sine_cosine
+from nnunet_csm.model.encoder import SERIES_EMBEDDING_STD, blocks, draw_weights, of_series, sine_cosine
 from nnunet_csm.model.tokens import Size, all_tokens, coordinates
 
 
@@ -47,7 +47,7 @@ class ReconstructionDecoder(nn.Module):
         embedded = self.embedding(encoded)
         hidden = self.mask_token.to(embedded.dtype).expand(*index.shape, self.width)
         x = hidden.scatter(1, visible[..., None].expand_as(embedded), embedded)
-        x = x + self.series_embedding[place[..., 0]] + sine_cosine(place, self.width)
+        x = x + of_series(self.series_embedding, place[..., 0]) + sine_cosine(place, self.width)
         attend = torch.zeros_like(index, dtype=torch.bool).scatter(1, visible, True)[:, None, None, :]
         for block in self.blocks:
             x = block(x, attn_mask=attend)
