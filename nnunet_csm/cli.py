@@ -73,12 +73,12 @@ def train(args: argparse.Namespace) -> int:
     for fold in args.f:
         flags = [name, args.c, fold, "-tr", args.tr, "-p", args.p, "-device", args.device, "-num_gpus", str(args.num_gpus)]
         flags += [f"--{flag}" for flag in ("c", "val", "npz") if getattr(args, f"flag_{flag}")]
+        entry_point = "nnunetv2.run.run_training:run_training_entry"
+        if len(args.f) == 1:
+            nnunet.run(entry_point, flags)
         # nnU-Net's command can run once in a process: it sets the number of torch's threads
-        code = nnunet.run_apart("nnunetv2.run.run_training:run_training_entry", flags) if len(args.f) > 1 else None
-        if code:
+        elif code := nnunet.run_apart(entry_point, flags):
             return code
-        if code is None:
-            nnunet.run("nnunetv2.run.run_training:run_training_entry", flags)
     return 0
 
 
