@@ -5,6 +5,7 @@ key `csm` is a `Recipe`; everything else is nnU-Net's own.
 """
 
 import dataclasses
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -235,5 +236,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def to_dict(value: Any) -> Any:
-    """The JSON form of a dataclass of this module."""
-    return dataclasses.asdict(value)
+    """A dataclass of this module as it comes back from a JSON file, with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))

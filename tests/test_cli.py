@@ -156,6 +156,16 @@ def test_plan_never_overwrites_nnunets_plans(dataset, capsys):
     assert (dataset / "nnUNetPlans.json").read_text() == before
 
 
+def test_planning_again_tells_of_changes_only_and_keeps_other_configurations(dataset, capsys):
+    for arguments, replaces in ((["-preset", "S"], False), (["-preset", "S"], False), (["-preset", "demo"], True)):
+        assert cli.main(["plan", "-d", "1", *arguments]) == 0
+        assert ("replacing other plans" in capsys.readouterr().out) == replaces
+    assert cli.main(["plan", "-d", "1", "-c", "3d_lowres"]) == 0
+    plans = json.loads((dataset / "nnUNetCSMPlans.json").read_text())
+    assert set(plans["configurations"]) == {"3d_fullres", "3d_lowres"}
+    assert plans["configurations"]["3d_fullres"]["csm"]["preset"] == "demo"
+
+
 def exported(capsys):
     """The value a shell would get."""
     assert cli.main(["env"]) == 0

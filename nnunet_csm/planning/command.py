@@ -45,10 +45,10 @@ def plan_dataset(
         token_size,
     )
     path = folder / f"{plans_name}.json"
-    earlier = nnunet.read_json(path, "remove it")["configurations"] if path.is_file() else {}
+    earlier = nnunet.read_json(path, "remove it").get("configurations", {}) if path.is_file() else {}
     if earlier and not any("csm" in entry for entry in earlier.values()):
         raise UserError(f"{path}: holds plans that are not ours and are kept; give another -overwrite_plans_name")
-    if earlier.get(configuration, plans["configurations"][configuration]) != plans["configurations"][configuration]:
+    if configuration in earlier and earlier[configuration] != plans["configurations"][configuration]:
         print(f"replacing other plans for {configuration} in {path}; networks trained with them need their old plans to go on")
     plans["configurations"] = {**earlier, **plans["configurations"]}
     save_plans(plans, path)

@@ -213,7 +213,7 @@ def schedule(preset: PresetSchedule, num_cases: int) -> Schedule:
         assert preset.passes is not None, "a preset gives num_crops or passes"
         num_crops = preset.passes * max(1, round(0.8 * num_cases))
     num_iterations = math.ceil(num_crops / preset.batch_size)
-    values = {k: v for k, v in to_dict(preset).items() if k not in ("num_crops", "passes")}
+    values = {k: v for k, v in vars(preset).items() if k not in ("num_crops", "passes")}
     values["iterations_per_epoch"] = min(preset.iterations_per_epoch, num_iterations)
     return Schedule(num_epochs=math.ceil(num_iterations / values["iterations_per_epoch"]), **values)
 
