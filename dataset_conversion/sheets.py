@@ -1,0 +1,88 @@
+"""Tables that come with a release, as CSV or TSV: rows that know the line they stand in."""
+
+import csv
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_csm.errors import UserError
+
+NO_VALUE = ("", "n/a", "na", "nan", "none")  # compared without case; "n/a" is BIDS' word, "nan" pandas'
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table; `values` by the column's name in lower case, stripped, without those that hold no value."""
+
+    path: Path
+    line: int
+    values: Mapping[str, str]
+
+    def get(self, column: str) -> str:
+        """The value, "" where there is none."""
+        return self.values.get(column.casefold(), "")
+
+    def require(self, column: str) -> str:
+        """The value; raises `UserError` where there is none."""
+        if not (value := self.get(column)):
+            raise self.error(f"{column!r} is empty; every row needs one")
+        return value
+
+    def choose(self, column: str, choices: Mapping[str, str]) -> str:
+        """What `choices` says of the value (in lower case); raises `UserError` where it says nothing."""
+        value = self.get(column).casefold()
+        if value not in choices:
+            known = ", ".join(choice or "(empty)" for choice in choices)
+            raise self.error(f"{column!r} is {self.get(column)!r}; known are {known}")
+        return choices[value]
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self.path} line {self.line}: {problem}")
+
+
+def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
+    """Rows of a table that has the columns `required`, in any case and order; empty lines are skipped.
+
+    Commas, semicolons or tabs between values (the header tells), UTF-8 with or without a byte order mark. Raises `UserError`.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            header_line = stream.readline()
+            stream.seek(0)
+            reader = csv.reader(stream, delimiter=max("\t;,", key=header_line.count))
+            lines = [(reader.line_num, [value.strip() for value in values]) for values in reader]
+    except OSError as error:
+        msg = f"{path} cannot be read ({error.strerror}); it should be a CSV or TSV with the columns {', '.join(required)}"
+        raise UserError(msg) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        msg = f"{path} is no CSV or TSV in UTF-8 ({error}); save the table as 'CSV UTF-8'"
+        raise UserError(msg) from error
+    lines = [(line, values) for line, values in lines if any(values)]
+    if not lines:
+        msg = f"{path} is empty; it should have the columns {', '.join(required)}"
+        raise UserError(msg)
+    header = [name.casefold() for name in lines[0][1]]
+    _check_header(path, header, required)
+    return [_row(path, line, header, values) for line, values in lines[1:]]
+
+
+def _check_header(path: Path, header: list[str], required: Collection[str]) -> None:
+    missing = [column for column in required if column.casefold() not in header]
+    if missing:
+        what = f"the columns {', '.join(missing)}" if len(missing) > 1 else f"the column {missing[0]}"
+        msg = f"{path} lacks {what}; found {', '.join(name for name in header if name)}"
+        raise UserError(msg)
+    twice = {name for name in header if name and header.count(name) > 1}
+    if twice:
+        msg = f"{path} has the column {min(twice)} twice; keep one of them"
+        raise UserError(msg)
+
+
+def _row(path: Path, line: int, header: list[str], values: list[str]) -> Row:
+    if len(values) > len(header):
+        msg = (
+            f"{path} line {line}: has {len(values)} values, but the header has {len(header)}; quote values that hold a separator"
+        )
+        raise UserError(msg)
+    named = zip(header, values, strict=False)  # a short line ends in empty values
+    return Row(path, line, {name: value for name, value in named if value.casefold() not in NO_VALUE})
