@@ -15,8 +15,8 @@ INSTALL_REQUIRES = [
     "einops>=0.8,<0.9",  # every change of token order is written as an einops pattern
     "jaxtyping>=0.2.36,<0.4",  # shapes in signatures; checked only in tests
     "numpy>=1.26,<3",  # arrays between nnU-Net's files and torch
-    "SimpleITK>=2.3,<3",  # reads headers of raw images, writes the phantom; nnU-Net's own reader
-    "nibabel>=5.2,<6",  # reads headers of NIfTI files whose directions SimpleITK refuses, as nnU-Net does
+    "SimpleITK>=2.3,<3",  # reads, resamples, registers and writes raw images and DICOM; nnU-Net's own reader
+    "nibabel>=5.2,<6",  # NIfTI headers as they are: SimpleITK refuses some and repairs others in silence
     "blosc2>=3.3.2,<5",  # nnU-Net's preprocessed volumes are .b2nd files
     "batchgenerators>=0.25.1,<0.26",  # file helpers that nnU-Net's trainer is written with
     "batchgeneratorsv2>=0.3.2,<0.4",  # augmentation of the fine-tuning
@@ -25,6 +25,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8,<4",  # pictures
     "pillow>=10,<14",  # PNG with a small palette
     "jinja2>=3.1,<4",  # the self-contained HTML page
+    "scikit-learn>=1.4,<2",  # folds by patient; which of two equal series is the original
     "tqdm>=4.66,<5",  # progress of the longer steps
 ]
 
@@ -32,7 +33,6 @@ TEST_REQUIRES = [
     "pytest>=8,<10",  # runs the tests
     "pytest-xdist>=3.6,<4",  # `-n 2` on more than one core
     "hypothesis>=6.100,<7",  # properties of names, masks, tokens
-    "scikit-learn>=1.4,<2",  # an independent implementation to compare the linear baseline with
     "beartype>=0.20,<0.24",  # checks jaxtyping's shapes while tests run
     "ruff>=0.17,<0.18",  # lint and format; another minor version formats differently
     "mypy>=2.4,<3",  # types

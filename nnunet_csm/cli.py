@@ -9,9 +9,10 @@ from pathlib import Path
 
 from nnunet_csm import __version__, nnunet
 from nnunet_csm.errors import exit_on_user_error
-from nnunet_csm.plans import PLANS_NAME
+from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME
 
 PRETRAINER, FINETUNER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM"
+NUM_PROCESSES = min(8, os.cpu_count() or 1)
 
 # every command imports what it runs when it runs: `nnunet_csm --help` must not wait for torch
 
@@ -33,45 +34,74 @@ def doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import plan_dataset
+def fingerprint(args: argparse.Namespace) -> int:
+    from nnunet_csm.fingerprint.command import fingerprint_dataset
 
     for dataset in args.d:
-        plan_dataset(
-            dataset,
-            args.c,
-            args.p,
-            args.overwrite_plans_name,
-            args.preset,
-            args.series_alias,
-            tuple(args.overwrite_patch_size) if args.overwrite_patch_size else None,
-            tuple(args.overwrite_token_size) if args.overwrite_token_size else None,
-        )
+        fingerprint_dataset(dataset, args.series_alias, args.np, args.test_images, args.strict)
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.command import PlanRequest, plan_datasets
+    from nnunet_csm.planning.planner import Wishes
+
+    request = PlanRequest(
+        configuration=args.c,
+        base_plans_name=args.p,
+        plans_name=args.overwrite_plans_name or (JOINT_PLANS_NAME if args.joint else PLANS_NAME),
+        aliases=tuple(args.series_alias),
+        joint=args.joint,
+        test_images=args.test_images,
+        target_spacing=tuple(args.overwrite_target_spacing) if args.overwrite_target_spacing else None,
+        num_processes=args.np,
+        strict=args.strict,
+    )
+    wishes = Wishes(
+        preset=args.preset,
+        patch_size=tuple(args.overwrite_patch_size) if args.overwrite_patch_size else None,
+        token_size=tuple(args.overwrite_token_size) if args.overwrite_token_size else None,
+        series=tuple(args.series) if args.series else None,
+        gpu_memory_target=args.gpu_memory_target,
+    )
+    plan_datasets(args.d, request, wishes)
+    return 0
+
+
+def preprocess(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.command import preprocess_datasets
+
+    preprocess_datasets(args.d, args.c, args.p, args.np, args.overwrite)
     return 0
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import check_raw
+    from nnunet_csm.planning.command import check_raw, preprocess_datasets
 
-    for dataset in args.d:
-        check_raw(dataset)
-    flags = ["-d", *args.d, "-c", args.c, "-np", str(args.np), "-npfp", str(args.np)]
-    flags += ["--verify_dataset_integrity"] if args.verify_dataset_integrity else []
-    nnunet.run("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_and_preprocess_entry", flags)
-    return plan(args)
+    labelled = [dataset for dataset in args.d if check_raw(dataset)]
+    if labelled:
+        flags = ["-d", *labelled, "-c", args.c, "-np", str(args.np), "-npfp", str(args.np)]
+        flags += ["--verify_dataset_integrity"] if args.verify_dataset_integrity else []
+        flags += ["--no_pp"] if args.joint else []
+        nnunet.run("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_and_preprocess_entry", flags)
+    plan(args)
+    preprocess_datasets(
+        args.d, args.c, args.overwrite_plans_name or (JOINT_PLANS_NAME if args.joint else PLANS_NAME), args.np, False
+    )
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.command import check_plans
     from nnunet_csm.training.segmentation import ENCODER_VARIABLE
 
     if getattr(args, "encoder", None):
         os.environ[ENCODER_VARIABLE] = args.encoder
-    name = nnunet.dataset_name(args.d)
-    nnunet.read_json(
-        nnunet.folder("nnUNet_preprocessed") / name / f"{args.p}.json", f"plan with `nnunet_csm plan_and_preprocess -d {args.d}`"
-    )
+    datasets = [args.d] if isinstance(args.d, str) else args.d
+    plans_name = args.p or (PLANS_NAME if len(datasets) == 1 else JOINT_PLANS_NAME)
+    name = check_plans(datasets, plans_name, args.c)
     for fold in args.f:
-        flags = [name, args.c, fold, "-tr", args.tr, "-p", args.p, "-device", args.device, "-num_gpus", str(args.num_gpus)]
+        flags = [name, args.c, fold, "-tr", args.tr, "-p", plans_name, "-device", args.device, "-num_gpus", str(args.num_gpus)]
         flags += [f"--{flag}" for flag in ("c", "val", "npz") if getattr(args, f"flag_{flag}")]
         entry_point = "nnunetv2.run.run_training:run_training_entry"
         if len(args.f) == 1:
@@ -83,14 +113,15 @@ def train(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.segmentation import check_before_prediction
+    from nnunet_csm.inference.segmentation import check_before_prediction, complete_cases
 
-    check_before_prediction(args.d, args.tr, args.p, args.c, args.f, args.i, args.chk)
-    flags = ["-d", args.d, "-i", args.i, "-o", args.o, "-f", *args.f, "-tr", args.tr, "-p", args.p, "-c", args.c]
-    flags += ["-device", args.device, "-chk", args.chk]
-    flags += ["--save_probabilities"] if args.save_probabilities else []
-    flags += ["--continue_prediction"] if args.continue_prediction else []
-    nnunet.run("nnunetv2.inference.predict_from_raw_data:predict_entry_point", flags)
+    described = check_before_prediction(args.d, args.tr, args.p, args.c, args.f, args.chk)
+    with complete_cases(Path(args.i), described) as inputs:
+        flags = ["-d", args.d, "-i", str(inputs), "-o", args.o, "-f", *args.f, "-tr", args.tr, "-p", args.p, "-c", args.c]
+        flags += ["-device", args.device, "-chk", args.chk]
+        flags += ["--save_probabilities"] if args.save_probabilities else []
+        flags += ["--continue_prediction"] if args.continue_prediction else []
+        nnunet.run("nnunetv2.inference.predict_from_raw_data:predict_entry_point", flags)
     return 0
 
 
@@ -101,6 +132,50 @@ def evaluate(args: argparse.Namespace) -> int:
     evaluate_dataset(
         args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, images, args.np
     )
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    import importlib
+
+    given = {"regions": args.regions or None, "task": args.task, "class_column": args.class_column, "mask": args.mask}
+    given["labels"] = args.labels
+    # installed beside the package, see setup.py
+    module = importlib.import_module("nnunet_csm.dataset_conversion")
+    module.convert(
+        args.format,
+        Path(args.i),
+        Path(args.o) if args.o else nnunet.folder("nnUNet_raw"),
+        args.d,
+        args.name,
+        {name: value for name, value in given.items() if value is not None},
+        reference=args.reference,
+        register=args.register,
+        overwrite=args.overwrite,
+        strict=args.strict,
+        num_processes=args.np,
+    )
+    return 0
+
+
+def fill_missing(args: argparse.Namespace) -> int:
+    from nnunet_csm.inference.missing import fill_missing as fill
+    from nnunet_csm.raw.check import load_dataset_json
+
+    name = nnunet.dataset_name(args.d)
+    folders = [nnunet.folder(variable) / name for variable in ("nnUNet_preprocessed", "nnUNet_raw")]
+    described = load_dataset_json(next((f for f in folders if (f / "dataset.json").is_file()), folders[-1]))
+    names, ending = nnunet.channel_names(described), described["file_ending"]
+    for line in fill(Path(args.i), Path(args.o), names, ending, not args.keep_copies, args.copy, args.overwrite):
+        print(line)
+    return 0
+
+
+def export_msd(args: argparse.Namespace) -> int:
+    from nnunet_csm.inference.msd_export import export_msd as export
+
+    predictions, tasks = [Path(i) for i in args.i], [Path(task) for task in args.task]
+    export(predictions, Path(args.o), tasks, args.labels_from, args.leave_out, args.overwrite)
     return 0
 
 
@@ -154,23 +229,81 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-d", help="dataset name or ID")
     p.add_argument("-c", default="3d_fullres", help="configuration")
 
-    p = add("plan", plan, "Write CSM plans from nnU-Net's plans; preprocessed data is reused.", "nnunet_csm plan -d 21 -preset S")
+    p = add(
+        "convert",
+        convert,
+        "A release to an nnU-Net raw dataset: series on one grid, zeros for missing ones, a manifest, splits by patient.",
+        "nnunet_csm convert table -i series.csv -d 501 -name Prostate -reference T2w",
+    )
+    p.add_argument(
+        "format",
+        choices=("bt_msd", "prostate158", "breast2023", "picai", "table", "bids"),
+        help="what is read; docs/conversion.md shows the layout of each",
+    )
+    p.add_argument("-i", required=True, help="folder of the release; for table, the CSV or TSV file")
+    p.add_argument("-d", type=int, required=True, help="ID of the new dataset, 1 to 999")
+    p.add_argument("-o", help="where the dataset goes; default: nnUNet_raw")
+    p.add_argument("-name", help="name of the new dataset; default: that of the format")
+    p.add_argument("-reference", default="finest", help="series whose grid a case gets, or finest")
+    p.add_argument("--register", action="store_true", help="move every series rigidly onto the reference where that helps")
+    p.add_argument("--overwrite", action="store_true", help="replace a dataset of this name, once the new one is complete")
+    p.add_argument("--strict", action="store_true", help="a case that cannot be used is an error, not left out with a report")
+    p.add_argument("-np", type=int, default=NUM_PROCESSES, help="processes")
+    p.add_argument("-regions", action="store_true", help="bt_msd: overlapping regions WT, TC, ET instead of labels")
+    p.add_argument("-task", help="prostate158: prostate, zones or tumor; picai: both, gland or lesion")
+    p.add_argument("-labels", nargs="+", metavar="NAME=VALUE", help="table, bids: what the values of the masks mean")
+    p.add_argument("-class_column", help="bids: column of participants.tsv with the class")
+    p.add_argument("-mask", help="bids: which mask of the derivatives; none for no mask")
+
+    p = add(
+        "fingerprint",
+        fingerprint,
+        "Which series every case has, copies in place of missing ones, intensities, geometry, misaligned series; with a picture.",
+        "nnunet_csm fingerprint -d 21 -np 8",
+    )
+    p.add_argument("-d", nargs="+", required=True, help="dataset names or IDs")
+    _add_reading(p)
+
+    p = add(
+        "plan",
+        plan,
+        "Write CSM plans from nnU-Net's plans and the fingerprint; preprocessed data is reused.",
+        "nnunet_csm plan -d 21 -gpu_memory_target 40",
+    )
     _add_planning(p)
+
+    p = add(
+        "preprocess",
+        preprocess,
+        "Make the preprocessed images that CSM plans need and that are not there: for joint plans, or without labels.",
+        "nnunet_csm preprocess -d 1 21 -p nnUNetCSMJointPlans",
+    )
+    p.add_argument("-d", nargs="+", required=True, help="dataset names or IDs")
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", default=PLANS_NAME, help="plans")
+    p.add_argument("-np", type=int, default=NUM_PROCESSES, help="processes")
+    p.add_argument("--overwrite", action="store_true", help="preprocess labelled cases again that are already there")
 
     p = add(
         "plan_and_preprocess",
         plan_and_preprocess,
-        "nnU-Net's fingerprint, plans and preprocessing, then CSM plans.",
+        "nnU-Net's fingerprint, plans and preprocessing, then CSM plans; for datasets without labels as well.",
         "nnunet_csm plan_and_preprocess -d 21 -preset B",
     )
     _add_planning(p)
-    p.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     p.add_argument("--verify_dataset_integrity", action="store_true", help="nnU-Net's thorough check, reads every voxel")
 
-    p = add("pretrain", train, "Pretrain the encoder on the images of a fold.", "nnunet_csm pretrain -d 21 -f 0 -device cpu")
+    p = add(
+        "pretrain",
+        train,
+        "Pretrain the encoder on the images of a fold; with joint plans on several datasets, the first of which owns the run.",
+        "nnunet_csm pretrain -d 21 -f 0 -device cpu",
+    )
+    p.add_argument("-d", nargs="+", required=True, help="dataset name or ID; several for joint plans")
     _add_training(p, PRETRAINER)
 
     p = add("finetune", train, "Fine-tune a segmenter from the pretrained encoder.", "nnunet_csm finetune -d 21 -f 0 1 2 --npz")
+    p.add_argument("-d", required=True, help="dataset name or ID")
     _add_training(p, FINETUNER)
     p.add_argument("-encoder", help="auto (same fold), all (fold all), scratch, or a checkpoint; default: what the plans say")
 
@@ -185,10 +318,43 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-o", required=True, help="output folder")
     p.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds whose predictions are averaged")
     p.add_argument("-tr", default=FINETUNER, help="trainer")
-    _add_common(p)
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", default=PLANS_NAME, help="plans")
+    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
     p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
     p.add_argument("--save_probabilities", action="store_true", help="write probabilities beside the segmentations")
     p.add_argument("--continue_prediction", action="store_true", help="keep what is already there")
+
+    p = add(
+        "fill_missing",
+        fill_missing,
+        "Write zeros for series that cases lack, or hold a copy in place of, so that stock nnUNetv2_predict reads them.",
+        "nnunet_csm fill_missing -d 21 -i images -o images_filled",
+    )
+    p.add_argument("-d", required=True, help="dataset name or ID: tells the channels and the file ending")
+    p.add_argument("-i", required=True, help="input folder, with CASE_0000.nii.gz, CASE_0001.nii.gz ... as far as they are there")
+    p.add_argument("-o", required=True, help="output folder; files that are there are linked")
+    p.add_argument("--copy", action="store_true", help="copy files instead of linking them")
+    p.add_argument("--keep_copies", action="store_true", help="do not take copies of another series for missing series")
+    p.add_argument("--overwrite", action="store_true", help="replace the output folder")
+
+    p = add(
+        "export_msd",
+        export_msd,
+        "Pack predictions as the Medical Segmentation Decathlon wants them, after checking every case.",
+        "nnunet_csm export_msd -i out -o submission.zip -task Task01_BrainTumour",
+    )
+    p.add_argument("-i", nargs="+", required=True, help="folders written by nnUNetv2_predict, one for each task")
+    p.add_argument("-o", required=True, help="archive to write, ending in .zip")
+    p.add_argument("-task", nargs="+", required=True, help="the decathlon's task folders, in the order of -i")
+    p.add_argument(
+        "-labels_from",
+        nargs="+",
+        default=[],
+        help="dataset.json, its folder, or an nnU-Net dataset, one for each task; default: beside the predictions",
+    )
+    p.add_argument("-leave_out", nargs="+", default=[], metavar="CASE", help="test cases not to be in the archive")
+    p.add_argument("--overwrite", action="store_true", help="replace an archive of that name")
 
     p = add(
         "evaluate",
@@ -207,34 +373,51 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_planning(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-d", nargs="+", required=True, help="dataset names or IDs")
-    p.add_argument("-c", default="3d_fullres", help="configuration of nnU-Net's plans to build on")
-    p.add_argument("-p", default="nnUNetPlans", help="nnU-Net's plans to build on")
-    p.add_argument("-preset", default="B", help="demo, S, B, L, paper (chosen by the series), or the path of a preset file")
-    p.add_argument("-overwrite_plans_name", default=PLANS_NAME, help="name of the new plans")
-    p.add_argument("-overwrite_patch_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="patch size by hand")
-    p.add_argument("-overwrite_token_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="token size by hand")
+def _add_reading(p: argparse.ArgumentParser) -> None:
+    """How raw images are read."""
+    p.add_argument("-np", type=int, default=NUM_PROCESSES, help="processes")
+    p.add_argument("--test_images", action="store_true", help="take the images in imagesTs, too; their labels are never read")
+    p.add_argument("--strict", action="store_true", help="an unusable file is an error, not a line in a report")
     p.add_argument(
         "-series_alias", nargs="+", default=[], metavar="GIVEN=NAME", help="series names the alias table does not know"
     )
 
 
+def _add_planning(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-d", nargs="+", required=True, help="dataset names or IDs")
+    p.add_argument("-c", default="3d_fullres", help="configuration of nnU-Net's plans to build on")
+    p.add_argument("-p", default="nnUNetPlans", help="nnU-Net's plans to build on")
+    p.add_argument(
+        "-preset",
+        default="auto",
+        help="auto (B, or S where memory asks for it), demo, S, B, L, paper (chosen by the series), or the path of a preset file",
+    )
+    p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
+    p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")
+    p.add_argument("-series", nargs="+", metavar="NAME", help="use these series only")
+    p.add_argument("-overwrite_plans_name", help=f"name of the new plans; default: {PLANS_NAME}, with --joint {JOINT_PLANS_NAME}")
+    p.add_argument("-overwrite_patch_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="patch size by hand")
+    p.add_argument("-overwrite_token_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="token size by hand")
+    p.add_argument(
+        "-overwrite_target_spacing",
+        nargs=3,
+        type=float,
+        metavar=("Z", "Y", "X"),
+        help="spacing in mm of a joint plan, by hand; default: that of the first dataset",
+    )
+    _add_reading(p)
+
+
 def _add_training(p: argparse.ArgumentParser, trainer: str) -> None:
-    p.add_argument("-d", required=True, help="dataset name or ID")
     p.add_argument("-f", nargs="+", default=["0"], help="folds: 0 to 4, or all")
     p.add_argument("-tr", default=trainer, help="trainer")
-    _add_common(p)
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", help=f"plans; default: {PLANS_NAME}, for several datasets {JOINT_PLANS_NAME}")
+    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
     p.add_argument("-num_gpus", type=int, default=1, help="number of GPUs")
     p.add_argument("--c", dest="flag_c", action="store_true", help="continue from the latest checkpoint")
     p.add_argument("--val", dest="flag_val", action="store_true", help="only run the final validation")
     p.add_argument("--npz", dest="flag_npz", action="store_true", help="save probabilities of the final validation")
-
-
-def _add_common(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-c", default="3d_fullres", help="configuration")
-    p.add_argument("-p", default=PLANS_NAME, help="plans")
-    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
 
 
 if __name__ == "__main__":

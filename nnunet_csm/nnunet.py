@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgenerators.utilities.file_and_folder_operations import save_json as save_as_json
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_csm.errors import UserError
@@ -50,6 +51,11 @@ def dataset_name(name_or_id: str) -> str:
         raise UserError(f"no dataset {name_or_id!r} in {where}; convert it, or check nnUNet_raw") from None
 
 
+def dataset_id(name: str) -> int:
+    """The number in `DatasetXXX_Name`."""
+    return int(name.removeprefix("Dataset").split("_")[0])
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """A JSON file that an earlier step has to have written."""
     if not path.is_file():
@@ -58,6 +64,13 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         return load_json(str(path))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def save_json(data: Any, path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_as_json(data, str(temporary), sort_keys=False)
+    os.replace(temporary, path)
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

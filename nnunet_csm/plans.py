@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from nnunet_csm.errors import UserError
 
 PLANS_NAME = "nnUNetCSMPlans"
+JOINT_PLANS_NAME = "nnUNetCSMJointPlans"
 NETWORK_CLASS = "nnunet_csm.model.segmenter.CSMSegmenter"
-VERSION = 1
+VERSION = 2
 
 Size = tuple[int, int, int]
 T = TypeVar("T")
@@ -23,9 +24,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Architecture:
-    """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`)."""
+    """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`).
+
+    `channels`: where each of the series stands in nnU-Net's tensor; channels of the dataset that are not named are not used.
+    """
 
     series: tuple[str, ...]
+    channels: tuple[int, ...]
     token_size: Size
     width: int
     depth: int
@@ -85,12 +90,41 @@ class Finetuning:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Preprocessed images that pretraining draws on.
+
+    Attributes:
+        dataset: DatasetXXX_Name.
+        subset: imagesTr, or imagesTs for test images, which no fold holds back.
+        labelled: nnU-Net's own preprocessed data; False for images that were preprocessed without labels.
+        data_identifier: the folder of it below the preprocessed dataset.
+        num_channels: of each case there.
+        channels: series name to its channel; channels that are not named are not used.
+        absent_series: case to series that it holds only as a copy of another one, and that count as absent.
+    """
+
+    dataset: str
+    subset: Literal["imagesTr", "imagesTs"]
+    labelled: bool
+    data_identifier: str
+    num_channels: int
+    channels: dict[str, int]
+    absent_series: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """The `csm` block of a configuration. `reasons`: for each decision, its value as text and why."""
+    """The `csm` block of a configuration.
+
+    Attributes:
+        sources: what pretraining draws on; the first is of the dataset whose results folder holds the pretrained encoder.
+        reasons: for each decision, its value as text and why.
+    """
 
     version: int
     preset: str
     seed: int
+    sources: tuple[Source, ...]
     pretraining_patch_size: Size
     masking: Masking
     reconstruction: Reconstruction
@@ -107,6 +141,12 @@ class Configuration:
     patch_size: Size
     architecture: Architecture
     csm: Recipe
+
+    @property
+    def pretraining_architecture(self) -> Architecture:
+        """The network of pretraining: as that of fine-tuning, with the series of all sources, in order of appearance."""
+        series = tuple(dict.fromkeys(name for source in self.csm.sources for name in source.channels))
+        return dataclasses.replace(self.architecture, series=series, channels=tuple(range(len(series))))
 
     @property
     def pretraining_grid(self) -> Size:
@@ -183,6 +223,11 @@ def _check(configuration: Configuration, where: str) -> None:
                 f"{where}: {name} {size} is not a multiple of token_size {token_size}; "
                 f"edit one of them or plan again with `nnunet_csm plan`"
             )
+    series, channels = architecture.series, architecture.channels
+    if not series or len(set(series)) != len(series) or len(set(channels)) != len(channels) or len(series) != len(channels):
+        raise UserError(f"{where}: series {series} in channels {channels}; expected one channel of its own for every series")
+    if not csm.sources:
+        raise UserError(f"{where}.csm.sources is empty; pretraining needs images: plan again with `nnunet_csm plan`")
     for width, heads, what in (
         (architecture.width, architecture.num_heads, "arch_kwargs"),
         (csm.reconstruction.width, csm.reconstruction.num_heads, "csm.reconstruction"),

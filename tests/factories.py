@@ -2,11 +2,13 @@
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnunet_csm.planning.planner import plan
-from nnunet_csm.plans import Configuration, Size, read_configuration
+from nnunet_csm.planning.memory import Memory
+from nnunet_csm.planning.planner import Facts, Wishes, plan
+from nnunet_csm.plans import Architecture, Configuration, Masking, Reconstruction, Size, Source, read_configuration
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SERIES = ("FLAIR", "T1w", "T2w")
@@ -73,6 +75,55 @@ def base_plans(
     }
 
 
+def source_of(series: Sequence[str], **changes: Any) -> Source:
+    """The preprocessed data of `base_plans`, with one channel for each of the series."""
+    values: dict[str, Any] = {
+        "dataset": "Dataset001_Tiny",
+        "subset": "imagesTr",
+        "labelled": True,
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "num_channels": len(series),
+        "channels": {name: channel for channel, name in enumerate(series)},
+        "absent_series": {},
+    }
+    return Source(**(values | changes))
+
+
+def facts_of(series: Sequence[str] = SERIES, num_cases: int = 10, **changes: Any) -> Facts:
+    """A dataset in which every case has every series."""
+    source = source_of(series)
+    values: dict[str, Any] = {
+        "channels": source.channels,
+        "num_cases": num_cases,
+        "num_classes": 3,
+        "num_with_series": dict.fromkeys(series, num_cases),
+        "num_present": {len(series): num_cases},
+        "sources": (source,),
+        "num_pretraining_cases": num_cases,
+    }
+    return Facts(**(values | changes))
+
+
+class GuessedMemory:
+    """Stands in for `planning/memory.py`, which takes a second: grows with all that memory grows with."""
+
+    def pretraining_memory(
+        self, architecture: Architecture, reconstruction: Reconstruction, masking: Masking, patch_size: Size, batch_size: int
+    ) -> Memory:
+        tuning = self.finetuning_memory(architecture, 1, patch_size, batch_size, None)
+        return Memory(tuning.states, tuning.activations // 8, 0)
+
+    def finetuning_memory(
+        self, architecture: Architecture, num_classes: int, patch_size: Size, batch_size: int, num_channels: int | None
+    ) -> Memory:
+        num_tokens = len(architecture.series) * math.prod(
+            p // t for p, t in zip(patch_size, architecture.token_size, strict=True)
+        )
+        weights = 12 * architecture.depth * architecture.width**2
+        activations = batch_size * (40 * num_tokens * architecture.width * architecture.depth + 400 * math.prod(patch_size))
+        return Memory(16 * weights, activations, 0)
+
+
 def csm_plans(
     series: Sequence[str] = SERIES,
     token_size: Size = TOKEN_SIZE,
@@ -86,7 +137,8 @@ def csm_plans(
     `architecture`, `reconstruction` and `csm` are changes to those parts.
     """
     base = base_plans(num_series=len(series))
-    plans, _ = plan(base, "3d_fullres", series, 10, "B", "nnUNetCSMPlans", patch_size, token_size)
+    wishes = Wishes("B", patch_size, token_size)
+    plans, _ = plan(base, "3d_fullres", facts_of(series), "nnUNetCSMPlans", wishes, GuessedMemory())
     plans = json.loads(json.dumps(plans))
     entry = plans["configurations"]["3d_fullres"]
     entry["architecture"]["arch_kwargs"] |= TINY | dict(architecture or {})

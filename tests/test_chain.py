@@ -61,17 +61,23 @@ def test_stock_prediction_and_evaluation(trained: PlannedDataset, tmp_path: Path
     assert summary
 
 
-def test_a_case_without_a_channel_file_is_named_before_anything_is_written(trained: PlannedDataset, tmp_path: Path) -> None:
-    inputs = tmp_path / "inputs"
+def test_a_case_without_a_channel_file_is_segmented_as_one_with_zeros_in_it(trained: PlannedDataset, tmp_path: Path) -> None:
+    inputs, filled = tmp_path / "inputs", tmp_path / "filled"
     shutil.copytree(trained.folders.raw / trained.name / "imagesTs", inputs)
     victim = sorted(inputs.glob("*_0001.nii.gz"))[0]
     victim.unlink()
-    done = trained.run(
-        "nnunet_csm", "predict", "-d", "900", "-f", "0", "-device", "cpu", "-i", str(inputs), "-o", str(tmp_path / "out")
-    )
-    assert done.returncode == 2
-    assert victim.name in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    flags = ["-d", "900", "-f", "0", "-device", "cpu", "-i"]
+    said = trained.check("nnunet_csm", "predict", *flags, str(inputs), "-o", str(tmp_path / "ours"))
+    assert "zeros for T1w (no file)" in said
+    trained.check("nnunet_csm", "fill_missing", "-d", "900", "-i", str(inputs), "-o", str(filled))
+    assert (filled / victim.name).is_file()
+    chosen = ["-c", "3d_fullres", "-tr", FINETUNER, "-p", PLANS, "--disable_progress_bar"]
+    trained.check("nnUNetv2_predict", *flags, str(filled), "-o", str(tmp_path / "stock"), *chosen)
+    names = [path.name for path in sorted((tmp_path / "stock").glob("*.nii.gz"))]
+    assert len(names) == NUM_TEST
+    for name in names:
+        ours, stock = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f / name))) for f in ("ours", "stock"))
+        assert np.array_equal(ours, stock)
 
 
 @pytest.mark.parametrize("trainer, complaint", [(FINETUNER, "no pretrained encoder"), (PRETRAINER, "is not a multiple")])

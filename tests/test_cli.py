@@ -18,11 +18,14 @@ COMMANDS: dict[str, argparse.ArgumentParser] = next(
 )
 # one command line for each command that needs a dataset
 ON_A_DATASET = {
+    "fingerprint": ["fingerprint", "-d", "1"],
     "plan": ["plan", "-d", "1"],
+    "preprocess": ["preprocess", "-d", "1"],
     "plan_and_preprocess": ["plan_and_preprocess", "-d", "1"],
     "pretrain": ["pretrain", "-d", "1", "-device", "cpu"],
     "finetune": ["finetune", "-d", "1", "-device", "cpu"],
     "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
+    "fill_missing": ["fill_missing", "-d", "1", "-i", "in", "-o", "out"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
 }
 
@@ -77,7 +80,7 @@ def test_the_help_of_the_program_names_every_command(capsys):
 
 
 def test_every_command_that_needs_a_dataset_is_tested_here():
-    assert set(COMMANDS) - set(ON_A_DATASET) == {"demo", "doctor", "env"}
+    assert set(COMMANDS) - set(ON_A_DATASET) == {"convert", "demo", "doctor", "env", "export_msd"}
 
 
 # --- what a user got wrong ---------------------------------------------------------------------------------------------------

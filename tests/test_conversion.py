@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from test_dicom import write_dicom  # type: ignore[import-not-found]
+
 from nnunet_csm.dataset_conversion import FORMATS, options_of, read_release
 from nnunet_csm.dataset_conversion.masks import consecutive, parse_labels
 from nnunet_csm.dataset_conversion.sheets import read_sheet
-from test_dicom import write_dicom  # type: ignore[import-not-found]
-
 from nnunet_csm.errors import UserError
 from nnunet_csm.raw.subjects import Case, Release, Volume
 from nnunet_csm.raw.writer import write_dataset

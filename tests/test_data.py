@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_csm.data import cases as cases_module
-from nnunet_csm.data.cases import Cases
+from nnunet_csm.data.cases import CaseFile, Cases
 from nnunet_csm.data.crops import Crops, cut, draw_crops
 from nnunet_csm.data.draws import Purpose, batches, generator, key, seed_everything
 from nnunet_csm.errors import UserError
-from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+from nnunet_csm.training.segmentation import nnUNetTrainerCSM, without_copies
 
 PATCH_SIZE = (4, 6, 5)
 # larger than the patch, smaller along two axes, and of its size along one
@@ -46,6 +46,10 @@ def save(folder, name, volume):
     (folder / f"{name}.pkl").unlink()
 
 
+def open_cases(folder, names, num_channels=3):
+    return Cases([CaseFile(name, folder / f"{name}.b2nd", num_channels, tuple(range(len(SERIES)))) for name in names])
+
+
 @pytest.fixture
 def folder(tmp_path):
     for name in SHAPES:
@@ -69,7 +73,7 @@ def sliced(volume, start, flip, patch_size):
 def test_a_crop_is_a_slice_of_the_volume_with_zeros_around_it(shape, patch_size, flip, seed):
     volume = torch.rand(2, *shape, generator=generator(seed)) + 1
     start = draw_crops(generator(seed), torch.tensor([shape]), patch_size).start[0].tolist()
-    patch = cut(volume, start, flip, patch_size)
+    patch = cut(volume, range(2), start, flip, patch_size)
     assert np.array_equal(patch.numpy(), sliced(volume, start, flip, patch_size))
     # as much of the volume as there is room for
     assert (patch[0] != 0).sum() == math.prod(map(min, shape, patch_size))
@@ -78,8 +82,8 @@ def test_a_crop_is_a_slice_of_the_volume_with_zeros_around_it(shape, patch_size,
 def test_flipping_twice_gives_the_patch_back():
     volume, start = torch.rand(2, 9, 8, 7), (2, 1, 0)
     for flip in ((True, False, False), (False, True, True), (True, True, True)):
-        again = cut(cut(volume, start, flip, PATCH_SIZE), (0, 0, 0), flip, PATCH_SIZE)
-        assert again.equal(cut(volume, start, (False,) * 3, PATCH_SIZE))
+        again = cut(cut(volume, (0, 1), start, flip, PATCH_SIZE), (0, 1), (0, 0, 0), flip, PATCH_SIZE)
+        assert again.equal(cut(volume, (0, 1), start, (False,) * 3, PATCH_SIZE))
 
 
 def test_positions_and_flips_are_uniform():
@@ -152,15 +156,15 @@ def test_the_generators_nnunet_draws_from_are_keyed_too():
 
 
 def test_cases_are_read_as_nnunet_wrote_them_without_their_labels(folder):
-    cases = Cases(folder, list(SHAPES), SERIES)
+    cases = open_cases(folder, list(SHAPES))
     assert len(cases) == 3 and cases.where == "memory"
     assert cases.shapes.tolist() == [list(shape) for shape in SHAPES.values()]
-    for volume, name in zip(cases.volumes, SHAPES, strict=True):
-        np.testing.assert_allclose(volume.float().numpy(), volume_of(name), rtol=1e-3, atol=1e-6)
+    for volume, present, name in zip(cases.volumes, cases.series_present, SHAPES, strict=True):
+        np.testing.assert_allclose(volume.float().numpy(), volume_of(name)[present.numpy()], rtol=1e-3, atol=1e-6)
 
 
 def test_a_series_is_absent_where_the_stored_volume_is_all_zero(folder):
-    cases = Cases(folder, list(SHAPES), SERIES)
+    cases = open_cases(folder, list(SHAPES))
     expected = [[ABSENT.get(name) != s for s in range(len(SERIES))] for name in SHAPES]
     assert cases.series_present.tolist() == expected
 
@@ -168,7 +172,7 @@ def test_a_series_is_absent_where_the_stored_volume_is_all_zero(folder):
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_patches_are_those_of_the_stored_volumes_from_memory_and_from_files(folder, monkeypatch, share):
     monkeypatch.setattr(cases_module, "SHARE_OF_MEMORY", share)
-    cases = Cases(folder, list(SHAPES), SERIES)
+    cases = open_cases(folder, list(SHAPES))
     assert cases.where == ("memory" if share else "files")
     chosen = torch.tensor([2, 0, 1, 1, 0, 2])
     crops = draw_crops(generator(0), cases.shapes[chosen], PATCH_SIZE)
@@ -185,7 +189,7 @@ def test_patches_are_those_of_the_stored_volumes_from_memory_and_from_files(fold
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_worker_processes_cut_the_same_patches(folder, monkeypatch, share):
     monkeypatch.setattr(cases_module, "SHARE_OF_MEMORY", share)
-    cases = Cases(folder, list(SHAPES), SERIES)
+    cases = open_cases(folder, list(SHAPES))
 
     def make(epoch, step):
         g = generator(key(0, Purpose.TRAINING, epoch, step, 0))
@@ -196,7 +200,7 @@ def test_worker_processes_cut_the_same_patches(folder, monkeypatch, share):
 
 
 def test_what_was_cut_can_be_changed_without_changing_the_case(folder):
-    cases = Cases(folder, ["equal"], SERIES)
+    cases = open_cases(folder, ["equal"])
     crops = Crops(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool))
     before = cases.volumes[0].clone()
     cases.cut(torch.tensor([0]), crops, PATCH_SIZE).fill_(9)
@@ -205,23 +209,55 @@ def test_what_was_cut_can_be_changed_without_changing_the_case(folder):
 
 def test_another_number_of_series_is_an_error_that_says_so(folder):
     with pytest.raises(UserError, match=r"large\.b2nd: 3 series, expected 2 as in the plans"):
-        Cases(folder, list(SHAPES), SERIES[:2])
+        open_cases(folder, list(SHAPES), num_channels=2)
 
 
 def test_a_case_that_was_not_preprocessed_is_an_error_that_names_it(folder):
-    with pytest.raises(UserError, match=r"gone\.b2nd.*nnUNetv2_preprocess"):
-        Cases(folder, ["large", "gone"], SERIES)
+    with pytest.raises(UserError, match=r"gone\.b2nd.*nnunet_csm preprocess"):
+        open_cases(folder, ["large", "gone"])
 
 
 def test_no_case_at_all_is_an_error(folder):
     with pytest.raises(UserError, match="no case"):
-        Cases(folder, [], SERIES)
+        open_cases(folder, [])
 
 
-def test_a_case_of_nothing_but_zeros_is_an_error_that_names_it(folder):
+def test_a_case_of_nothing_but_zeros_is_left_out_and_named(folder):
     save(folder, "empty", np.zeros((3, 4, 6, 5), np.float32))
+    cases = open_cases(folder, ["empty", "large"])
+    assert cases.names == ["large"] and cases.left_out == ["empty"] and len(cases.shapes) == len(cases.series_present) == 1
     with pytest.raises(UserError, match="empty hold"):
-        Cases(folder, ["large", "empty"], SERIES)
+        open_cases(folder, ["empty"])
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_series_come_from_their_channels_and_those_a_case_lacks_are_zero(folder, monkeypatch, share):
+    """As for a dataset with other series than the run has, in another order, or with a copy in place of a series."""
+    monkeypatch.setattr(cases_module, "SHARE_OF_MEMORY", share)
+    channels = (2, None, 0, None)
+    files = [CaseFile(name, folder / f"{name}.b2nd", 3, channels) for name in SHAPES]
+    cases = Cases(files)
+    assert cases.series_present.tolist() == [[True, False, True, False]] * len(SHAPES)
+    start = torch.zeros(len(SHAPES), 3, dtype=torch.long)
+    patches = cases.cut(torch.arange(len(SHAPES)), Crops(start, start.bool()), PATCH_SIZE)
+    for patch, name in zip(patches, SHAPES, strict=True):
+        expected = sliced(volume_of(name), (0, 0, 0), (False,) * 3, PATCH_SIZE).astype(np.float16).astype(np.float32)
+        assert np.array_equal(patch[[0, 2]].numpy(), expected[[2, 0]]) and not patch[[1, 3]].any()
+
+
+def test_fine_tuning_reads_copies_of_other_series_as_zeros(tmp_path):
+    labels = np.zeros((1, *SHAPES["large"]), np.int16)
+    sizes = {}
+    for suffix, array in (("", volume_of("large")), ("_seg", labels)):
+        sizes[f"blocks{suffix}"], sizes[f"chunks{suffix}"] = comp_blosc2_params(array.shape, PATCH_SIZE)
+    for name in ("copied", "whole"):
+        nnUNetDatasetBlosc2.save_case(volume_of("large"), labels, {"spacing": [1, 1, 1]}, str(tmp_path / name), **sizes)
+    dataset = without_copies(nnUNetDatasetBlosc2, {"copied": [0, 2]})(str(tmp_path), ["copied", "whole"])
+    assert isinstance(dataset, nnUNetDatasetBlosc2) and dataset.identifiers == ["copied", "whole"]
+    data, segmentation, _, properties = dataset.load_case("copied")
+    assert not data[[0, 2]].any() and np.array_equal(data[1], volume_of("large")[1])
+    assert np.array_equal(segmentation[:], labels) and properties == {"spacing": [1, 1, 1]}
+    assert np.array_equal(dataset.load_case("whole")[0][:], volume_of("large"))
 
 
 # --- nnU-Net's augmentation --------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ import json
 import math
 
 import pytest
-from factories import SERIES, base_plans
+from factories import SERIES, GuessedMemory, base_plans, facts_of, source_of
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.planning.planner import MIN_TOKENS_PER_AXIS, plan, save_plans
+from nnunet_csm.nnunet import save_json
+from nnunet_csm.planning.planner import MIN_STEPS, Wishes, num_crops, plan
 from nnunet_csm.planning.presets import merged, paper_preset, preset_names, read_preset
+from nnunet_csm.planning.sizes import MAX_TOKENS, MIN_TOKENS_PER_AXIS
 from nnunet_csm.plans import NETWORK_CLASS, read_configuration
 from nnunet_csm.pretext.masking import num_visible
 
@@ -39,9 +41,12 @@ def names(s):
     return [f"series {n}" for n in range(s)]
 
 
-def planned(shape=(120, 160, 140), spacing=(1.0, 1.0, 1.0), series=SERIES, preset="B", num_cases=100, **by_hand):
+def planned(
+    shape=(120, 160, 140), spacing=(1.0, 1.0, 1.0), series=SERIES, preset="B", num_cases=100, facts=None, chosen=None, **wishes
+):
     base = base_plans(shape, spacing, len(series))
-    plans, decisions = plan(base, "3d_fullres", series, num_cases, preset, "nnUNetCSMPlans", **by_hand)
+    facts = facts_of(series, num_cases, **(facts or {}))
+    plans, decisions = plan(base, "3d_fullres", facts, "nnUNetCSMPlans", Wishes(preset, series=chosen, **wishes), GuessedMemory())
     # as nnU-Net will read them
     plans = json.loads(json.dumps(plans))
     return read_configuration(plans, "3d_fullres", "nnUNetCSMPlans.json"), plans, decisions
@@ -65,11 +70,91 @@ def test_sizes_fit_the_data_and_the_budget(dataset, preset):
     assert all(t == 1 or 4 * t <= p for p, t in zip(patch, token, strict=True))
     # no more voxels than the budget, unless no axis can give any
     assert math.prod(patch) <= budget or all(c <= MIN_TOKENS_PER_AXIS for c in counts)
+    # nor a sequence that attention would spend its time on
+    assert s * math.prod(counts) <= MAX_TOKENS or all(c <= MIN_TOKENS_PER_AXIS for c in counts)
     # not larger than the volume by more than half a token
     assert all(p <= length + t / 2 for p, t, length in zip(patch, token, shape, strict=True))
     # pretraining's patch is made of the same tokens, and no larger
     pretraining = settings.csm.pretraining_patch_size
     assert all(q % t == 0 and t <= q <= p for q, p, t in zip(pretraining, patch, token, strict=True))
+
+
+# name: median shape, spacing, series, cases, GPU memory target in GiB; and the plan: preset, token, patch, the two batches
+PLANS = {
+    "brain": ((138, 170, 138), (1.0, 1.0, 1.0), 4, 484, None, "B", (16, 16, 16), (96, 96, 96), 64, 2),
+    "brain, small GPU": ((138, 170, 138), (1.0, 1.0, 1.0), 4, 484, 5, "B", (16, 16, 16), (96, 96, 96), 32, 2),
+    "brain, tiny GPU": ((138, 170, 138), (1.0, 1.0, 1.0), 4, 484, 3, "S", (16, 16, 16), (96, 96, 96), 16, 2),
+    "no GPU to speak of": ((138, 170, 138), (1.0, 1.0, 1.0), 4, 484, 1.7, "S", (16, 16, 16), (64, 64, 80), 16, 2),
+    "thick slices": ((20, 320, 320), (3.6, 0.625, 0.625), 3, 158, 24, "B", (2, 16, 16), (20, 176, 192), 64, 2),
+    "sagittal": ((320, 320, 24), (0.5, 0.5, 4.0), 2, 100, 24, "B", (16, 16, 2), (192, 192, 24), 64, 2),
+    "five slices": ((5, 256, 256), (8.0, 1.0, 1.0), 2, 100, 24, "B", (1, 16, 16), (5, 256, 256), 64, 4),
+    "one slice": ((1, 256, 256), (8.0, 1.0, 1.0), 2, 100, 24, "B", (1, 16, 16), (1, 256, 256), 64, 4),
+    "hippocampus": ((36, 50, 35), (1.0, 1.0, 1.0), 1, 260, 24, "B", (8, 8, 8), (32, 48, 32), 64, 16),
+    "smaller than a patch": ((18, 14, 12), (1.0, 1.0, 1.0), 3, 40, 24, "B", (4, 2, 2), (16, 14, 12), 64, 2),
+    "one series": ((130, 320, 260), (1.0, 1.4, 1.4), 1, 200, 24, "B", (16, 16, 16), (128, 80, 80), 64, 2),
+    "seven series": ((60, 200, 180), (1.5, 1.0, 1.0), 7, 300, 24, "B", (8, 16, 16), (64, 112, 112), 64, 2),
+    "seven series, thin slices": ((24, 512, 512), (5.0, 0.5, 0.5), 7, 300, 24, "B", (2, 16, 16), (14, 144, 144), 64, 2),
+    "large": ((480, 512, 512), (0.8, 0.75, 0.75), 1, 1000, 80, "B", (16, 16, 16), (96, 96, 96), 64, 2),
+    "long and thin": ((1200, 40, 40), (1.0, 1.0, 1.0), 2, 50, 24, "B", (16, 8, 8), (544, 40, 40), 64, 2),
+    "three cases": ((138, 170, 138), (1.0, 1.0, 1.0), 4, 3, 24, "B", (16, 16, 16), (96, 96, 96), 64, 2),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_plan_of_a_fingerprint(name):
+    shape, spacing, s, num_cases, target, *expected = PLANS[name]
+    settings, _, decisions = planned(shape, spacing, names(s), "auto", num_cases, gpu_memory_target=target)
+    csm = settings.csm
+    found = [csm.preset, settings.architecture.token_size, settings.patch_size]
+    found += [csm.pretraining.batch_size, csm.finetuning_schedule.batch_size]
+    assert found == expected
+    assert not any("MORE THAN" in d.reason for d in decisions)
+    reference = read_preset(csm.preset).pretraining
+    # another batch, another learning rate; and never so few steps that nothing is learned
+    ratio = csm.pretraining.batch_size / reference.batch_size
+    assert csm.pretraining.learning_rate == pytest.approx(reference.learning_rate * math.sqrt(ratio), rel=1e-2)
+    assert csm.pretraining.num_iterations >= MIN_STEPS
+
+
+def test_more_than_the_memory_there_is_is_said():
+    _, _, decisions = planned(preset="B", gpu_memory_target=1.5)
+    assert any("MORE THAN the target's 0.5 GiB" in d.reason for d in decisions)
+
+
+# --- series ------------------------------------------------------------------------------------------------------------------
+
+
+def test_series_that_subjects_lack_are_counted():
+    facts = {"num_with_series": {"FLAIR": 100, "T1w": 90, "T2w": 0}, "num_present": {1: 10, 2: 90}}
+    settings, _, decisions = planned(facts=facts)
+    assert settings.architecture.series == ("FLAIR", "T1w") and settings.architecture.channels == (0, 1)
+    reasons = {d.name: d.reason for d in decisions}
+    assert "90 have T1w" in reasons["series"] and "no case has T2w" in reasons["series"]
+    assert "10 have 1, 90 have 2" in reasons["series hidden whole"]
+
+
+def test_series_by_hand_restrict_the_network_and_what_it_is_pretrained_on():
+    settings, _, _ = planned(series=BT_MSD, chosen=("T2w", "FLAIR"))
+    assert settings.architecture.series == ("FLAIR", "T2w") and settings.architecture.channels == (0, 3)
+    assert settings.pretraining_architecture.series == ("FLAIR", "T2w")
+    with pytest.raises(UserError, match=r"-series ADC: expected some of FLAIR T1w T1ce T2w"):
+        planned(series=BT_MSD, chosen=("ADC",))
+
+
+def test_no_series_at_all_is_an_error():
+    with pytest.raises(UserError, match="no training case has any series"):
+        planned(facts={"num_with_series": dict.fromkeys(SERIES, 0)})
+
+
+def test_sources_of_other_datasets_add_their_series_to_pretraining_only():
+    other = source_of(("T2w", "ADC"), dataset="Dataset002_Other")
+    settings, _, decisions = planned(facts={"sources": (source_of(SERIES), other), "num_pretraining_cases": 300})
+    assert settings.architecture.series == SERIES
+    assert settings.pretraining_architecture.series == (*SERIES, "ADC")
+    assert "Dataset002_Other/imagesTr" in next(d.value for d in decisions if d.name == "pretraining draws on")
+
+
+# --- sizes, further ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +216,7 @@ def test_the_plans_are_nnunets_with_our_network():
 def test_nnunets_plans_are_not_changed():
     base = base_plans()
     before = copy.deepcopy(base)
-    plans, _ = plan(base, "3d_fullres", SERIES, 10, "B", "nnUNetCSMPlans")
+    plans, _ = plan(base, "3d_fullres", facts_of(), "nnUNetCSMPlans", Wishes("B"), GuessedMemory())
     plans["configurations"]["3d_fullres"]["spacing"].append(9)
     plans["transpose_forward"].append(9)
     assert base == before
@@ -140,7 +225,7 @@ def test_nnunets_plans_are_not_changed():
 @pytest.mark.parametrize("configuration", ["3d_fullres", "3d_lowres", "3d_fullres_batch_4"])
 def test_nnunet_finds_every_configuration_that_the_plans_name(configuration):
     """A parent, or a next stage that nnU-Net would look up after the last epoch."""
-    plans, _ = plan(base_plans(), configuration, SERIES, 10, "B", "nnUNetCSMPlans")
+    plans, _ = plan(base_plans(), configuration, facts_of(), "nnUNetCSMPlans", Wishes("B"), GuessedMemory())
     manager = PlansManager(plans)
     for name in (configuration, *(manager.get_configuration(configuration).next_stage_names or ())):
         manager.get_configuration(name)
@@ -152,13 +237,13 @@ def test_nnunet_finds_every_configuration_that_the_plans_name(configuration):
 )
 def test_a_configuration_that_cannot_be_built_on_is_refused(configuration, words):
     with pytest.raises(UserError, match=words):
-        plan(base_plans(), configuration, SERIES, 10, "B", "nnUNetCSMPlans")
+        plan(base_plans(), configuration, facts_of(), "nnUNetCSMPlans", Wishes("B"), GuessedMemory())
 
 
 def test_a_plans_file_is_written_whole(tmp_path):
     _, plans, _ = planned()
     path = tmp_path / "nnUNetCSMPlans.json"
-    save_plans(plans, path)
+    save_json(plans, path)
     assert json.loads(path.read_text()) == plans
     assert list(tmp_path.iterdir()) == [path]
 
@@ -189,7 +274,7 @@ def test_a_schedule_is_as_long_as_its_preset_says(preset, num_cases):
         (settings.csm.pretraining, read_preset(preset).pretraining),
         (settings.csm.finetuning_schedule, read_preset(preset).finetuning),
     ):
-        crops = wanted.num_crops if wanted.passes is None else wanted.passes * max(1, round(0.8 * num_cases))
+        crops, _ = num_crops(wanted, num_cases)
         assert crops <= chosen.num_iterations * chosen.batch_size < crops + chosen.iterations_per_epoch * chosen.batch_size
         assert chosen.iterations_per_epoch <= wanted.iterations_per_epoch
 
@@ -203,7 +288,6 @@ def test_every_preset_makes_plans(name):
     settings, _, _ = planned(series=preset.series or SERIES, preset=name)
     assert settings.csm.preset == name
     assert settings.architecture.width == preset.network.width
-    assert (preset.pretraining.num_crops is None) != (preset.pretraining.passes is None)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def refused(plans, name="3d_fullres"):
 def test_what_was_written_is_read():
     settings = read_configuration(csm_plans(), "3d_fullres", FILE)
     assert settings.patch_size == PATCH_SIZE
-    assert settings.architecture == Architecture(SERIES, TOKEN_SIZE, **TINY)
+    assert settings.architecture == Architecture(SERIES, (0, 1, 2), TOKEN_SIZE, **TINY)
     assert settings.csm.masking.mask_ratio == 0.875
     assert settings.pretraining_grid == GRID_SIZE
     assert settings.csm.reasons

@@ -21,9 +21,10 @@ from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 NUM_CLASSES = 4
 
 
-def build(series=SERIES, token_size=TOKEN_SIZE, **changes):
+def build(series=SERIES, token_size=TOKEN_SIZE, channels=None, input_channels=None, **changes):
     torch.manual_seed(0)
-    network = CSMSegmenter(len(series), NUM_CLASSES, series, token_size, **{**TINY, **changes})
+    channels = range(len(series)) if channels is None else channels
+    network = CSMSegmenter(input_channels or len(series), NUM_CLASSES, series, channels, token_size, **{**TINY, **changes})
     return network.eval()
 
 
@@ -92,13 +93,22 @@ def test_a_series_is_present_when_a_voxel_differs_from_zero_and_all_are_when_non
 def test_another_number_of_channels_is_refused_and_the_series_are_named():
     with pytest.raises(ValueError, match=r"2 channels.*FLAIR, T1w, T2w.*all-zero volume"):
         build()(random_volume()[:, :2])
-    with pytest.raises(ValueError, match=r"2 input channels.*FLAIR, T1w, T2w"):
-        CSMSegmenter(2, NUM_CLASSES, SERIES, TOKEN_SIZE, **TINY)
+    with pytest.raises(ValueError, match=r"2 input channels.*T2w in channel 2"):
+        CSMSegmenter(2, NUM_CLASSES, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY)
+
+
+def test_only_the_planned_series_are_used_from_the_channels_they_stand_in():
+    volume = random_volume(s=4)
+    chosen = build(("T2w", "FLAIR"), channels=(3, 1), input_channels=4)
+    expected = logits(build(("T2w", "FLAIR")), volume[:, [3, 1]])
+    assert logits(chosen, volume).equal(expected)
+    volume[:, [0, 2]] = 7
+    assert logits(chosen, volume).equal(expected)
 
 
 def test_deep_supervision_is_refused():
     with pytest.raises(ValueError, match="nnUNetTrainerCSM"):
-        CSMSegmenter(3, NUM_CLASSES, SERIES, TOKEN_SIZE, **TINY, deep_supervision=True)
+        CSMSegmenter(3, NUM_CLASSES, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY, deep_supervision=True)
 
 
 # --- shapes and numbers ------------------------------------------------------------------------------------------------------
@@ -153,7 +163,7 @@ def test_the_state_loads_without_executing_anything():
     network, file = build(), io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
-    other = CSMSegmenter(3, NUM_CLASSES, SERIES, TOKEN_SIZE, **TINY).eval()
+    other = CSMSegmenter(3, NUM_CLASSES, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY).eval()
     other.load_state_dict(torch.load(file, weights_only=True))
     assert logits(other, random_volume()).equal(logits(network, random_volume()))
 
@@ -204,7 +214,7 @@ def test_nnunet_predicts_an_image_smaller_than_the_patch():
 
 
 def test_nnunet_is_told_what_to_do_about_a_missing_channel():
-    with pytest.raises(ValueError, match=r"planned for 3 series.*give an all-zero volume"):
+    with pytest.raises(ValueError, match=r"planned for 3 .*give an all-zero volume"):
         predictor().predict_sliding_window_return_logits(torch.randn(2, *PATCH_SIZE))
 
 

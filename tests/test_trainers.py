@@ -91,8 +91,8 @@ def test_pretraining_sees_training_cases_of_its_fold_only_and_no_label(
     trainer.preprocessed_dataset_folder = str(preprocessed / planned_dataset.name / "nnUNetPlans_3d_fullres")
     trainer.run_training()
     training, validation = trainer.do_split()
-    assert trainer.train_batches.cases.names == sorted(training)
-    assert trainer.val_batches.cases.names == sorted(validation)
+    assert trainer.train_batches.cases.names == [f"{planned_dataset.name}/{case}" for case in sorted(training)]
+    assert trainer.val_batches.cases.names == [f"{planned_dataset.name}/{case}" for case in sorted(validation)]
     assert not set(training) & set(validation)
 
 

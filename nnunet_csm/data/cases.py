@@ -1,7 +1,8 @@
-"""Images of preprocessed cases, without their labels."""
+"""Images of preprocessed cases, without their labels: of one dataset, or of several with different series."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import blosc2
@@ -17,56 +18,87 @@ from nnunet_csm.errors import UserError
 SHARE_OF_MEMORY = 0.25
 
 
+@dataclass(frozen=True)
+class CaseFile:
+    """Where the images of a case lie.
+
+    Attributes:
+        name: unique among the cases of a run.
+        path: its `.b2nd` file.
+        num_channels: of the file, as the plans have it.
+        channels: channel of every series of the run; None for one that the case does not have.
+    """
+
+    name: str
+    path: Path
+    num_channels: int
+    channels: tuple[int | None, ...]
+
+
 class Cases:
-    """The images of some cases of a preprocessed dataset, in memory as fp16 when they fit, else cut from their files.
+    """The images of some preprocessed cases, in memory as fp16 when they fit, else cut from their files.
 
     Attributes:
         names: identifiers of the cases.
         shapes: (c, 3) voxels along (z, y, x).
-        series_present: (c, s) False for a series whose stored volume is all zero.
+        series_present: (c, s) False for a series that the case does not have, or whose stored volume is all zero.
         where: "memory" or "files", for the log.
+        left_out: names of cases that hold nothing but zeros.
     """
 
     names: list[str]
     shapes: Int[Tensor, "c 3"]
     series_present: Bool[Tensor, "c s"]
 
-    def __init__(self, folder: str | Path, names: Sequence[str], series: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[CaseFile]) -> None:
         """Open the cases.
 
         Raises:
-            UserError: a case that was not preprocessed, or has another number of series than the plans.
+            UserError: no case, or one that was not preprocessed or has another number of channels than the plans.
         """
-        self.names = list(names)
-        if not self.names:
-            raise UserError(f"{folder}: no case to read; check splits_final.json beside it")
-        self.paths = [Path(folder) / f"{name}.b2nd" for name in self.names]
-        self.shapes = torch.tensor([_open(path, len(series)).shape[1:] for path in self.paths])
-        size = sum(2 * len(series) * int(shape.prod()) for shape in self.shapes)
+        if not files:
+            raise UserError("no case to read; check splits_final.json and the preprocessed folder")
+        size = sum(2 * len(f.channels) * _num_voxels(f) for f in files)
         self.where = "memory" if size <= SHARE_OF_MEMORY * memory_bytes() else "files"
+        self.files: list[CaseFile] = []
         self.volumes: list[Tensor] = []
-        present = []
-        for path in tqdm(self.paths, desc="reading images", unit="case", disable=None, leave=False):
-            volume = torch.from_numpy(_open(path, len(series))[:])
-            present.append((volume != 0).flatten(1).any(1))
+        self.left_out: list[str] = []
+        present, shapes = [], []
+        for file in tqdm(files, desc="reading images", unit="case", disable=None, leave=False):
+            opened = _open(file)
+            known = [(s, torch.from_numpy(opened[c])) for s, c in enumerate(file.channels) if c is not None]
+            volumes = {s: volume for s, volume in known if bool((volume != 0).any())}
+            if not volumes:
+                self.left_out.append(file.name)
+                continue
+            self.files.append(file)
+            shapes.append(opened.shape[1:])
+            present.append(torch.tensor([s in volumes for s in range(len(file.channels))]))
             if self.where == "memory":
-                self.volumes.append(to_half(volume))
-        self.series_present = torch.stack(present)
-        empty = [name for name, has in zip(self.names, self.series_present, strict=True) if not has.any()]
-        if empty:
-            raise UserError(f"{folder}: {', '.join(empty[:5])} hold nothing but zeros; remove them from the dataset")
+                self.volumes.append(torch.stack([to_half(volume) for volume in volumes.values()]))
+        if not self.files:
+            raise UserError(
+                f"{files[0].path.parent}: {', '.join(self.left_out[:5])} hold nothing but zeros in the planned series"
+            )
+        self.names = [file.name for file in self.files]
+        self.shapes, self.series_present = torch.tensor(shapes), torch.stack(present)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def cut(self, cases: Int[Tensor, " b"], crops: Crops, patch_size: Size) -> Float[Tensor, "b s z y x"]:
-        """Cut one patch from each of the given cases."""
-        num_series = self.series_present.shape[1]
-        patches = []
-        for case, start, flip in zip(cases.tolist(), crops.start.tolist(), crops.flip.tolist(), strict=True):
-            volume = self.volumes[case] if self.where == "memory" else _open(self.paths[case], num_series)
-            patches.append(to_half(cut(volume, start, flip, patch_size)).float())
-        return torch.stack(patches)
+        """Cut one patch from each of the given cases; absent series are zero."""
+        patches = torch.zeros(len(cases), self.series_present.shape[1], *patch_size)
+        for patch, case, start, flip in zip(patches, cases.tolist(), crops.start.tolist(), crops.flip.tolist(), strict=True):
+            present = self.series_present[case]
+            if self.where == "memory":
+                voxels = cut(self.volumes[case], range(int(present.sum())), start, flip, patch_size)
+            else:
+                file = self.files[case]
+                channels = [c for c, has in zip(file.channels, present.tolist(), strict=True) if has and c is not None]
+                voxels = to_half(cut(_open(file), channels, start, flip, patch_size)).float()
+            patch[present] = voxels
+        return patches
 
 
 def to_half(volume: Tensor) -> Tensor:
@@ -83,11 +115,18 @@ def memory_bytes() -> int:
     return min(machine, int(text)) if text.isdigit() else machine
 
 
-def _open(path: Path, num_series: int) -> blosc2.NDArray:
+def _num_voxels(file: CaseFile) -> int:
+    z, y, x = _open(file).shape[1:]
+    return z * y * x
+
+
+def _open(file: CaseFile) -> blosc2.NDArray:
     """Opened when needed: hundreds of files held open would exceed the usual limit."""
-    if not path.is_file():
-        raise UserError(f"{path}: not preprocessed; run nnUNetv2_preprocess (nnU-Net 2.8), or check splits_final.json")
-    file = blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
-    if file.shape[0] != num_series:
-        raise UserError(f"{path}: {file.shape[0]} series, expected {num_series} as in the plans; plan and preprocess again")
-    return file
+    if not file.path.is_file():
+        raise UserError(f"{file.path}: not preprocessed; run `nnunet_csm preprocess`, or check splits_final.json")
+    opened = blosc2.open(urlpath=str(file.path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    if opened.shape[0] != file.num_channels:
+        raise UserError(
+            f"{file.path}: {opened.shape[0]} series, expected {file.num_channels} as in the plans; plan and preprocess again"
+        )
+    return opened

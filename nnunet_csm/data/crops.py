@@ -32,9 +32,9 @@ def draw_crops(generator: torch.Generator, shapes: Int[Tensor, "b 3"], patch_siz
 
 
 def cut(
-    volume: Tensor | blosc2.NDArray, start: Sequence[int], flip: Sequence[bool], patch_size: Size
+    volume: Tensor | blosc2.NDArray, channels: Sequence[int], start: Sequence[int], flip: Sequence[bool], patch_size: Size
 ) -> Float[Tensor, "s z y x"]:
-    """Cut one patch out of a volume (s, z, y, x), zero outside of it, and flip it."""
+    """Cut one patch out of the given channels of a volume (c, z, y, x), zero outside of it, and flip it."""
     inside, outside = [], []
     for first, size, length in zip(start, patch_size, volume.shape[1:], strict=True):
         low, high = max(first, 0), min(first + size, length)
@@ -42,7 +42,7 @@ def cut(
         outside += [low - first, first + size - high]
     z, y, x = inside
     # a slice of a file comes as an array, of a tensor as a view
-    patch = torch.as_tensor(volume[:, z, y, x]).float()
+    patch = torch.stack([torch.as_tensor(volume[channel, z, y, x]).float() for channel in channels])
     if any(outside):
         patch = torch.nn.functional.pad(patch, outside[4:] + outside[2:4] + outside[:2])
     axes = [axis + 1 for axis, turned in enumerate(flip) if turned]

@@ -1,22 +1,30 @@
-"""What is checked before nnU-Net predicts: its own errors come late, after files were written."""
+"""What is checked and completed before nnU-Net predicts: its own errors come late, after files were written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
+from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.model.transfer import read_encoder
 from nnunet_csm.plans import read_architecture
 from nnunet_csm.raw.check import check_inputs
+from nnunet_csm.raw.volumes import READABLE_ENDINGS
 
 
 def check_before_prediction(
-    dataset: str, trainer: str, plans: str, configuration: str, folds: Sequence[str], inputs: str, checkpoint_name: str
-) -> None:
-    """Look for the model's files and at the headers of all inputs.
+    dataset: str, trainer: str, plans: str, configuration: str, folds: Sequence[str], checkpoint_name: str
+) -> dict[str, Any]:
+    """Look for the model's files.
+
+    Returns:
+        dataset.json of the model.
 
     Raises:
-        UserError: a fold that was not trained, a case that lacks a channel file, or series of different shapes.
+        UserError: a fold that was not trained, or with another network than the plans have.
     """
     name = nnunet.dataset_name(dataset)
     model = nnunet.folder("nnUNet_results") / name / f"{trainer}__{plans}__{configuration}"
@@ -31,6 +39,23 @@ def check_before_prediction(
         found = read_encoder(str(path)).architecture
         if found != expected:
             raise UserError(f"{path}: a network with {found}, {plans_file} says {expected}; {remedy}")
-    dataset_json = nnunet.read_json(model / "dataset.json", remedy)
-    for line in check_inputs(Path(inputs), nnunet.channel_names(dataset_json), dataset_json["file_ending"]):
-        print(line)
+    return nnunet.read_json(model / "dataset.json", remedy)
+
+
+@contextmanager
+def complete_cases(inputs: Path, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder with the images of all cases, zeros for series that a case lacks or has a copy of another in place of.
+
+    Raises:
+        UserError: no case, a channel the model does not have, or series of different shapes.
+    """
+    names, ending = nnunet.channel_names(dataset_json), dataset_json["file_ending"]
+    with TemporaryDirectory(prefix="nnunet_csm_") as temporary:
+        folder = inputs
+        if ending in READABLE_ENDINGS:
+            folder = Path(temporary) / "images"
+            for line in fill_missing(inputs, folder, names, ending):
+                print(line)
+        for line in check_inputs(folder, names, ending):
+            print(line.replace(str(folder), str(inputs)))
+        yield folder

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_csm import nnunet
 from nnunet_csm.model.segmenter import CSMSegmenter
 
 
@@ -16,7 +17,7 @@ def predict_untrained(fold_folder: Path, inputs: Path, outputs: Path, seed: int 
     manager = predictor.configuration_manager
     torch.manual_seed(seed)
     network = CSMSegmenter(
-        len(manager.network_arch_init_kwargs["series"]),
+        len(nnunet.channel_names(predictor.dataset_json)),
         predictor.label_manager.num_segmentation_heads,
         **manager.network_arch_init_kwargs,
     )

@@ -103,6 +103,7 @@ class CSMSegmenter(nn.Module):
         input_channels: int,
         num_classes: int,
         series: Sequence[str],
+        channels: Sequence[int],
         token_size: Sequence[int],
         width: int,
         depth: int,
@@ -112,13 +113,15 @@ class CSMSegmenter(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
-        if input_channels != len(series):
-            raise ValueError(f"{input_channels} input channels for the {len(series)} series {', '.join(series)} of the plans")
+        if len(channels) != len(series) or input_channels <= max(channels):
+            planned = ", ".join(f"{name} in channel {channel}" for name, channel in zip(series, channels, strict=False))
+            raise ValueError(f"{input_channels} input channels, but the plans have {planned}; plan again with `nnunet_csm plan`")
         if deep_supervision:
             raise ValueError("CSMSegmenter has no deep supervision; train it with nnUNetTrainerCSM")
         strides = level_strides(token_size)
         kernel_sizes: list[Size] = [(3 if z > 1 else 1, 3 if y > 1 else 1, 3 if x > 1 else 1) for z, y, x in strides]
-        channels = [features * 2**level for level in range(len(strides))]
+        widths = [features * 2**level for level in range(len(strides))]
+        self.input_channels, self.channels = input_channels, list(channels)
         tz, ty, tx = token_size
         self.token_size: Size = (tz, ty, tx)
         self.taps = [round(depth * (level + 1) / len(strides)) for level in range(len(strides))]
@@ -126,17 +129,19 @@ class CSMSegmenter(nn.Module):
         # the first layer holds all weights that belong to a series
         self.stem = nn.Sequential(nn.Conv3d(len(series), features, 1), conv_block(features, features, kernel_sizes[0]))
         self.skips = nn.ModuleList(
-            Skip(width, channels[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
+            Skip(width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
         )
-        self.decoder = UNETRDecoder(width, channels, strides, kernel_sizes, num_classes)
+        self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes)
 
-    def forward(self, volume: Float[Tensor, "b s z y x"]) -> Float[Tensor, "b c z y x"]:
-        """Logits of a patch whose absent series are all zero."""
-        if volume.shape[1] != len(self.encoder.series):
+    def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c z y x"]:
+        """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero."""
+        if volume.shape[1] != self.input_channels:
             raise ValueError(
-                f"the input has {volume.shape[1]} channels, the network was planned for {len(self.encoder.series)} series "
-                f"({', '.join(self.encoder.series)}); give an all-zero volume for a series a patient does not have"
+                f"the input has {volume.shape[1]} channels, the network was planned for {self.input_channels} "
+                f"({', '.join(self.encoder.series)} are used); give an all-zero volume for a series a patient does not have"
             )
+        if self.channels != list(range(self.input_channels)):
+            volume = torch.stack([volume[:, channel] for channel in self.channels], dim=1)
         present = series_present(volume)
         volume = volume * present[:, :, None, None, None].to(volume.dtype)
         *taps, bottleneck = self.encode(volume, present)

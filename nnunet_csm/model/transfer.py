@@ -1,7 +1,7 @@
 """How encoder weights enter a downstream network: every tensor accounted for, or an error."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from nnunet_csm.plans import Architecture, read_architecture
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """Weights of an encoder, what they were made for, and the cases they were learned from (none known: empty)."""
+    """Weights of an encoder, what they were made for, and the cases they were learned from (`dataset/case`; none known: empty).
+
+    `architecture.series` are the rows of its series embedding.
+    """
 
     source: str
     architecture: Architecture
@@ -47,10 +50,12 @@ def read_encoder(path: str) -> PretrainedEncoder:
             f"{path}: a {kind} network without an encoder of ours (no series_embedding); give a checkpoint of pretraining"
         )
     architecture = read_architecture(init_args["plans"], init_args["configuration"], str(path))
+    # pretraining may know more series than the dataset whose plans these are
+    architecture = replace(architecture, series=tuple(saved.get("series", architecture.series)))
     found, expected = len(weights["series_embedding"]), len(architecture.series)
     if found != expected:
         raise UserError(
-            f"{path}: series_embedding holds {found} series, its plans name {expected}; the file was changed, pretrain again"
+            f"{path}: series_embedding holds {found} series, it names {expected}; the file was changed, pretrain again"
         )
     return PretrainedEncoder(str(path), architecture, weights, tuple(saved.get("training_cases", ())))
 

@@ -1,33 +1,104 @@
-"""From nnU-Net's plans and fingerprint to CSM plans: every decision with its reason."""
+"""From nnU-Net's plans and the fingerprint to CSM plans: every decision with its reason."""
 
+import dataclasses
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.planning import memory
+from nnunet_csm.planning.memory import CUDA_CONTEXT, GIB, Memory
 from nnunet_csm.planning.presets import Preset, PresetSchedule, paper_preset, read_preset
+from nnunet_csm.planning.sizes import (
+    as_text,
+    choose_finetuning_batch,
+    choose_patch_size,
+    choose_pretraining_batch,
+    choose_pretraining_patch,
+    choose_token_size,
+    squeeze,
+)
 from nnunet_csm.plans import (
     NETWORK_CLASS,
     VERSION,
     Architecture,
     Finetuning,
+    Masking,
     Recipe,
+    Reconstruction,
     Schedule,
     Size,
+    Source,
     parse_configuration,
     to_dict,
 )
 from nnunet_csm.pretext.masking import num_visible
 
-# a shorter patch leaves a token too little context
-MIN_TOKENS_PER_AXIS = 4
+# what "auto" chooses from, the first that fits; and how small a pretraining batch still counts as fitting
+AUTOMATIC, MIN_PRETRAINING_BATCH = ("B", "S"), 16
+# however few the cases: crops and masks are new in every step
+MIN_STEPS = 5000
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a dataset beside nnU-Net's plans.
+
+    Attributes:
+        channels: series name to its channel, of all series of the dataset.
+        num_cases: training cases.
+        num_classes: output channels of a segmenter.
+        num_with_series: series name to the number of training cases that have it.
+        num_present: a number of series to the number of training cases that have that many.
+        sources: what pretraining draws on, the dataset's own images first; their channels are not yet restricted.
+        num_pretraining_cases: cases of all sources.
+    """
+
+    channels: dict[str, int]
+    num_cases: int
+    num_classes: int
+    num_with_series: dict[str, int]
+    num_present: dict[int, int]
+    sources: tuple[Source, ...]
+    num_pretraining_cases: int
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user decides.
+
+    Attributes:
+        preset: a preset, "auto", or "paper".
+        patch_size: instead of the planner's.
+        token_size: instead of the planner's.
+        series: a part of the dataset's.
+        gpu_memory_target: GiB that both trainings have to fit into.
+        why: said of the sizes given here.
+    """
+
+    preset: str = "auto"
+    patch_size: Size | None = None
+    token_size: Size | None = None
+    series: tuple[str, ...] | None = None
+    gpu_memory_target: float | None = None
+    why: str = "by hand"
+
+
+class MemoryModel(Protocol):
+    """What predicts the GPU memory that a training takes: `planning/memory.py`, or a stand-in."""
+
+    def pretraining_memory(
+        self, architecture: Architecture, reconstruction: Reconstruction, masking: Masking, patch_size: Size, batch_size: int
+    ) -> Memory: ...
+
+    def finetuning_memory(
+        self, architecture: Architecture, num_classes: int, patch_size: Size, batch_size: int, num_channels: int | None
+    ) -> Memory: ...
 
 
 @dataclass(frozen=True)
@@ -40,73 +111,68 @@ class Decision:
 def plan(
     base_plans: Mapping[str, Any],
     configuration: str,
-    series: Sequence[str],
-    num_cases: int,
-    preset_name: str,
+    facts: Facts,
     plans_name: str,
-    patch_size: Size | None = None,
-    token_size: Size | None = None,
+    wishes: Wishes,
+    predict: MemoryModel = memory,
 ) -> tuple[dict[str, Any], list[Decision]]:
     """Make CSM plans.
 
     Args:
         base_plans: nnU-Net's plans of the dataset; its preprocessed data is used as it is.
         configuration: the configuration of them to build on, a 3-D one.
-        series: canonical names, in the order of the dataset's channels.
-        num_cases: training cases of the dataset.
-        preset_name: a preset, or "paper".
+        facts: of the fingerprint.
         plans_name: name of the new plans.
-        patch_size: by hand, instead of the planner's.
-        token_size: by hand, instead of the planner's.
+        wishes: of the user.
+        predict: GPU memory of a training.
 
     Returns:
         The plans, with one configuration, and the decisions in them.
 
     Raises:
-        UserError: a configuration that cannot be built on, or sizes by hand that do not fit.
+        UserError: a configuration that cannot be built on, or wishes that do not fit it or each other.
     """
-    source = f"plans {base_plans['plans_name']}"
-    entry = base_configuration(base_plans, configuration, source)
-    for flag, size in (("-overwrite_patch_size", patch_size), ("-overwrite_token_size", token_size)):
+    entry = base_configuration(base_plans, configuration, f"plans {base_plans['plans_name']}")
+    for flag, size in (("-overwrite_patch_size", wishes.patch_size), ("-overwrite_token_size", wishes.token_size)):
         if size is not None and min(size) < 1:
-            raise UserError(f"{flag} {_size(size)}: expected three numbers above 0")
-    name = paper_preset(series) if preset_name == "paper" else preset_name
-    preset = read_preset(name)
-    shape, spacing = [round(n) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
-
-    decisions = [Decision("series", f"{len(series)}: {', '.join(series)}", "channel names of the dataset, in its order")]
-    token, why_token = choose_token_size(preset, shape, spacing, token_size)
-    patch, why_patch = choose_patch_size(preset, shape, spacing, token, patch_size)
-    num_tokens = math.prod(p // t for p, t in zip(patch, token, strict=True))
-    decisions.append(Decision("token size", _size(token), why_token))
-    decisions.append(Decision("patch size", _size(patch), why_patch))
-    decisions.append(Decision("tokens", f"{num_tokens} a series", f"{_size(patch)} voxels / {_size(token)}"))
-    pretraining_patch, why_pretraining_patch = choose_pretraining_patch(preset, patch, token)
-    decisions.append(Decision("pretraining patch", _size(pretraining_patch), why_pretraining_patch))
+            raise UserError(f"{flag} {as_text(size)}: expected three numbers above 0")
+    series, why_series = choose_series(facts, wishes.series)
+    sources = tuple(_restricted(source, series if wishes.series else None) for source in facts.sources)
+    channels = tuple(facts.channels[name] for name in series)
+    sized_by = partial(_sized, entry, facts, wishes, sources, series, channels, predict)
+    name, why_network = choose_network(wishes, series, sized_by)
+    sized = sized_by(name)
+    preset, decisions = sized.preset, [Decision("series", f"{len(series)}: {', '.join(series)}", why_series)]
+    if len(sources) > 1 or sources[0].dataset != base_plans["dataset_name"]:
+        union = sized.pretraining_architecture.series
+        drawn = ", ".join(f"{s.dataset}/{s.subset}" for s in sources)
+        decisions.append(Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}"))
+    decisions += sized.decisions
     n = preset.network
     text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; UNETR features {n.features}"
-    decisions.append(Decision("network", text, f"preset {name}: {preset.description}"))
-    num_pretraining_tokens = math.prod(p // t for p, t in zip(pretraining_patch, token, strict=True))
-    decisions += mask_decisions(preset, len(series), num_pretraining_tokens)
+    decisions.append(Decision("network", text, f"preset {name}: {preset.description}{why_network}"))
+    decisions += mask_decisions(preset, facts, len(sized.pretraining_architecture.series), sized.num_pretraining_tokens)
     r = preset.reconstruction
     target = "each token by its own mean and deviation" if r.normalize_targets else "z-scored voxels"
     decisions.append(
         Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}")
     )
-    pretraining = schedule(preset.pretraining, num_cases)
-    finetuning = schedule(preset.finetuning, num_cases)
-    decisions.append(schedule_decision("pretraining", pretraining, preset.pretraining, num_cases))
-    decisions.append(schedule_decision("fine-tuning", finetuning, preset.finetuning, num_cases))
+    pretraining = schedule(preset.pretraining, sized.pretraining_batch, facts.num_pretraining_cases)
+    finetuning = schedule(preset.finetuning, sized.finetuning_batch, facts.num_cases)
+    decisions.append(schedule_decision("pretraining", pretraining, preset.pretraining, facts.num_pretraining_cases))
+    decisions.append(schedule_decision("fine-tuning", finetuning, preset.finetuning, facts.num_cases))
     mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
     decisions.append(Decision("prediction", mirrored, f"preset {name}"))
-    decisions.append(Decision("preprocessed data", entry["data_identifier"], f"reused from {base_plans['plans_name']}, as it is"))
+    reused = entry["data_identifier"].startswith(base_plans["plans_name"])
+    why_data = f"reused from {base_plans['plans_name']}, as it is" if reused else "to be preprocessed for these plans"
+    decisions.append(Decision("preprocessed data", entry["data_identifier"], why_data))
 
-    architecture = Architecture(tuple(series), token, n.width, n.depth, n.num_heads, n.features, n.drop_path)
     csm = Recipe(
         version=VERSION,
         preset=name,
         seed=12345,
-        pretraining_patch_size=pretraining_patch,
+        sources=sources,
+        pretraining_patch_size=sized.pretraining_patch,
         masking=preset.masking,
         reconstruction=preset.reconstruction,
         pretraining=pretraining,
@@ -115,9 +181,13 @@ def plan(
         reasons={d.name: (d.value, d.reason) for d in decisions},
     )
     entry |= {
-        "patch_size": list(patch),
+        "patch_size": list(sized.patch_size),
         "batch_size": finetuning.batch_size,
-        "architecture": {"network_class_name": NETWORK_CLASS, "arch_kwargs": to_dict(architecture), "_kw_requires_import": []},
+        "architecture": {
+            "network_class_name": NETWORK_CLASS,
+            "arch_kwargs": to_dict(sized.architecture),
+            "_kw_requires_import": [],
+        },
         "csm": to_dict(csm),
     }
     parse_configuration(entry, plans_name)
@@ -139,57 +209,156 @@ def base_configuration(base_plans: Mapping[str, Any], configuration: str, source
     return {key: value for key, value in entry.items() if key not in ("inherits_from", "next_stage")}
 
 
-def choose_token_size(preset: Preset, shape: Sequence[int], spacing: Sequence[float], by_hand: Size | None) -> tuple[Size, str]:
-    """Cubes where spacing is near isotropic, shorter along a thick axis, and never more than a quarter of the volume."""
-    if by_hand is not None:
-        return by_hand, "by hand"
-    if preset.token_size is not None:
-        return preset.token_size, "as in the preset"
-    edges = []
-    for length, step in zip(shape, spacing, strict=True):
-        wanted = 2 ** round(math.log2(max(1.0, preset.token_edge * min(spacing) / step)))
-        fits = 2 ** int(math.log2(max(1, length // MIN_TOKENS_PER_AXIS)))
-        edges.append(min(wanted, fits))
-    z, y, x = edges
-    millimetres = " x ".join(f"{e * s:.3g}" for e, s in zip(edges, spacing, strict=True))
-    why = f"{millimetres} mm at a spacing of {' x '.join(f'{s:.3g}' for s in spacing)} mm; at most a quarter of the median shape"
-    return (z, y, x), why
+def choose_series(facts: Facts, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
+    """All series that some training case has, in the order of the channels, or those asked for."""
+    if wanted is not None:
+        unknown = [name for name in wanted if name not in facts.channels]
+        if unknown or len(set(wanted)) != len(wanted):
+            raise UserError(f"-series {' '.join(wanted)}: expected some of {' '.join(facts.channels)}, each once")
+        return tuple(name for name in facts.channels if name in wanted), "by hand; the other channels are not used"
+    series = tuple(name for name in facts.channels if facts.num_with_series.get(name, 0))
+    if not series:
+        raise UserError("no training case has any series: all volumes are empty or constant; see `nnunet_csm fingerprint`")
+    why = "channel names of the dataset, in its order"
+    never = [name for name in facts.channels if name not in series]
+    incomplete = [f"{n} have {name}" for name in series if (n := facts.num_with_series[name]) < facts.num_cases]
+    if incomplete:
+        why += f"; of {facts.num_cases} cases {', '.join(incomplete)}"
+    return series, why + (f"; no case has {', '.join(never)}" if never else "")
 
 
-def choose_patch_size(
-    preset: Preset, shape: Sequence[int], spacing: Sequence[float], token_size: Size, by_hand: Size | None
-) -> tuple[Size, str]:
-    """Near the median shape, in whole tokens; the longest axis in millimetres is shortened until the budget is kept."""
-    if by_hand is not None:
-        return by_hand, "by hand"
-    if preset.patch_size is not None:
-        return preset.patch_size, "as in the preset"
-    whole = [max(1, round(length / t)) for length, t in zip(shape, token_size, strict=True)]
-    counts, max_tokens = list(whole), preset.max_patch_voxels // math.prod(token_size)
-    while math.prod(counts) > max_tokens:
-        lengths = [c * t * s if c > MIN_TOKENS_PER_AXIS else 0.0 for c, t, s in zip(counts, token_size, spacing, strict=True)]
-        if not any(lengths):
-            break
-        counts[lengths.index(max(lengths))] -= 1
-    # the last token taken may have left room for one along another axis
-    for axis, count in enumerate(counts):
-        grown = math.prod(counts) // count * (count + 1)
-        if count < whole[axis] and grown <= max_tokens:
-            counts[axis] += 1
-    z, y, x = (c * t for c, t in zip(counts, token_size, strict=True))
-    why = f"whole tokens near the median shape {_size(shape)}, at most {preset.max_patch_voxels:,} voxels"
-    return (z, y, x), why
+def _restricted(source: Source, series: Sequence[str] | None) -> Source:
+    channels = {name: c for name, c in source.channels.items() if series is None or name in series}
+    return dataclasses.replace(source, channels=channels)
 
 
-def choose_pretraining_patch(preset: Preset, patch_size: Size, token_size: Size) -> tuple[Size, str]:
-    """The patch of fine-tuning, as in the paper, unless the preset wants fewer tokens; never larger than it."""
-    if preset.pretraining_grid is None:
-        return patch_size, "that of fine-tuning, as in the paper"
-    z, y, x = (min(n * t, p) for n, t, p in zip(preset.pretraining_grid, token_size, patch_size, strict=True))
-    return (z, y, x), "set by the preset: short sequences learn faster; positions are fixed, so any grid will do later"
+@dataclass(frozen=True)
+class _Sized:
+    """Sizes for one preset, the decisions that led to them, and whether memory cut them short."""
+
+    preset: Preset
+    architecture: Architecture
+    pretraining_architecture: Architecture
+    patch_size: Size
+    pretraining_patch: Size
+    pretraining_batch: int
+    finetuning_batch: int
+    decisions: tuple[Decision, ...]
+    squeezed: bool
+
+    @property
+    def num_pretraining_tokens(self) -> int:
+        return _num_tokens(self.pretraining_patch, self.architecture.token_size)
 
 
-def mask_decisions(preset: Preset, num_series: int, num_tokens: int) -> list[Decision]:
+def _sized(
+    entry: Mapping[str, Any],
+    facts: Facts,
+    wishes: Wishes,
+    sources: Sequence[Source],
+    series: tuple[str, ...],
+    channels: tuple[int, ...],
+    predict: MemoryModel,
+    preset_name: str,
+) -> _Sized:
+    preset = read_preset(preset_name)
+    shape, spacing = [max(1, round(n)) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
+    target = None if wishes.gpu_memory_target is None else wishes.gpu_memory_target * GIB - CUDA_CONTEXT
+    token, why_token = choose_token_size(preset, shape, spacing)
+    if wishes.token_size is not None:
+        token, why_token = wishes.token_size, wishes.why
+    n = preset.network
+    architecture = Architecture(series, channels, token, n.width, n.depth, n.num_heads, n.features, n.drop_path)
+    union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
+    pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
+
+    def finetuning(patch_size: Size, batch_size: int) -> Memory:
+        return predict.finetuning_memory(architecture, facts.num_classes, patch_size, batch_size, len(facts.channels))
+
+    def pretraining(batch_size: int) -> Memory:
+        return predict.pretraining_memory(
+            pretraining_architecture, preset.reconstruction, preset.masking, pretraining_patch, batch_size
+        )
+
+    wanted = preset.finetuning.batch_size
+    patch, why_patch = choose_patch_size(preset, shape, spacing, token, len(union))
+    squeezed = False
+    if wishes.patch_size is not None:
+        patch, why_patch = wishes.patch_size, wishes.why
+    elif target is not None and preset.patch_size is None and finetuning(patch, wanted).total > target:
+        squeezed = True
+        patch = squeeze(patch, token, spacing, lambda size: finetuning(size, wanted).total <= target)
+        why_patch += ", shortened to fit into memory"
+    pretraining_patch, why_pretraining_patch = choose_pretraining_patch(preset, patch, token)
+    whole = all(p % t == 0 for p, t in zip(patch, token, strict=True))
+    if target is None or not whole:  # sizes by hand that do not fit each other are refused later, with a better message
+        pretraining_batch, why_pretraining = preset.pretraining.batch_size, "as in the preset"
+        finetuning_batch, why_finetuning = wanted, "as in the preset"
+    else:
+        pretraining_batch, why_pretraining = choose_pretraining_batch(
+            preset.pretraining.batch_size, lambda batch: pretraining(batch).total <= target
+        )
+        finetuning_batch, why_finetuning = choose_finetuning_batch(
+            wanted, patch, shape, facts.num_cases, lambda batch: finetuning(patch, batch).total <= target
+        )
+    decisions = [
+        Decision("token size", as_text(token), why_token),
+        Decision("patch size", as_text(patch), why_patch),
+        Decision("tokens", f"{_num_tokens(patch, token)} a series", f"{as_text(patch)} voxels / {as_text(token)}"),
+        Decision("pretraining patch", as_text(pretraining_patch), why_pretraining_patch),
+        Decision("batch size, pretraining", str(pretraining_batch), why_pretraining),
+        Decision("batch size, fine-tuning", str(finetuning_batch), why_finetuning),
+    ]
+    if whole:
+        needs = {"pretraining": pretraining(pretraining_batch), "fine-tuning": finetuning(patch, finetuning_batch)}
+        decisions += memory_decisions(needs, target)
+        if target is not None:
+            squeezed |= max(need.total for need in needs.values()) > target
+            squeezed |= pretraining_batch < min(MIN_PRETRAINING_BATCH, preset.pretraining.batch_size)
+    return _Sized(
+        preset,
+        architecture,
+        pretraining_architecture,
+        patch,
+        pretraining_patch,
+        pretraining_batch,
+        finetuning_batch,
+        tuple(decisions),
+        squeezed,
+    )
+
+
+def memory_decisions(needs: Mapping[str, Memory], target: float | None) -> list[Decision]:
+    """What each training is predicted to take, beside what it may take in bytes."""
+    decisions = []
+    for stage, need in needs.items():
+        why = "predicted; set a limit with -gpu_memory_target"
+        if target is not None:
+            kept = "within" if need.total <= target else "MORE THAN"
+            why = f"predicted; {kept} the target's {target / GIB:g} GiB, the CUDA context apart"
+        decisions.append(Decision(f"GPU memory, {stage}", str(need), why))
+    return decisions
+
+
+def _num_tokens(patch_size: Size, token_size: Size) -> int:
+    return math.prod(p // t for p, t in zip(patch_size, token_size, strict=True))
+
+
+def choose_network(wishes: Wishes, series: Sequence[str], sized_by: Callable[[str], _Sized]) -> tuple[str, str]:
+    """The preset asked for; "paper" by the series; "auto" the largest that memory allows."""
+    if wishes.preset == "paper":
+        return paper_preset(series), ""
+    if wishes.preset != "auto":
+        return wishes.preset, ""
+    if wishes.gpu_memory_target is None:
+        return AUTOMATIC[0], "; the default"
+    for name in AUTOMATIC:
+        if not sized_by(name).squeezed:
+            return name, f"; the largest of {', '.join(AUTOMATIC)} that fits into {wishes.gpu_memory_target:g} GiB"
+    return AUTOMATIC[-1], f"; the smallest of {', '.join(AUTOMATIC)}"
+
+
+def mask_decisions(preset: Preset, facts: Facts, num_series: int, num_tokens: int) -> list[Decision]:
     masking = preset.masking
     ratio, visible = masking.mask_ratio, num_visible(num_tokens, masking)
     places = "each series at its own places" if masking.places == "independent" else "all series at the same places"
@@ -199,42 +368,50 @@ def mask_decisions(preset: Preset, num_series: int, num_tokens: int) -> list[Dec
     if masking.hidden_series == "none":
         return [*rows, Decision("series hidden whole", "none", "set by the preset")]
     rebuilt = "and rebuilt" if masking.hidden_series == "rebuilt" else "and not rebuilt"
-    return [
-        *rows,
-        Decision("series hidden whole", f"1 to {num_series - 1}", f"of the present ones, each number as likely, {rebuilt}"),
-    ]
+    why = f"of the present ones, each number as likely, {rebuilt}"
+    if len(facts.num_present) > 1:
+        counted = ", ".join(f"{n} have {p}" for p, n in sorted(facts.num_present.items()))
+        why += f"; of {facts.num_cases} cases {counted}, and each keeps at least one"
+    return [*rows, Decision("series hidden whole", f"1 to {num_series - 1}", why)]
 
 
-def schedule(preset: PresetSchedule, num_cases: int) -> Schedule:
-    """Turn a length in crops, or in passes over the training cases of a fold, into epochs of iterations."""
-    if preset.num_crops is not None:
-        num_crops = preset.num_crops
-    else:
-        assert preset.passes is not None, "a preset gives num_crops or passes"
-        num_crops = preset.passes * max(1, round(0.8 * num_cases))
-    num_iterations = math.ceil(num_crops / preset.batch_size)
+def schedule(preset: PresetSchedule, batch_size: int, num_cases: int) -> Schedule:
+    """Turn a length in crops into epochs of iterations.
+
+    Another batch size than the preset's scales the learning rate by the square root of their ratio, which keeps the noise of
+    Adam's steps (Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
+    """
+    crops, _ = num_crops(preset, num_cases)
+    num_iterations = math.ceil(crops / batch_size)
     values = {k: v for k, v in vars(preset).items() if k not in ("num_crops", "passes")}
+    values["batch_size"] = batch_size
+    values["learning_rate"] = float(f"{preset.learning_rate * math.sqrt(batch_size / preset.batch_size):.3g}")
     values["iterations_per_epoch"] = min(preset.iterations_per_epoch, num_iterations)
     return Schedule(num_epochs=math.ceil(num_iterations / values["iterations_per_epoch"]), **values)
 
 
-def schedule_decision(name: str, chosen: Schedule, preset: PresetSchedule, num_cases: int) -> Decision:
+def num_crops(preset: PresetSchedule, num_cases: int) -> tuple[int, str]:
+    """Passes over the training cases of a fold (80 % of all), or a number of crops; with both, the fewer, but enough to learn."""
+    cases = max(1, round(0.8 * num_cases))
     if preset.passes is None:
-        why = f"{preset.num_crops:,} crops"
-    else:
-        why = f"{preset.passes:,} passes over the {round(0.8 * num_cases)} training cases of a fold"
+        assert preset.num_crops is not None, "a preset gives num_crops or passes"
+        return preset.num_crops, f"{preset.num_crops:,} crops"
+    crops, text = preset.passes * cases, f"{preset.passes:,} passes over the {cases} training cases of a fold"
+    if preset.num_crops is None:
+        return crops, text
+    if crops > preset.num_crops:
+        return preset.num_crops, f"{preset.num_crops:,} crops, fewer than {text}"
+    if crops < MIN_STEPS * preset.batch_size:
+        return (
+            MIN_STEPS * preset.batch_size,
+            f"{MIN_STEPS * preset.batch_size:,} crops, for {MIN_STEPS:,} steps; more than {text}",
+        )
+    return crops, text
+
+
+def schedule_decision(name: str, chosen: Schedule, preset: PresetSchedule, num_cases: int) -> Decision:
+    _, why = num_crops(preset, num_cases)
+    scaled = "" if chosen.batch_size == preset.batch_size else " (scaled with the root of the batch)"
     value = f"{chosen.num_iterations:,} iterations of {chosen.batch_size}"
-    return Decision(
-        name, value, f"{why}; AdamW {chosen.learning_rate:g}, weight decay {chosen.weight_decay:g}, warm-up {chosen.warmup:.0%}"
-    )
-
-
-def save_plans(plans: Mapping[str, Any], path: Path) -> None:
-    """Write a plans file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    save_json(plans, str(temporary), sort_keys=False)
-    os.replace(temporary, path)
-
-
-def _size(size: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in size)
+    optimizer = f"AdamW {chosen.learning_rate:g}{scaled}, weight decay {chosen.weight_decay:g}, warm-up {chosen.warmup:.0%}"
+    return Decision(name, value, f"{why}; {optimizer}")

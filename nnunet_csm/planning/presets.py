@@ -22,7 +22,7 @@ class PresetNetwork:
 
 @dataclass(frozen=True)
 class PresetSchedule:
-    """As `plans.Schedule`; the length is `num_crops`, or `passes` over the training cases (80 % of all), one of them null."""
+    """As `plans.Schedule`; as long as `passes` over the training cases (80 % of all), at most `num_crops`; null is no limit."""
 
     num_crops: int | None
     passes: int | None
@@ -67,7 +67,11 @@ def preset_names() -> list[str]:
 
 def read_preset(name: str) -> Preset:
     """A shipped preset by name, or a preset file by path."""
-    return from_dict(Preset, _read(name), f"preset {name}")
+    preset = from_dict(Preset, _read(name), f"preset {name}")
+    for stage, length in (("pretraining", preset.pretraining), ("finetuning", preset.finetuning)):
+        if length.num_crops is None and length.passes is None:
+            raise UserError(f"preset {name}: {stage} has neither num_crops nor passes; give one of them")
+    return preset
 
 
 def _read(name: str) -> dict[str, Any]:

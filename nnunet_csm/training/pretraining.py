@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from nnunet_csm import nnunet
 from nnunet_csm.data.cases import Cases
 from nnunet_csm.data.crops import draw_crops
 from nnunet_csm.data.draws import Purpose, batches, generator, key
+from nnunet_csm.data.sources import fold_files
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.evaluation.hidden import HiddenVoxelErrors, foreground_voxels
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
@@ -89,14 +92,19 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
         settings = parse_configuration(configuration_manager.configuration, plans_manager.plans_name)
-        return CSM(settings.architecture, settings.csm.reconstruction)
+        return CSM(settings.pretraining_architecture, settings.csm.reconstruction)
 
     def initialize(self) -> None:
         super().initialize()
         self.batch_size = self.schedule.batch_size
 
     def provenance(self) -> dict[str, Any]:
-        return {"training_cases": self.train_batches.cases.names}
+        return {"training_cases": self.train_batches.cases.names, "series": self.series}
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Those of all sources."""
+        return self.settings.pretraining_architecture.series
 
     def _build_loss(self) -> None:
         """The loss is part of the pretext, see `pretext/csm.py`."""
@@ -110,24 +118,30 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         segmenter = nnUNetTrainerCSM.build_network_architecture(
             manager, self.configuration_manager, self.num_input_channels, self.label_manager.num_segmentation_heads, False
         )
-        pretrained = PretrainedEncoder("this run", self.settings.architecture, self.encoder.state_dict())
+        pretrained = PretrainedEncoder("this run", self.settings.pretraining_architecture, self.encoder.state_dict())
         rows = transfer(pretrained, segmenter.encoder, self.settings.architecture)
         self.print_to_log_file(f"Transfer to the segmenter, tried before the first step:\n{as_table(rows)}", add_timestamp=False)
 
     def open_cases(self) -> None:
         """Read the images of the fold, training and validation cases apart."""
-        folder, series = self.preprocessed_dataset_folder, self.settings.architecture.series
         with exit_on_user_error():
-            training, validation = (sorted(names) for names in self.do_split())
-            train_cases = Cases(folder, training, series)
-            val_cases = train_cases if validation == training else Cases(folder, validation, series)
+            sources = self.settings.csm.sources
+            training, validation = fold_files(sources, self.series, nnunet.folder("nnUNet_preprocessed"), self.fold)
+            train_cases = Cases(training)
+            val_cases = train_cases if validation == training else Cases(validation)
         self.train_batches = MaskedBatches(train_cases, self.settings, Purpose.TRAINING, self.local_rank)
         self.val_batches = MaskedBatches(val_cases, self.settings, Purpose.VALIDATION, self.local_rank)
         self.print_to_log_file(f"Pretraining on {len(train_cases)} cases (read from {train_cases.where}), labels unread")
+        counted = Counter(name.split("/")[0] for name in train_cases.names)
+        share = {s: int(n) for s, n in zip(self.series, train_cases.series_present.sum(0), strict=True)}
+        self.print_to_log_file(f"of {dict(counted)}; with each series: {share}", add_timestamp=False)
+        for names in (train_cases.left_out, [] if val_cases is train_cases else val_cases.left_out):
+            if names:
+                self.print_to_log_file(f"WARNING: left out, as all planned series are zero there: {', '.join(names)}")
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         self.open_cases()
-        voxels = math.prod(self.settings.csm.pretraining_patch_size) * len(self.settings.architecture.series)
+        voxels = math.prod(self.settings.csm.pretraining_patch_size) * len(self.series)
         train = batches(
             self.train_batches,
             self.current_epoch,
@@ -232,7 +246,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
                 patch,
                 hidden,
                 filled,
-                self.settings.architecture.series,
+                self.series,
                 np.asarray(patch.any(axis=(1, 2, 3))),
                 f"validation patch {number}, epoch {self.current_epoch}",
             )
@@ -265,7 +279,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             self.print_to_log_file(f"No comparison: {error}")
             save_json({}, str(folder / "summary.json"))
             return
-        errors = HiddenVoxelErrors(self.settings.architecture.series, baseline)
+        errors = HiddenVoxelErrors(self.series, baseline)
         for step in range(num_batches):
             # epoch 1: other draws than those the epochs were judged by
             for patch, hidden, rebuilt in self.rebuilt_patches(self.val_batches(1, step)):

@@ -1,18 +1,21 @@
 """`nnUNetTrainerCSM`: fine-tune a segmenter from the pretrained encoder of the same plans and fold (paper III-C)."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 
 from nnunet_csm.data.draws import Purpose, batches, seed_everything
+from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule
@@ -49,6 +52,19 @@ class AugmentedBatches:
     def __call__(self, epoch: int, step: int) -> dict[str, Any]:
         seed_everything(self.make_key(self.purpose, epoch, step))
         return self.loader.generate_train_batch()
+
+
+def without_copies(dataset_class: type[nnUNetBaseDataset], absent: Mapping[str, Sequence[int]]) -> type[nnUNetBaseDataset]:
+    """nnU-Net's class of preprocessed cases, with the given channels of some cases read as zero."""
+
+    def load_case(self: nnUNetBaseDataset, identifier: str) -> tuple:
+        data, *others = dataset_class.load_case(self, identifier)
+        if identifier in absent:
+            data = np.array(data[:])
+            data[list(absent[identifier])] = 0
+        return data, *others
+
+    return type(dataset_class.__name__, (dataset_class,), {"load_case": load_case})
 
 
 @contextmanager
@@ -90,10 +106,12 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             self.encoder_source = wanted
             self.print_to_log_file("Training from scratch, as set; no pretrained encoder is used")
             return
-        path = find_encoder(wanted, Path(self.output_folder_base), self.fold)
+        owner = self.settings.csm.sources[0].dataset
+        path = find_encoder(wanted, Path(self.output_folder_base), owner, self.fold)
         pretrained = read_encoder(str(path))
         if self.fold != "all":
-            seen = set(pretrained.training_cases) & set(self.do_split()[1])
+            dataset = self.plans_manager.dataset_name
+            seen = set(pretrained.training_cases) & {run_name(dataset, case) for case in self.do_split()[1]}
             if seen:
                 self.print_to_log_file(
                     f"WARNING: {path} saw the images (never the labels) of {len(seen)} validation cases of fold {self.fold}; "
@@ -128,6 +146,22 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         spatial, intensity = transforms.transforms[:first], transforms.transforms[first:]
         return ComposeTransforms([*spatial, KeepAbsentSeriesAbsent(ComposeTransforms(intensity))])
 
+    def do_split(self) -> tuple[list[str], list[str]]:
+        absent = self.absent_series()
+        if absent:
+            # before anything of nnU-Net's opens a case
+            self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), absent)
+        return super().do_split()
+
+    def absent_series(self) -> dict[str, list[int]]:
+        """Channels, by case, that hold a copy of another series and count as absent."""
+        own = [s for s in self.settings.csm.sources if s.dataset == self.plans_manager.dataset_name and s.labelled]
+        return {
+            case: [source.channels[name] for name in names if name in source.channels]
+            for source in own
+            for case, names in source.absent_series.items()
+        }
+
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         with no_worker_processes():
             training, validation = super().get_dataloaders()
@@ -148,18 +182,19 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         return output
 
 
-def find_encoder(wanted: str, output_folder: Path, fold: int | str) -> Path:
+def find_encoder(wanted: str, output_folder: Path, owner: str, fold: int | str) -> Path:
     """The checkpoint that fine-tuning starts from.
 
     Args:
         wanted: auto (that of the same fold), all (that of fold all), or a path.
         output_folder: where fine-tuning of these plans writes, above the fold.
+        owner: the dataset that the pretraining belongs to, by joint plans another one than that of `output_folder`.
         fold: the fold being fine-tuned.
 
     Raises:
         UserError: there is none; the message offers what there is.
     """
-    pretraining = output_folder.with_name(output_folder.name.replace(nnUNetTrainerCSM.__name__, PRETRAINER, 1))
+    pretraining = output_folder.parent.with_name(owner) / output_folder.name.replace(nnUNetTrainerCSM.__name__, PRETRAINER, 1)
     if wanted not in ("auto", "all"):
         if not Path(wanted).is_file():
             raise UserError(f"{wanted}: no such checkpoint; {ENCODER_VARIABLE} takes auto, all, scratch or a path")

@@ -3,23 +3,20 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.fingerprint.measurement import Volume as Voxels
+from nnunet_csm.fingerprint.measurement import measure_series, nonzero_box
+from nnunet_csm.fingerprint.record import CONSTANT
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
-from nnunet_csm.raw.volumes import READABLE_ENDINGS, is_empty, read_volume
+from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume
 from nnunet_csm.raw.writer import whole_folder, write_image
-
-# Two series of one anatomy correlate at 0.9 at most; a copy that went through another resampling or data type, at more than this.
-COPY_CORRELATION = 0.9999
 
 
 def fill_missing(
@@ -38,7 +35,7 @@ def fill_missing(
         outputs: is written; must be empty or not be there, without `overwrite`.
         channel_names: of the model, in channel order.
         file_ending: such as ".nii.gz".
-        copies: write zeros for a series that is a copy of an earlier channel: releases fill gaps that way.
+        copies: write zeros for a series that is a copy of an earlier channel, or constant: releases fill gaps that way.
         copy_files: copy the files that are there; otherwise they are linked.
         overwrite: replace `outputs` when it holds nothing but files of this kind.
 
@@ -61,38 +58,21 @@ def fill_missing(
     lines = []
     with whole_folder(outputs, overwrite) as folder:
         for identifier, files in tqdm(cases.items(), desc="fill missing series", unit="case"):
-            originals = _copies(files) if copies else {}
+            replaced = _not_of_their_own(files, channel_names) if copies else {}
             for channel in range(len(channel_names)):
                 target = folder / f"{identifier}_{channel:04d}{file_ending}"
-                if channel not in files or channel in originals:
+                if channel not in files or channel in replaced:
                     _write_zeros(target, files[min(files)])
                 elif copy_files:
                     shutil.copyfile(files[channel], target)
                 else:
                     target.symlink_to(files[channel].resolve())
             reasons = [f"{name} (no file)" for channel, name in enumerate(channel_names) if channel not in files]
-            reasons += [f"{channel_names[c]} (a copy of {channel_names[o]})" for c, o in originals.items()]
+            reasons += [f"{channel_names[channel]} ({what})" for channel, what in replaced.items()]
             if reasons:
                 lines.append(f"{identifier}: zeros for {', '.join(reasons)}")
     complete = len(cases) - len(lines)
     return [*lines, f"{len(cases)} cases in {outputs}: {complete} complete, {len(lines)} filled with zeros"]
-
-
-def is_copy(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> bool:
-    """Whether two series hold the same image, up to scale and offset, data type and a trace of noise; all-zero ones never do.
-
-    Compared where either differs from 0: a common background would make any two series look alike.
-    """
-    if a.shape != b.shape or not (a.any() and b.any()):
-        return False
-    if np.array_equal(a, b):
-        return True
-    shown = (a != 0) | (b != 0)
-    u, v = (voxels[shown].astype(np.float64) for voxels in (a, b))
-    u -= u.mean()
-    v -= v.mean()
-    norm = np.sqrt((u @ u) * (v @ v))
-    return bool(norm > 0 and (u @ v) / norm > COPY_CORRELATION)
 
 
 def _cases(folder: Path, channel_names: Sequence[str], ending: str) -> dict[str, dict[int, Path]]:
@@ -122,24 +102,33 @@ def _refuse_other_files(outputs: Path, ending: str, overwrite: bool) -> None:
         raise UserError(f"{outputs} holds {others[0]}, which is no CASE_0000{ending}, and is kept; give -o another folder")
 
 
-def _copies(files: Mapping[int, Path]) -> dict[int, int]:
-    """Channel that is a copy to the earlier channel it is a copy of."""
+def _not_of_their_own(files: Mapping[int, Path], names: Sequence[str]) -> dict[int, str]:
+    """Channels that are there but show no series of their own, and what they show; the first of equal ones is the original."""
     images = {channel: read_volume(Volume(path)) for channel, path in files.items()}
     first = min(files)
     for channel, image in images.items():
         if not Grid.of(image).same_as(Grid.of(images[first])):
             found = f"{files[channel]} is on a grid of {Grid.of(image)}, {files[first]} on one of {Grid.of(images[first])}"
             raise UserError(f"{found}; resample all files of a case to one grid")
-    if all(is_empty(image) for image in images.values()):
+    spacing = images[first].GetSpacing()[::-1]
+    volumes = {
+        names[channel]: Voxels(sitk.GetArrayFromImage(image).astype(np.float32), spacing, None)
+        for channel, image in images.items()
+    }
+    records = measure_series(volumes, nonzero_box([volume.voxels for volume in volumes.values()]))
+    if all(record.flat is not None for record in records.values()):
         raise UserError(
-            f"{files[first]} and the other files of the case are all zero; give at least one series, or remove the case"
+            f"{files[first]} and the other files of the case show nothing; give at least one series, or remove the case"
         )
-    arrays = {channel: sitk.GetArrayViewFromImage(image) for channel, image in images.items()}
-    originals: dict[int, int] = {}
-    for earlier, later in combinations(sorted(arrays), 2):
-        if later not in originals and earlier not in originals and is_copy(arrays[earlier], arrays[later]):
-            originals[later] = earlier
-    return originals
+    shown: dict[int, str] = {}
+    for channel in sorted(files):
+        record = records[names[channel]]
+        earlier = [names[c] for c in sorted(files) if c < channel and c not in shown and names[c] in record.twins]
+        if earlier:
+            shown[channel] = f"a copy of {earlier[0]}"
+        elif record.flat == CONSTANT:
+            shown[channel] = CONSTANT
+    return shown
 
 
 def _write_zeros(path: Path, like: Path) -> None:

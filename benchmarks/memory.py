@@ -1,0 +1,237 @@
+"""Predicted against measured peak memory of pretraining and fine-tuning.
+
+On a CUDA device, `torch.cuda.max_memory_allocated` over three steps of the trainers' own step functions, compiled and under
+autocast as they run them, is compared with `planning/memory.py`. Each configuration runs in a process of its own, after one
+step in which torch compiles and cuDNN tries its algorithms (with whatever memory is free; that step's peak is in the last
+column and is not judged). Passes when every ratio of predicted to measured lies within 1.00 and 1.15.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --cpu             # reduced configurations against the memory that tensors take on a CPU
+    python benchmarks/memory.py --cpu --compile   # the same through torch.compile: minutes
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnunet_csm.model.segmenter import CSMSegmenter
+from nnunet_csm.planning import memory
+from nnunet_csm.planning.presets import read_preset
+from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Size, to_dict
+from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.masking import Mask, draw_mask
+from nnunet_csm.training.optimization import build_optimizer
+from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
+
+LOWEST, HIGHEST = 1.00, 1.15
+NUM_STEPS = 3
+NUM_CLASSES = 4
+MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
+SCHEDULE = Schedule(1, NUM_STEPS, 0, 1, 1e-4, 0.0, 0.05, (0.9, 0.95), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step to measure. `reconstruction` is None for fine-tuning."""
+
+    name: str
+    architecture: Architecture
+    reconstruction: Reconstruction | None
+    patch_size: Size
+    batch_size: int
+
+
+def architecture_of(num_series: int, token_size: Size, **network: Any) -> Architecture:
+    series = tuple(f"series{i}" for i in range(num_series))
+    return Architecture(series=series, channels=tuple(range(num_series)), token_size=token_size, **network)
+
+
+def case(stage: str, preset: str, num_series: int, patch_size: Size, batch_size: int, token_size: Size = (16, 16, 16)) -> Case:
+    """A shipped preset on `num_series` series."""
+    read = read_preset(preset)
+    return Case(
+        f"{stage} {preset}",
+        architecture_of(num_series, token_size, **dataclasses.asdict(read.network)),
+        read.reconstruction if stage == "pretraining" else None,
+        patch_size,
+        batch_size,
+    )
+
+
+def small_case(stage: str, num_series: int, token_size: Size, width: int, depth: int, patch_size: Size, batch_size: int) -> Case:
+    """What a CPU runs in seconds."""
+    network = {"width": width, "depth": depth, "num_heads": width // 32, "features": 8, "drop_path": 0.1}
+    decoder = Reconstruction(width // 2, 2, 3, False) if stage == "pretraining" else None
+    return Case(f"{stage} {width} x {depth}", architecture_of(num_series, token_size, **network), decoder, patch_size, batch_size)
+
+
+GPU_CASES = [
+    case("pretraining", "B", 4, (96, 96, 96), 64),
+    case("pretraining", "B", 4, (96, 96, 96), 6),
+    case("pretraining", "S", 1, (128, 128, 128), 32),
+    case("pretraining", "S", 7, (64, 96, 96), 48),
+    case("pretraining", "L", 4, (96, 96, 96), 32),
+    case("pretraining", "L", 2, (128, 128, 128), 16),
+    case("pretraining", "B", 3, (24, 160, 160), 32, (4, 16, 16)),
+    case("pretraining", "B", 3, (48, 48, 48), 128),
+    case("fine-tuning", "B", 4, (96, 96, 96), 2),
+    case("fine-tuning", "B", 4, (96, 96, 96), 8),
+    case("fine-tuning", "S", 1, (128, 128, 128), 4),
+    case("fine-tuning", "S", 7, (64, 96, 96), 4),
+    case("fine-tuning", "L", 4, (96, 96, 96), 6),
+    case("fine-tuning", "L", 2, (128, 128, 128), 4),
+    case("fine-tuning", "B", 3, (24, 160, 160), 6, (4, 16, 16)),
+    case("fine-tuning", "B", 3, (48, 48, 48), 24),
+]
+CPU_CASES = [
+    small_case(stage, *sizes)
+    for sizes in (
+        (1, (8, 8, 8), 96, 3, (32, 32, 32), 4),
+        (2, (8, 8, 8), 192, 4, (32, 32, 32), 4),
+        (3, (8, 8, 8), 192, 3, (64, 32, 32), 6),
+        (4, (8, 8, 8), 192, 4, (48, 48, 48), 2),
+        (4, (16, 16, 16), 384, 6, (48, 48, 48), 2),
+        (5, (2, 8, 8), 96, 4, (8, 40, 40), 3),
+        (7, (4, 8, 8), 96, 3, (16, 32, 32), 4),
+    )
+    for stage in ("pretraining", "fine-tuning")
+]
+
+
+def predicted(of: Case, backend: memory.Backend) -> memory.Memory:
+    if of.reconstruction is None:
+        return memory.finetuning_memory(of.architecture, NUM_CLASSES, of.patch_size, of.batch_size, None, backend)
+    return memory.pretraining_memory(of.architecture, of.reconstruction, MASKING, of.patch_size, of.batch_size, backend)
+
+
+def make_step(of: Case, device: torch.device, compiled: bool) -> tuple[Callable[[], Any], torch.optim.Optimizer]:
+    """A training step as the trainers take it, and its optimiser: their step functions, on a stand-in that has what they read."""
+    a, s = of.architecture, len(of.architecture.series)
+    network: Any = CSMSegmenter(s, NUM_CLASSES, **to_dict(a)) if of.reconstruction is None else CSM(a, of.reconstruction)
+    network = network.to(device)
+    trainer: Any = SimpleNamespace(
+        device=device,
+        network=torch.compile(network) if compiled else network,
+        optimizer=build_optimizer(network, network.encoder, SCHEDULE),
+        grad_scaler=torch.GradScaler("cuda") if device.type == "cuda" and of.reconstruction is None else None,
+        progress=SimpleNamespace(step=lambda loss: None),
+        before_step=lambda: None,
+        label_manager=SimpleNamespace(has_regions=False, ignore_label=None),
+        configuration_manager=SimpleNamespace(batch_dice=False),
+        is_ddp=False,
+        enable_deep_supervision=False,
+        _do_i_compile=lambda: compiled,
+    )
+    if of.reconstruction is None:
+        trainer.loss = nnUNetTrainer._build_loss(trainer)
+        return lambda: nnUNetTrainer.train_step(trainer, labelled_batch(of)), trainer.optimizer
+    trainer.rebuild = functools.partial(nnUNetTrainerCSMPretrain.rebuild, trainer)
+    return lambda: nnUNetTrainerCSMPretrain.train_step(trainer, masked_batch(of)), trainer.optimizer
+
+
+def labelled_batch(of: Case) -> dict[str, Tensor]:
+    target = torch.randint(0, NUM_CLASSES, (of.batch_size, 1, *of.patch_size), dtype=torch.int16)
+    return {"data": torch.randn(of.batch_size, len(of.architecture.series), *of.patch_size), "target": target}
+
+
+def masked_batch(of: Case) -> tuple[Tensor, Mask]:
+    """With as many visible tokens as there ever are."""
+    s = len(of.architecture.series)
+    num_tokens = math.prod(p // t for p, t in zip(of.patch_size, of.architecture.token_size, strict=True))
+    present = torch.ones(of.batch_size, s, dtype=torch.bool)
+    mask = draw_mask(torch.Generator(), present, memory.max_shown_series(s, MASKING), num_tokens, MASKING)
+    return torch.randn(of.batch_size, s, *of.patch_size), mask
+
+
+def measure_cuda(of: Case, compiled: bool) -> tuple[int, int]:
+    """Bytes at the peak of later steps, and of the first step."""
+    torch.backends.cudnn.benchmark = True  # as nnU-Net's run_training does
+    step, _ = make_step(of, torch.device("cuda"), compiled)
+    step()
+    torch.cuda.synchronize()
+    first = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(NUM_STEPS):
+        step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(), first
+
+
+def measure_cpu(of: Case, compiled: bool) -> tuple[int, int]:
+    """Bytes at the peak of a later step: weights and moments, and what torch's profiler saw allocated. No first step: 0."""
+    step, optimizer = make_step(of, torch.device("cpu"), compiled)
+    for group in optimizer.param_groups:
+        group["fused"] = True  # as on a GPU
+    for _ in range(2):
+        step()
+    # the profiler does not see the end of what it did not see the beginning of
+    optimizer.zero_grad(set_to_none=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    weights = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    return 3 * weights + peak, 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="reduced configurations, without a GPU")
+    parser.add_argument("--compile", action="store_true", help="with --cpu: through torch.compile")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    args = parser.parse_args()
+    if not args.cpu and not torch.cuda.is_available():
+        print("Error: no CUDA device; measure on a machine with one, or give --cpu for reduced configurations", file=sys.stderr)
+        return 2
+    if args.cpu:
+        backend = memory.Backend(autocast=False, compiled=args.compile, cuda=False)
+        machine = f"CPU, {platform.machine()}, fp32"
+    else:
+        backend = dataclasses.replace(
+            memory.TRAINING, compiled=os.environ.get("nnUNet_compile", "t").lower() in ("true", "1", "t")
+        )
+        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    how = "compiled" if backend.compiled else "not compiled"
+    print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {how}; sizes in MiB")
+    print(f"{'':<22} {'series':>6} {'patch':>15} {'batch':>5} {'measured':>9} {'predicted':>9} {'ratio':>6} {'first step':>10}")
+    measure, ratios = measure_cpu if args.cpu else measure_cuda, []
+    for of in CPU_CASES if args.cpu else GPU_CASES:
+        if args.only not in of.name:
+            continue
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as fresh_process:
+            measured, first = fresh_process.submit(measure, of, backend.compiled).result()
+        total = predicted(of, backend).total
+        ratios.append(total / measured)
+        patch = " x ".join(map(str, of.patch_size))
+        print(
+            f"{of.name:<22} {len(of.architecture.series):>6} {patch:>15} {of.batch_size:>5} {measured / memory.MIB:>9.1f} "
+            f"{total / memory.MIB:>9.1f} {ratios[-1]:>6.3f} {first / memory.MIB:>10.1f}",
+            flush=True,
+        )
+    passed = bool(ratios) and all(LOWEST <= ratio <= HIGHEST for ratio in ratios)
+    print(
+        f"{'PASS' if passed else 'FAIL'}: {len(ratios)} configurations, predicted / measured from {min(ratios, default=0):.3f} "
+        f"to {max(ratios, default=0):.3f}; within [{LOWEST:.2f}, {HIGHEST:.2f}] is required"
+    )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The cases of a pretraining run: which datasets they come from, and on which side of a fold they are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_csm.data.cases import CaseFile
+from nnunet_csm.errors import UserError
+from nnunet_csm.nnunet import save_json
+from nnunet_csm.plans import Source
+
+NUM_FOLDS, SPLIT_SEED = 5, 12345  # nnU-Net's
+
+
+def fold_files(
+    sources: Sequence[Source], series: Sequence[str], preprocessed: Path, fold: int | str
+) -> tuple[list[CaseFile], list[CaseFile]]:
+    """Training and validation cases of all sources.
+
+    Every labelled dataset keeps to its own folds, so that an encoder may start the fine-tuning of the same fold of any of
+    them. Images without labels are never validated on, and so train in every fold, unless there is nothing else.
+
+    Args:
+        sources: of the plans.
+        series: of the run, in the order of the network's series embeddings.
+        preprocessed: nnU-Net's folder.
+        fold: number of the fold, or "all": then every case is on both sides.
+
+    Raises:
+        UserError: a folder without cases, too few cases for folds, or a fold that a dataset does not have.
+    """
+    training: list[CaseFile] = []
+    validation: list[CaseFile] = []
+    splits_all = not any(source.labelled for source in sources)
+    for number, source in enumerate(sources):
+        names = case_names(source, preprocessed)
+        if fold == "all":
+            train, val = names, names
+        elif source.labelled or (splits_all and number == 0):
+            train, val = split(preprocessed / source.dataset, names, int(fold))
+        else:
+            train, val = names, []
+        for names_of_side, files in ((train, training), (val, validation)):
+            files += [case_file(source, name, series, preprocessed) for name in sorted(names_of_side)]
+    return training, validation
+
+
+def case_names(source: Source, preprocessed: Path) -> list[str]:
+    """Sorted identifiers of the preprocessed cases of a source."""
+    folder = preprocessed / source.dataset / source.data_identifier
+    names = sorted(f.name.removesuffix(".b2nd") for f in folder.glob("*.b2nd") if not f.name.endswith("_seg.b2nd"))
+    if not names:
+        raise UserError(f"{folder}: no preprocessed case; run `nnunet_csm preprocess -d {source.dataset}` with these plans")
+    return names
+
+
+def split(folder: Path, names: Sequence[str], fold: int) -> tuple[list[str], list[str]]:
+    """Training and validation cases of a fold by `splits_final.json`, which is written as nnU-Net does when there is none."""
+    path = folder / "splits_final.json"
+    if not path.is_file():
+        if len(names) < NUM_FOLDS:
+            raise UserError(
+                f"{folder}: {len(names)} cases cannot be split into {NUM_FOLDS} folds; "
+                f"use all of them with fold all, or write {path}"
+            )
+        save_json(generate_crossval_split([str(name) for name in np.sort(names)], SPLIT_SEED, NUM_FOLDS), path)
+    splits = load_json(str(path))
+    if not fold < len(splits):
+        raise UserError(f"{path}: has {len(splits)} folds, fold {fold} is not among them; choose another with -f")
+    return [str(name) for name in splits[fold]["train"]], [str(name) for name in splits[fold]["val"]]
+
+
+def case_file(source: Source, name: str, series: Sequence[str], preprocessed: Path) -> CaseFile:
+    """A case as the run sees it: copies that fill in for missing series are left out."""
+    absent = source.absent_series.get(name, ())
+    return CaseFile(
+        name=run_name(source.dataset, name),
+        path=preprocessed / source.dataset / source.data_identifier / f"{name}.b2nd",
+        num_channels=source.num_channels,
+        channels=tuple(None if one in absent else source.channels.get(one) for one in series),
+    )
+
+
+def run_name(dataset: str, case: str) -> str:
+    """Unique over datasets; what a checkpoint says an encoder was learned from."""
+    return f"{dataset}/{case}"

@@ -1,0 +1,166 @@
+"""Images without labels: nnU-Net's plans and nnU-Net's preprocessing where its own commands want a labelsTr.
+
+nnU-Net's `ExperimentPlanner` and `DefaultPreprocessor` do the work; here is only who calls them, and where the result goes.
+"""
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder, get_filenames_of_train_images_and_targets
+from tqdm import tqdm
+
+from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.errors import UserError
+from nnunet_csm.fingerprint.record import Fingerprint, as_nnunet_fingerprint
+
+# nnU-Net's tools want a label to plan for; nothing of ours reads it
+PLACEHOLDER_LABELS = {"background": 0, "foreground": 1}
+# what preprocessed images depend on
+PREPROCESSING_KEYS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "preprocessor_name",
+)
+CASES_BETWEEN_MANIFESTS = 20
+ENDINGS = (".b2nd", "_seg.b2nd", ".pkl")
+
+
+def has_labels(raw: Path, dataset_json: Mapping[str, Any]) -> bool:
+    """Whether nnU-Net's own commands can plan and preprocess a raw dataset."""
+    return "dataset" in dataset_json or any((raw / "labelsTr").glob(f"*{dataset_json['file_ending']}"))
+
+
+def plan_without_labels(dataset: str, dataset_json: Mapping[str, Any], fingerprint: Fingerprint) -> None:
+    """Write what `nnUNetv2_plan_experiment` writes, from a fingerprint that no label went into."""
+    folder = nnunet.folder("nnUNet_preprocessed") / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    nnunet.save_json(as_nnunet_fingerprint(fingerprint), folder / "dataset_fingerprint.json")
+    planner = ExperimentPlanner(dataset)
+    num_training = sum(case.subset == "imagesTr" for case in fingerprint.cases.values())
+    completed = {**dataset_json, "labels": dataset_json.get("labels") or PLACEHOLDER_LABELS, "numTraining": num_training}
+    planner.dataset_json = completed
+    planner.plan_experiment()
+    # the planner has copied the raw one
+    nnunet.save_json(completed, folder / "dataset.json")
+
+
+def image_files(raw: Path, subset: str, dataset_json: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Case to the files of its channels.
+
+    Raises:
+        UserError: no case, or one without a file for every channel.
+    """
+    if subset == "imagesTr":
+        cases = {
+            name: list(case["images"])
+            for name, case in get_filenames_of_train_images_and_targets(str(raw), dict(dataset_json)).items()
+        }
+    else:
+        ending = dataset_json["file_ending"]
+        folder = raw / subset
+        lists = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
+        cases = {Path(files[0]).name.removesuffix(ending)[:-5]: list(files) for files in lists}
+    if not cases:
+        raise UserError(f"{raw / subset}: no image; leave it out, or put CASE_0000{dataset_json['file_ending']} ... there")
+    num_channels = len(nnunet.channel_names(dataset_json))
+    for name, files in cases.items():
+        if len(files) != num_channels:
+            raise UserError(
+                f"{raw / subset}: case {name} has {len(files)} files, expected {num_channels} channels; "
+                f"write zeros for missing series with `nnunet_csm fill_missing`"
+            )
+    return cases
+
+
+def preprocess_images(
+    raw: Path,
+    subset: str,
+    dataset_json: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    configuration: str,
+    output: Path,
+    num_processes: int,
+) -> int:
+    """Preprocess images as nnU-Net would, without a segmentation, into a folder of its own with a manifest beside it.
+
+    Goes on where an earlier run was stopped; starts anew when the plans or a source file changed.
+
+    Returns:
+        How many cases were done in this call.
+    """
+    entry = PlansManager(dict(plans)).get_configuration(configuration).configuration
+    made_with = {key: entry[key] for key in PREPROCESSING_KEYS}
+    manifest: dict[str, Any] = {"subset": subset, "preprocessing": made_with, "software": checkpoint.software(), "cases": {}}
+    # beside the folder: nnU-Net tells the kind of its data by the endings of all files in it
+    path = output.with_name(f"{output.name}.manifest.json")
+    earlier = nnunet.read_json(path, "remove it") if path.is_file() else None
+    if earlier is not None and earlier["preprocessing"] == made_with:
+        manifest["cases"] = earlier["cases"]
+    elif output.is_dir():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    cases = image_files(raw, subset, dataset_json)
+    done, sources = manifest["cases"], {name: _identity(files) for name, files in cases.items()}
+    for name in [name for name in done if done[name] != sources.get(name)]:
+        del done[name]
+    for file in output.glob("*.b2nd"):
+        if file.name.removesuffix(".b2nd").removesuffix("_seg") not in done:
+            file.unlink()
+    left = {name: files for name, files in cases.items() if name not in done}
+    nnunet.save_json(manifest, path)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(num_processes, len(left))), mp_context=context) as pool:
+        jobs = {
+            pool.submit(_preprocess_case, name, files, dict(plans), configuration, dict(dataset_json), output): name
+            for name, files in left.items()
+        }
+        try:
+            for number, job in enumerate(
+                tqdm(as_completed(jobs), f"preprocessing {subset}", len(jobs), disable=None, unit="case")
+            ):
+                job.result()
+                done[jobs[job]] = sources[jobs[job]]
+                if number % CASES_BETWEEN_MANIFESTS == 0:
+                    nnunet.save_json(manifest, path)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            nnunet.save_json(manifest, path)
+    return len(left)
+
+
+def _identity(files: list[str]) -> list[dict[str, Any]]:
+    """Path, bytes and time of change: a changed source is noticed without reading it."""
+    return [{"file": file, "bytes": (stat := os.stat(file)).st_size, "changed": stat.st_mtime} for file in files]
+
+
+def _preprocess_case(
+    name: str, files: list[str], plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], output: Path
+) -> None:
+    """One case by nnU-Net's preprocessor; the images come last, since they are what says that a case is there."""
+    manager = PlansManager(plans)
+    preprocessor = DefaultPreprocessor(verbose=False)
+    temporary = output / f".{name}"
+    # a label file of None: as for a case to be predicted
+    preprocessor.run_case_save(
+        str(temporary),
+        files,
+        None,
+        manager,
+        manager.get_configuration(configuration),
+        dataset_json,
+    )
+    for ending in reversed(ENDINGS):
+        os.replace(f"{temporary}{ending}", output / f"{name}{ending}")

@@ -1,0 +1,446 @@
+"""The fingerprint: what is missing is found however it is hidden, real series are left alone, and no case is read twice."""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given
+from hypothesis import strategies as st
+from nnunet_folders import NnunetFolders
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from PIL import Image
+
+from nnunet_csm.errors import UserError
+from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State
+from nnunet_csm.figures.fingerprint import save_fingerprint as save_picture
+from nnunet_csm.fingerprint import extraction
+from nnunet_csm.fingerprint.command import fingerprint_dataset, summary
+from nnunet_csm.fingerprint.extraction import extract
+from nnunet_csm.fingerprint.measurement import measure, nonzero_box
+from nnunet_csm.fingerprint.record import (
+    PERCENTILES,
+    Fingerprint,
+    absent_series,
+    as_nnunet_fingerprint,
+    copies,
+    misaligned,
+    num_present,
+    num_with_series,
+    presence,
+    problems,
+    read_fingerprint,
+    save_fingerprint,
+)
+from nnunet_csm.phantom import PhantomSpec, draw_subject
+
+SERIES = ("FLAIR", "T1w", "T1ce")
+SPEC = PhantomSpec(series=SERIES, shape=(16, 40, 36), spacing_mm=(6.0, 3.5, 4.0), seed=3)
+NUM_CASES = 8
+DATASET_JSON: dict[str, Any] = {
+    "channel_names": {str(channel): name for channel, name in enumerate(SERIES)},
+    "labels": {"background": 0, "tumour": 1},
+    "numTraining": NUM_CASES,
+    "file_ending": ".nii.gz",
+}
+
+Case = dict[str, np.ndarray]
+
+
+def write_volume(path: Path, voxels: np.ndarray, spacing: Sequence[float] = SPEC.spacing_mm, origin: float = 0.0) -> None:
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing([float(mm) for mm in spacing[::-1]])
+    image.SetOrigin((origin, 0.0, 0.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def file_of(raw: Path, case: str, series: str, subset: str = "imagesTr") -> Path:
+    return raw / subset / f"{case}_{SERIES.index(series):04d}.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def subjects() -> dict[str, Case]:
+    return {f"case_{i}": dict(draw_subject(SPEC, i).series) for i in range(NUM_CASES)}
+
+
+@pytest.fixture
+def raw(tmp_path: Path, subjects: dict[str, Case]) -> Path:
+    folder = tmp_path / "Dataset021_Test"
+    for case, series in subjects.items():
+        for name, voxels in series.items():
+            write_volume(file_of(folder, case, name), voxels)
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    return folder
+
+
+def fingerprint_of(raw: Path, **options: Any) -> Fingerprint:
+    return extract(raw, DATASET_JSON, SERIES, raw.parent / "out" / "csm_fingerprint.json", **options)
+
+
+# --- what is missing ---------------------------------------------------------------------------------------------------------
+
+
+def test_whole_cases_are_whole(raw: Path) -> None:
+    fingerprint = fingerprint_of(raw)
+    assert problems(fingerprint) == []
+    assert absent_series(fingerprint) == {} and copies(fingerprint) == {} and misaligned(fingerprint) == {}
+    assert presence(fingerprint) == dict.fromkeys(SERIES, 1.0)
+    assert num_present(fingerprint) == Counter({3: NUM_CASES})
+
+
+def eight_bit(voxels: np.ndarray) -> np.ndarray:
+    """Brightened, clipped and rounded, as pictures of a series are; background stays 0."""
+    top = np.percentile(voxels[voxels > 0], 98)
+    return np.where(voxels > 0, np.rint(1 + 254 * np.clip(voxels / top, 0, 1) ** 0.8), 0).astype(np.uint8)
+
+
+def noisy(voxels: np.ndarray) -> np.ndarray:
+    noise = 0.005 * voxels.std() * np.random.default_rng(0).standard_normal(voxels.shape)
+    return np.where(voxels > 0, 3 * voxels + noise + 7, 0).astype(np.float32)
+
+
+MISSING = {"case_1": ("T1ce",), "case_4": ("T1w", "T1ce"), "case_6": ("T1ce",)}
+
+
+@pytest.mark.parametrize("fill", [np.zeros_like, np.copy, eight_bit, noisy])
+def test_missing_series_are_the_same_however_they_were_filled(
+    raw: Path, subjects: dict[str, Case], fill: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    for case, names in MISSING.items():
+        for name in names:
+            write_volume(file_of(raw, case, name), fill(subjects[case]["FLAIR"]))
+    fingerprint = fingerprint_of(raw)
+    assert absent_series(fingerprint) == MISSING
+    assert num_with_series(fingerprint) == {"FLAIR": NUM_CASES, "T1w": NUM_CASES - 1, "T1ce": NUM_CASES - 3}
+    assert copies(fingerprint) == ({} if fill is np.zeros_like else MISSING)
+    reasons = {fingerprint.cases[case].series[name].absent for case, names in MISSING.items() for name in names}
+    expected = {np.zeros_like: "all zero", np.copy: "copy of FLAIR"}.get(fill, "almost a copy of FLAIR")
+    assert reasons == {expected}
+
+
+def test_the_original_is_what_the_image_looks_like_elsewhere_not_the_first(raw: Path, subjects: dict[str, Case]) -> None:
+    filled = ("case_0", "case_3", "case_5")
+    for case in filled:
+        write_volume(file_of(raw, case, "FLAIR"), subjects[case]["T1ce"])
+    assert copies(fingerprint_of(raw)) == dict.fromkeys(filled, ("FLAIR",))
+
+
+def test_where_too_few_cases_tell_the_first_of_the_copies_stays(raw: Path, subjects: dict[str, Case]) -> None:
+    for case, series in subjects.items():
+        if case not in ("case_0", "case_1"):
+            write_volume(file_of(raw, case, "T1w"), series["T1ce"])
+    assert copies(fingerprint_of(raw)) == {case: ("T1ce",) for case in subjects if case not in ("case_0", "case_1")}
+
+
+def test_of_copies_exactly_one_stays(raw: Path, subjects: dict[str, Case]) -> None:
+    for name in SERIES:
+        write_volume(file_of(raw, "case_2", name), subjects["case_2"]["T1w"])
+    fingerprint = fingerprint_of(raw)
+    assert [record.absent is None for record in fingerprint.cases["case_2"].series.values()].count(True) == 1
+    assert len(copies(fingerprint)["case_2"]) == 2
+
+
+def test_constant_and_invalid_voxels(raw: Path, subjects: dict[str, Case]) -> None:
+    write_volume(file_of(raw, "case_0", "T1w"), np.full(SPEC.shape, 7, dtype=np.float32))
+    write_volume(file_of(raw, "case_1", "T1w"), (subjects["case_1"]["T1w"] > 0).astype(np.uint8))  # a mask is no image
+    write_volume(file_of(raw, "case_2", "T1w"), np.full(SPEC.shape, np.nan, dtype=np.float32))
+    spoiled = subjects["case_3"]["T1w"].copy()
+    spoiled[8, 20, 10:13] = np.nan, np.inf, -np.inf
+    write_volume(file_of(raw, "case_3", "T1w"), spoiled)
+    fingerprint = fingerprint_of(raw)
+    records = {case: fingerprint.cases[case].series["T1w"] for case in fingerprint.cases}
+    assert [records[f"case_{i}"].absent for i in range(4)] == ["constant", "constant", "no finite voxel", None]
+    assert records["case_3"].num_invalid == 3
+    assert records["case_2"].num_invalid == np.prod(SPEC.shape)
+    assert [line.split(":")[0] for line in problems(fingerprint)] == [f"case_{i}" for i in range(4)]
+    row = summary(fingerprint).loc["T1w"]
+    assert (row["present"], row["constant"], row["NaN"], row["all zero"]) == (NUM_CASES - 3, 2, 2, 0)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii.gz"])
+def test_invalid_voxels_are_counted_whatever_the_reader_makes_of_them(tmp_path: Path, ending: str) -> None:
+    spoiled = np.random.default_rng(0).random((4, 9, 8), dtype=np.float32)
+    spoiled[2, 3, :4] = np.nan
+    write_volume(tmp_path / "imagesTr" / f"a_0000{ending}", spoiled)
+    fingerprint = extract(tmp_path, {**DATASET_JSON, "file_ending": ending}, ("FLAIR",), tmp_path / "out" / "f.json")
+    record = fingerprint.cases["a"].series["FLAIR"]
+    assert (record.absent, record.num_invalid) == (None, 4)
+
+
+def test_intensities_are_of_voxels_that_are_not_zero(raw: Path, subjects: dict[str, Case]) -> None:
+    record = fingerprint_of(raw).cases["case_0"].series["T1ce"]
+    values = subjects["case_0"]["T1ce"][subjects["case_0"]["T1ce"] != 0]
+    assert record.intensities is not None
+    np.testing.assert_allclose(record.intensities.percentiles, np.percentile(values, PERCENTILES), rtol=1e-5)
+    np.testing.assert_allclose((record.intensities.mean, record.intensities.sd), (values.mean(), values.std()), rtol=1e-4)
+    assert record.foreground == pytest.approx(values.size / np.prod(SPEC.shape), rel=1e-5)
+
+
+# --- geometry ----------------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_the_box_is_that_of_nnunet(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    shape = data.draw(st.tuples(*[st.integers(1, 6)] * 3))
+    density = data.draw(st.sampled_from([0.0, 0.02, 0.1, 0.5]))
+    volumes = (rng.random((2, *shape)) < density).astype(np.float32)
+    cropped, _, _ = crop_to_nonzero(volumes)
+    assert volumes[0][nonzero_box(list(volumes))].shape == cropped.shape[1:]
+
+
+@pytest.mark.parametrize("shift", [(0, 2, 0), (1, 0, 0), (0, -1, 2)])
+def test_a_shifted_series_is_named_with_how_far(raw: Path, subjects: dict[str, Case], shift: tuple[int, int, int]) -> None:
+    write_volume(file_of(raw, "case_5", "T1w"), np.roll(subjects["case_5"]["T1w"], shift, axis=(0, 1, 2)))
+    fingerprint = fingerprint_of(raw)
+    found = misaligned(fingerprint)
+    assert {case: list(of) for case, of in found.items()} == {"case_5": ["T1w"]}
+    np.testing.assert_allclose(found["case_5"]["T1w"], np.multiply(shift, SPEC.spacing_mm), atol=1.5)
+    assert any("T1w lies" in line for line in problems(fingerprint))
+    assert absent_series(fingerprint) == {}
+
+
+def test_of_two_series_that_disagree_the_later_is_named(raw: Path, subjects: dict[str, Case]) -> None:
+    write_volume(file_of(raw, "case_0", "T1ce"), np.zeros(SPEC.shape, np.float32))
+    write_volume(file_of(raw, "case_0", "FLAIR"), np.roll(subjects["case_0"]["FLAIR"], 2, axis=1))
+    assert list(misaligned(fingerprint_of(raw))["case_0"]) == ["T1w"]
+
+
+def test_grids_that_disagree(raw: Path, subjects: dict[str, Case]) -> None:
+    write_volume(file_of(raw, "case_0", "T1w"), subjects["case_0"]["T1w"][:, :-4])
+    write_volume(file_of(raw, "case_1", "T1w"), subjects["case_1"]["T1w"], spacing=(6.0, 3.5, 3.0))
+    write_volume(file_of(raw, "case_2", "T1w"), subjects["case_2"]["T1w"], origin=20.0)
+    write_volume(file_of(raw, "case_3", "T1w"), subjects["case_3"]["T1w"], origin=0.1)  # rounding of a header
+    fingerprint = fingerprint_of(raw)
+    lines = problems(fingerprint)
+    assert ["shape" in lines[0], "spacing" in lines[1], "20.0 mm" in lines[2]] == [True] * 3 and len(lines) == 3
+    # nnU-Net reads the third case as if its files overlapped, and refuses the first two
+    assert [fingerprint.cases[f"case_{i}"].shape for i in range(4)] == [None, None, SPEC.shape, SPEC.shape]
+    assert fingerprint.cases["case_0"].series["T1w"].shape == (16, 36, 36)
+
+
+def test_the_grid_before_conversion_comes_from_the_manifest(raw: Path) -> None:
+    before = {"size": [384, 380, 20], "spacing": [0.5, 0.6, 3.0]}
+    manifest = {"cases": {"case_1": {"series": {"T1w": {"before": before, "source": "x.dcm"}, "T1ce": None}}, "case_2": []}}
+    (raw / "csm_manifest.json").write_text(json.dumps(manifest))
+    cases = fingerprint_of(raw).cases
+    found = cases["case_1"].series["T1w"].before
+    assert found is not None and (found.size, found.spacing) == ((20, 380, 384), (3.0, 0.6, 0.5))
+    assert all(r.before is None for n, c in cases.items() for s, r in c.series.items() if (n, s) != ("case_1", "T1w"))
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def write_four_dimensions(path: Path) -> None:
+    volume = sitk.GetImageFromArray(np.ones(SPEC.shape, np.float32))
+    sitk.WriteImage(sitk.JoinSeries([volume] * 2), str(path))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        truncate,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(gzip.compress(b"no image")),
+        write_four_dimensions,
+        Path.unlink,
+    ],
+    ids=["truncated", "empty", "no image", "4-D", "no file"],
+)
+@pytest.mark.parametrize("case", ["case_0", "case_4"])  # the first is the one a reader is chosen with
+def test_a_broken_file_is_reported_and_the_rest_is_used(raw: Path, case: str, spoil: Callable[[Path], None]) -> None:
+    spoil(file_of(raw, case, "FLAIR"))
+    fingerprint = fingerprint_of(raw)
+    assert absent_series(fingerprint) == {case: ("FLAIR",)}
+    assert fingerprint.cases[case].shape is None
+    assert len(problems(fingerprint)) == 1 and problems(fingerprint)[0].startswith(case)
+    assert len(as_nnunet_fingerprint(fingerprint)["spacings"]) == NUM_CASES - 1
+    with pytest.raises(UserError, match=f"case {case}.*FLAIR|case {case}.*_0000"):
+        fingerprint_of(raw, strict=True)
+
+
+def test_nothing_to_read(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="imagesTs: no image"):
+        fingerprint_of(raw, subsets=("imagesTr", "imagesTs"))
+    for path in (raw / "imagesTr").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of nnU-Net's readers"):
+        fingerprint_of(raw)
+    assert not (tmp_path / "out" / "csm_fingerprint.json").exists()
+
+
+def test_test_images_are_cases_of_their_own_subset(raw: Path, subjects: dict[str, Case]) -> None:
+    for name in SERIES:
+        voxels = subjects["case_0"][name] if name == "FLAIR" else np.zeros(SPEC.shape, np.float32)
+        write_volume(file_of(raw, "test_0", name, "imagesTs"), voxels)
+    fingerprint = fingerprint_of(raw, subsets=("imagesTr", "imagesTs"))
+    assert absent_series(fingerprint) == {"test_0": ("T1w", "T1ce")} == absent_series(fingerprint, "imagesTs")
+    assert absent_series(fingerprint, "imagesTr") == {} and presence(fingerprint)["T1w"] == 1.0
+    for name in SERIES:
+        write_volume(file_of(raw, "case_0", name, "imagesTs"), subjects["case_0"][name])
+    with pytest.raises(UserError, match=r"case_0 is in imagesTr and in imagesTs"):
+        fingerprint_of(raw, subsets=("imagesTr", "imagesTs"))
+
+
+def test_cases_that_dataset_json_lists(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELSEWHERE", str(raw / "imagesTr"))
+    listed = {"a": {"images": [f"$ELSEWHERE/case_3_{c:04d}.nii.gz" for c in range(3)], "label": "none"}}
+    other = tmp_path / "Dataset022_Listed"
+    other.mkdir()
+    fingerprint = extract(other, {**DATASET_JSON, "dataset": listed}, SERIES, tmp_path / "listed.json")
+    assert list(fingerprint.cases) == ["a"] and fingerprint.cases["a"].series["T1w"].absent is None
+
+
+# --- streaming ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the cases that are measured, in turn."""
+    names: list[str] = []
+
+    def counted(job: Any) -> Any:
+        names.append(job.name)
+        return measure(job)
+
+    monkeypatch.setattr(extraction, "measure", counted)
+    return names
+
+
+def test_a_stopped_run_goes_on(raw: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(job: Any) -> Any:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(job.name)
+        return measure(job)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extraction, "measure", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fingerprint_of(raw)
+    output = raw.parent / "out" / "csm_fingerprint.json"
+    partial = output.with_name("csm_fingerprint.jsonl.partial")
+    assert not output.exists()
+    partial.write_text(partial.read_text() + partial.read_text()[:500])  # killed while writing a line
+    first = list(measured)
+    interrupted = fingerprint_of(raw)
+    assert sorted(measured) == [f"case_{i}" for i in range(NUM_CASES)] and measured[:3] == first
+    assert not partial.exists()
+    output.unlink()
+    assert fingerprint_of(raw) == interrupted == read_fingerprint(output)
+
+
+def test_only_changed_files_are_read_again(raw: Path, subjects: dict[str, Case], measured: list[str]) -> None:
+    before = fingerprint_of(raw)
+    measured.clear()
+    assert fingerprint_of(raw) == before and measured == []
+    write_volume(file_of(raw, "case_7", "T1ce"), subjects["case_7"]["FLAIR"])
+    for name in SERIES:
+        file_of(raw, "case_2", name).unlink()
+    changed = fingerprint_of(raw)
+    assert measured == ["case_7"]
+    assert list(copies(changed)) == ["case_7"] and set(changed.cases) == set(before.cases) - {"case_2"}
+    # what is a copy is decided anew, not carried over
+    write_volume(file_of(raw, "case_7", "T1ce"), subjects["case_7"]["T1ce"])
+    assert absent_series(fingerprint_of(raw)) == {}
+
+
+def test_processes_change_nothing(raw: Path) -> None:
+    alone = fingerprint_of(raw)
+    (raw.parent / "out" / "csm_fingerprint.json").unlink()
+    assert fingerprint_of(raw, num_processes=2) == alone
+    assert list(alone.cases) == sorted(alone.cases)
+
+
+def test_files_of_another_version_or_broken_ones_are_refused_and_made_again(raw: Path) -> None:
+    output = raw.parent / "out" / "csm_fingerprint.json"
+    fingerprint = fingerprint_of(raw)
+    save_fingerprint(replace(fingerprint, version=0), output)
+    with pytest.raises(UserError, match=r"version 0.*nnunet_csm fingerprint"):
+        read_fingerprint(output)
+    output.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_fingerprint(output)
+    assert fingerprint_of(raw) == fingerprint == read_fingerprint(output)
+
+
+# --- for nnU-Net and for people ----------------------------------------------------------------------------------------------
+
+
+def test_the_form_of_nnunet_agrees_with_nnunet(raw: Path, subjects: dict[str, Case], tmp_path: Path) -> None:
+    label = tmp_path / "label.nii.gz"
+    files = [str(file_of(raw, "case_3", name)) for name in SERIES]
+    # with all that is not 0 as foreground, nnU-Net measures the same voxels
+    write_volume(label, (subjects["case_3"]["T1w"] != 0).astype(np.uint8))
+    shape, spacing, _, statistics, relative = DatasetFingerprintExtractor.analyze_case(files, str(label), SimpleITKIO)
+    for case in set(subjects) - {"case_3"}:
+        for name in SERIES:
+            file_of(raw, case, name).unlink()
+    ours = as_nnunet_fingerprint(fingerprint_of(raw))
+    assert ours["shapes_after_crop"] == [list(shape)] and ours["spacings"] == [list(spacing)]
+    assert ours["median_relative_size_after_cropping"] == pytest.approx(relative)
+    for channel, expected in enumerate(statistics):
+        found = ours["foreground_intensity_properties_per_channel"][str(channel)]
+        assert set(found) == {*expected, "std"}
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-3), key
+
+
+def test_pooled_intensities_weigh_cases_equally(raw: Path, subjects: dict[str, Case]) -> None:
+    channel = as_nnunet_fingerprint(fingerprint_of(raw))["foreground_intensity_properties_per_channel"]["1"]
+    values = [case["T1w"][case["T1w"] != 0] for case in subjects.values()]
+    pooled = np.sort(np.concatenate([np.random.default_rng(0).choice(of_case, 20_000) for of_case in values]))
+    assert channel["mean"] == pytest.approx(pooled.mean(), rel=0.01) and channel["std"] == pytest.approx(pooled.std(), rel=0.02)
+    for key, percentile in (("percentile_00_5", 0.5), ("median", 50), ("percentile_99_5", 99.5)):
+        # distributions are kept in steps of 5 %, so that tails of the pool are straight between the tails of the cases
+        assert 100 * np.searchsorted(pooled, channel[key]) / pooled.size == pytest.approx(percentile, abs=0.3), key
+    ends = min(of_case.min() for of_case in values), max(of_case.max() for of_case in values)
+    assert (channel["min"], channel["max"]) == pytest.approx(ends, rel=1e-5)
+
+
+def test_a_series_that_no_case_has_still_gives_numbers(raw: Path, subjects: dict[str, Case]) -> None:
+    for case in subjects:
+        write_volume(file_of(raw, case, "T1w"), np.zeros(SPEC.shape, np.float32))
+    ours = as_nnunet_fingerprint(fingerprint_of(raw))
+    assert set(ours["foreground_intensity_properties_per_channel"]["1"].values()) == {0.0}
+
+
+def test_the_command(raw: Path, nnunet_folders: NnunetFolders, capsys: pytest.CaptureFixture[str]) -> None:
+    target = nnunet_folders.raw / raw.name
+    raw.rename(target)
+    write_volume(file_of(target, "case_6", "T1w"), np.zeros(SPEC.shape, np.float32))
+    fingerprint_dataset("21")
+    printed = capsys.readouterr().out
+    assert "1 case incomplete:\n  case_6: no T1w (all zero)" in printed and "87.5%" in printed
+    folder = nnunet_folders.preprocessed / raw.name
+    assert absent_series(read_fingerprint(folder / "csm_fingerprint.json")) == {"case_6": ("T1w",)}
+    assert Image.open(folder / "csm_fingerprint.png").size[0] == 900
+
+
+@pytest.mark.parametrize("num_cases", [1, 30, NUM_CASES_DRAWN + 1])
+def test_the_picture_shows_every_state(tmp_path: Path, num_cases: int) -> None:
+    slices = {"FLAIR": np.eye(20, 30, dtype=np.float32)}
+
+    def drawn(state: State) -> bytes:
+        states: dict[str, tuple[State, ...]] = {
+            f"case_{i}": (state if i == 0 else "present", "present") for i in range(num_cases)
+        }
+        save_picture(tmp_path / "a.png", "title", ("FLAIR", "T1w"), states, slices, "case_0")
+        return np.asarray(Image.open(tmp_path / "a.png")).tobytes()
+
+    states: tuple[State, ...] = ("present", "absent", "copy", "misaligned", "constant", "unusable")
+    assert len({drawn(state) for state in states}) == len(states)

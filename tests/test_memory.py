@@ -1,0 +1,238 @@
+"""The memory planner predicts what steps really take, and what it says behaves as memory does."""
+
+import dataclasses
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import nn
+
+from nnunet_csm.model.segmenter import CSMSegmenter
+from nnunet_csm.planning.memory import (
+    GIB,
+    MIB,
+    TRAINING,
+    Backend,
+    Ledger,
+    Memory,
+    allocated,
+    finetuning_memory,
+    max_shown_series,
+    pretraining_memory,
+)
+from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
+from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.masking import draw_mask, shown_series_weights
+
+MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
+DECODER = Reconstruction(width=96, depth=2, num_heads=4, normalize_targets=False)
+NUM_CLASSES = 3
+FP32 = Backend(autocast=False, compiled=False, cuda=False)
+BF16 = Backend(autocast=True, compiled=False, cuda=False)
+
+# series, token size, width, depth, patch, batch; with a batch of one, a CPU unfolds what it convolves and a GPU does not
+CONFIGURATIONS: list[tuple[int, Size, int, int, Size, int]] = [
+    (1, (8, 8, 8), 96, 3, (16, 16, 16), 2),
+    (1, (8, 8, 8), 96, 3, (32, 32, 32), 2),
+    (2, (8, 8, 8), 192, 4, (32, 32, 32), 2),
+    (2, (8, 8, 8), 96, 4, (32, 32, 32), 4),
+    (3, (8, 8, 8), 96, 3, (32, 16, 32), 6),
+    (4, (16, 16, 16), 192, 4, (32, 32, 48), 2),
+    (5, (2, 8, 8), 96, 4, (8, 40, 40), 2),
+    (7, (4, 8, 8), 96, 3, (16, 32, 32), 2),
+]
+
+
+def architecture(num_series: int, token_size: Size = (8, 8, 8), width: int = 96, depth: int = 3) -> Architecture:
+    series = tuple(f"series{i}" for i in range(num_series))
+    return Architecture(series, tuple(range(num_series)), token_size, width, depth, width // 24, features=8, drop_path=0.1)
+
+
+def measured(network: nn.Module, loss: Callable[[], torch.Tensor], backend: Backend) -> int:
+    """Bytes at the peak of a training step, as torch's allocator reports them: knows nothing of the predictor."""
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=backend.autocast):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    return 3 * weights + peak
+
+
+def pretraining_step(a: Architecture, patch_size: Size, batch_size: int, backend: Backend) -> int:
+    num_series = len(a.series)
+    network = CSM(a, DECODER)
+    num_tokens = math.prod(p // t for p, t in zip(patch_size, a.token_size, strict=True))
+    present = torch.ones(batch_size, num_series, dtype=torch.bool)
+
+    def loss() -> torch.Tensor:
+        mask = draw_mask(torch.Generator(), present, max_shown_series(num_series, MASKING), num_tokens, MASKING)
+        return network(torch.randn(batch_size, num_series, *patch_size), mask).loss
+
+    return measured(network, loss, backend)
+
+
+def finetuning_step(a: Architecture, patch_size: Size, batch_size: int, backend: Backend) -> int:
+    network = CSMSegmenter(len(a.series), NUM_CLASSES, **to_dict(a))
+    options = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    criterion = DC_and_CE_loss(options, {}, dice_class=MemoryEfficientSoftDiceLoss)
+
+    def loss() -> torch.Tensor:
+        # held until the end of the step, as nnU-Net holds them
+        volume = torch.randn(batch_size, len(a.series), *patch_size)
+        target = torch.randint(NUM_CLASSES, (batch_size, 1, *patch_size), dtype=torch.int16)
+        value = criterion(network(volume), target)
+        value.batch = volume, target
+        return value
+
+    return measured(network, loss, backend)
+
+
+def close_and_not_below(predicted: int, real: int) -> bool:
+    return real <= predicted <= 1.15 * real
+
+
+@pytest.mark.parametrize("backend", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_series, token_size, width, depth, patch_size, batch_size", CONFIGURATIONS)
+def test_pretraining_takes_what_was_predicted(num_series, token_size, width, depth, patch_size, batch_size, backend):
+    a = architecture(num_series, token_size, width, depth)
+    predicted = pretraining_memory(a, DECODER, MASKING, patch_size, batch_size, backend).total
+    assert close_and_not_below(predicted, pretraining_step(a, patch_size, batch_size, backend))
+
+
+@pytest.mark.parametrize("num_series, token_size, width, depth, patch_size, batch_size", CONFIGURATIONS)
+def test_finetuning_takes_what_was_predicted(num_series, token_size, width, depth, patch_size, batch_size):
+    a = architecture(num_series, token_size, width, depth)
+    predicted = finetuning_memory(a, NUM_CLASSES, patch_size, batch_size, None, FP32).total
+    assert close_and_not_below(predicted, finetuning_step(a, patch_size, batch_size, FP32))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler on a CPU")
+def test_a_compiled_step_takes_what_was_predicted():
+    # in a process of its own: the shape checks of these tests cannot be compiled, and would break up the network
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+    command = [sys.executable, str(benchmark), "--cpu", "--compile", "--only", "pretraining 96 x 3"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "PASS: 2 configurations" in finished.stdout
+
+
+GROWN = {
+    "batch": {"batch_size": 5},
+    "patch": {"patch_size": (32, 32, 48)},
+    "series": {"num_series": 4},
+    "width": {"width": 120},
+    "depth": {"depth": 4},
+}
+
+
+@pytest.mark.parametrize("change", GROWN.values(), ids=GROWN.keys())
+@pytest.mark.parametrize("stage", ["pretraining", "fine-tuning"])
+def test_more_of_anything_takes_more(stage, change):
+    def predict(num_series=3, width=96, depth=3, patch_size=(32, 32, 32), batch_size=4):
+        a = architecture(num_series, width=width, depth=depth)
+        if stage == "pretraining":
+            return pretraining_memory(a, DECODER, MASKING, patch_size, batch_size).total
+        return finetuning_memory(a, NUM_CLASSES, patch_size, batch_size).total
+
+    assert predict(**change) > predict()
+
+
+def test_compiled_and_in_16_bits_takes_less():
+    a = architecture(3)
+    for memory in (
+        lambda backend: pretraining_memory(a, DECODER, MASKING, (32, 32, 32), 8, backend),
+        lambda backend: finetuning_memory(a, NUM_CLASSES, (32, 32, 32), 8, None, backend),
+    ):
+        best, uncompiled = memory(TRAINING), memory(dataclasses.replace(TRAINING, compiled=False))
+        neither = memory(Backend(autocast=False, compiled=False, cuda=True))
+        assert best.activations < uncompiled.activations < neither.activations
+        assert best.states == uncompiled.states == neither.states
+
+
+def test_states_are_weights_and_two_moments():
+    a = architecture(2)
+    num_weights = sum(p.numel() for p in CSM(a, DECODER).parameters())
+    assert pretraining_memory(a, DECODER, MASKING, (32, 32, 32), 2, FP32).states == 12 * num_weights
+
+
+def test_memory_is_a_straight_line_in_the_batch_once_activations_dominate():
+    a = architecture(3)
+    for predict in (
+        lambda n: pretraining_memory(a, DECODER, MASKING, (32, 32, 32), n).activations,
+        lambda n: finetuning_memory(a, NUM_CLASSES, (32, 32, 32), n).activations,
+    ):
+        assert predict(32) == pytest.approx((predict(16) + predict(48)) / 2, rel=0.02)
+
+
+def test_as_many_series_are_shown_as_are_ever_drawn():
+    for hidden_series in ("rebuilt", "ignored", "none"):
+        masking = dataclasses.replace(MASKING, hidden_series=hidden_series)
+        for num_series in range(1, 8):
+            drawn = shown_series_weights(torch.ones(1, num_series, dtype=torch.bool), masking)[0].nonzero().flatten() + 1
+            assert max_shown_series(num_series, masking) == int(drawn.max())
+
+
+def test_unused_channels_of_the_dataset_take_memory():
+    a = architecture(2)
+    used = finetuning_memory(a, NUM_CLASSES, (32, 32, 32), 4, None, FP32)
+    more = finetuning_memory(a, NUM_CLASSES, (32, 32, 32), 4, 5, FP32)
+    assert more.activations - used.activations >= 3 * 4 * 32**3 * 4
+
+
+@given(st.integers(1, 2**34))
+def test_the_allocator_rounds_up_by_little(num_bytes):
+    taken = allocated(num_bytes)
+    assert taken % 512 == 0
+    assert num_bytes <= taken <= num_bytes + 512 + MIB
+
+
+def test_the_books_are_empty_when_everything_is_freed():
+    for fuse in (False, True):
+        ledger = Ledger(cuda=True)
+        ledger.fuse = fuse
+        with ledger:
+            layer = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+            layer(torch.randn(8, 64)).square().mean().backward()
+        assert ledger.live > 0
+        del layer
+        assert ledger.live == 0
+
+
+def test_what_is_only_passed_along_is_not_booked():
+    ledger = Ledger(cuda=False)
+    ledger.fuse = True
+    with ledger, torch.no_grad():
+        x = torch.ones(1024)
+        ledger.write(x)
+        y = x.sin().cos().tanh()
+        assert ledger.peak == x.nbytes
+        ledger.write(y)
+    assert ledger.peak == x.nbytes + y.nbytes
+
+
+def test_text_for_the_plan():
+    memory = Memory(2 * GIB, 7 * GIB, GIB)
+    assert str(memory) == "10.0 GiB (weights and optimiser 2.0, activations 7.0, workspace 1.0)"

@@ -1,0 +1,90 @@
+"""Pretraining draws on any number of datasets, keeps to the folds of each, and never trains on what a fold holds back."""
+
+import json
+
+import pytest
+from factories import source_of
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_csm.data.sources import fold_files, split
+from nnunet_csm.errors import UserError
+
+SERIES = ("FLAIR", "T1w", "T2w", "ADC")
+
+
+@pytest.fixture
+def preprocessed(tmp_path):
+    """Three datasets: two labelled ones, which share a case name, and one without labels."""
+
+    def make(dataset, identifier, names):
+        folder = tmp_path / dataset / identifier
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / f"{name}.b2nd").touch()
+            (folder / f"{name}_seg.b2nd").touch()
+
+    make("Dataset001_A", "x", [f"case{n}" for n in range(10)])
+    make("Dataset002_B", "x", [f"case{n}" for n in range(5)])
+    make("Dataset003_C", "x_unlabelled", ["one", "two"])
+    return tmp_path
+
+
+A = source_of(("FLAIR", "T1w"), dataset="Dataset001_A", data_identifier="x")
+B = source_of(("T2w", "FLAIR"), dataset="Dataset002_B", data_identifier="x", absent_series={"case3": ("T2w",)})
+C = source_of(("ADC",), dataset="Dataset003_C", data_identifier="x_unlabelled", labelled=False)
+
+
+def names(files):
+    return [f.name for f in files]
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_every_labelled_dataset_keeps_to_its_own_folds_and_images_without_labels_train_in_all(preprocessed, fold):
+    training, validation = fold_files([A, B, C], SERIES, preprocessed, fold)
+    assert not set(names(training)) & set(names(validation))
+    for dataset, num_cases in (("Dataset001_A", 10), ("Dataset002_B", 5)):
+        expected = generate_crossval_split([f"case{n}" for n in range(num_cases)], 12345, 5)[fold]
+        for files, side in ((training, "train"), (validation, "val")):
+            assert [n for n in names(files) if n.startswith(dataset)] == [f"{dataset}/{case}" for case in expected[side]]
+    assert {"Dataset003_C/one", "Dataset003_C/two"} <= set(names(training))
+    assert len({f.path for f in training + validation}) == 17
+
+
+def test_fold_all_has_every_case_on_both_sides(preprocessed):
+    training, validation = fold_files([A, B, C], SERIES, preprocessed, "all")
+    assert training == validation and len(training) == 17
+
+
+def test_a_dataset_without_labels_alone_is_split_as_nnunet_splits(preprocessed):
+    source = source_of(("ADC",), dataset="Dataset001_A", data_identifier="x", labelled=False)
+    training, validation = fold_files([source], SERIES, preprocessed, 1)
+    assert (len(training), len(validation)) == (8, 2)
+
+
+def test_series_are_found_by_name_in_the_channels_of_each_dataset(preprocessed):
+    training, _ = fold_files([A, B, C], SERIES, preprocessed, "all")
+    channels = {f.name: f.channels for f in training}
+    assert channels["Dataset001_A/case0"] == (0, 1, None, None)
+    assert channels["Dataset002_B/case0"] == (1, None, 0, None)
+    assert channels["Dataset003_C/one"] == (None, None, None, 0)
+    # a copy in place of a missing series
+    assert channels["Dataset002_B/case3"] == (1, None, None, None)
+
+
+def test_the_splits_of_the_user_are_used_and_new_ones_written_for_later_fine_tuning(preprocessed):
+    path = preprocessed / "Dataset001_A" / "splits_final.json"
+    fold_files([A], SERIES, preprocessed, 0)
+    assert json.loads(path.read_text()) == generate_crossval_split([f"case{n}" for n in range(10)], 12345, 5)
+    path.write_text(json.dumps([{"train": ["case7"], "val": ["case2"]}]))
+    training, validation = fold_files([A], SERIES, preprocessed, 0)
+    assert names(training) == ["Dataset001_A/case7"] and names(validation) == ["Dataset001_A/case2"]
+    with pytest.raises(UserError, match=r"splits_final\.json: has 1 folds, fold 1"):
+        split(preprocessed / "Dataset001_A", ["case7"], 1)
+
+
+def test_too_few_cases_for_folds_and_an_empty_folder_are_errors_with_a_remedy(preprocessed):
+    with pytest.raises(UserError, match=r"Dataset003_C: 2 cases cannot be split into 5 folds.*fold all"):
+        fold_files([C], SERIES, preprocessed, 0)
+    missing = source_of(("ADC",), dataset="Dataset003_C", data_identifier="gone")
+    with pytest.raises(UserError, match="nnunet_csm preprocess -d Dataset003_C"):
+        fold_files([missing], SERIES, preprocessed, "all")
