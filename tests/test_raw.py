@@ -1,6 +1,7 @@
 """Series names resolve to one name whatever their spelling; a raw folder with a hole in it is refused with the file's name."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -237,6 +238,13 @@ def test_a_file_that_is_no_series_is_refused(dataset: Path, name: str, message: 
     write_volume(dataset / "imagesTr" / name)
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
         check_dataset(dataset)
+
+
+def test_images_without_labels_are_checked_as_images(dataset: Path) -> None:
+    shutil.rmtree(dataset / "labelsTr")
+    described = json.loads((dataset / "dataset.json").read_text())
+    lines = check_dataset(dataset, {**described, "labels": {}})
+    assert "2 cases" in lines[0] and "a label" not in lines[0] and "no labels" in lines[1]
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "imagesTr", "labelsTr"])

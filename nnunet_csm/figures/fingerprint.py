@@ -50,6 +50,8 @@ LEADER_HEIGHT = 14
 COUNT_WIDTH = 250
 PANEL_WIDTH_MAX = 210
 GAP = 4
+# squares of a checkerboard along the longer edge
+NUM_SQUARES = 10
 
 # More cases than this are counted by pattern.
 NUM_CASES_DRAWN = 120
@@ -65,7 +67,7 @@ def save_fingerprint(
     case_of_slices: str,
     aspect: float = 1.0,
 ) -> None:
-    """A chart of which case has which series, and a slice of every series of one case.
+    """A chart of which case has which series, a slice of every series of one case, and each in squares with the first.
 
     `states`: case to the state of each of `series_names`. Up to NUM_CASES_DRAWN cases are a column each, in their order; more are
     counted by pattern, the most frequent first. A series without a slice is drawn as absent; `aspect` is the height of a voxel
@@ -82,7 +84,10 @@ def save_fingerprint(
 
     chart_top = TITLE_HEIGHT + header
     slices_top = chart_top + chart_height + footer + LEGEND_HEIGHT + HEADING_HEIGHT + ROW_HEIGHT
-    height = slices_top + panel_height + MARGIN
+    first = next((name for name in series_names if name in slices and slices[name].any()), None)
+    pairs = [n for n in series_names if first and n != first and n in slices and slices[n].shape == slices[first].shape]
+    boards_top = slices_top + panel_height + ROW_HEIGHT
+    height = (boards_top if pairs else slices_top) + panel_height + MARGIN
     figure = new_figure(WIDTH, height)
     _write(figure, MARGIN, 20, title, fontsize=12, fontweight="bold")
     if drawn_apart:
@@ -99,7 +104,29 @@ def save_fingerprint(
             draw_grey(axes, slices[name], grey_window(slices[name][None]), aspect)
         else:
             draw_empty(axes, "absent")
+        if name in pairs and first and slices[name].any():
+            _write(
+                figure,
+                left + panel_width / 2,
+                boards_top - ROW_HEIGHT / 2,
+                f"{first} and {name} in turn",
+                fontsize=9,
+                ha="center",
+            )
+            axes = figure.add_axes(_bounds(figure, left, boards_top, panel_width, panel_height))
+            draw_grey(axes, checkerboard(slices[first], slices[name]), (0.0, 1.0), aspect)
     save_figure(figure, path)
+
+
+def checkerboard(a: Float[np.ndarray, "y x"], b: Float[np.ndarray, "y x"]) -> Float[np.ndarray, "y x"]:
+    """Squares of one slice and of another in turn, each in its own grey window: edges go on across them where both lie right."""
+    greys = []
+    for image in (a, b):
+        low, high = grey_window(image[None])
+        greys.append(np.clip((image - low) / max(high - low, 1e-20), 0, 1))
+    edge = max(1, max(a.shape) // NUM_SQUARES)
+    y, x = np.indices(a.shape) // edge
+    return np.where((y + x) % 2 == 0, *greys)
 
 
 def _cases_to_name(states: Mapping[str, Sequence[State]]) -> dict[int, str]:

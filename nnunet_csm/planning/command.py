@@ -16,9 +16,9 @@ from nnunet_csm.fingerprint.command import findings, take_fingerprint
 from nnunet_csm.fingerprint.record import ALL_ZERO, Fingerprint, Subset, absent_series, num_with_series
 from nnunet_csm.planning.joint import Member, joint_base_plans
 from nnunet_csm.planning.planner import Decision, Facts, Wishes, base_configuration, plan
-from nnunet_csm.planning.unlabelled import has_labels, image_files, plan_without_labels, preprocess_images
+from nnunet_csm.planning.unlabelled import image_files, plan_without_labels, preprocess_images
 from nnunet_csm.plans import Source, read_configuration
-from nnunet_csm.raw.check import check_dataset, check_inputs
+from nnunet_csm.raw.check import check_dataset, has_labels, load_dataset_json
 from nnunet_csm.raw.series import SeriesMatch, canonical_series, parse_aliases
 
 
@@ -75,7 +75,7 @@ def look_at(dataset: str, request: PlanRequest) -> Found:
     folder, raw = nnunet.folder("nnUNet_preprocessed") / name, nnunet.folder("nnUNet_raw") / name
     remedy = f"run nnUNetv2_plan_and_preprocess -d {dataset} -c {request.configuration} first"
     there = (raw / "dataset.json").is_file()
-    dataset_json = nnunet.read_json((raw if there else folder) / "dataset.json", remedy)
+    dataset_json = load_dataset_json(raw) if there else nnunet.read_json(folder / "dataset.json", remedy)
     matches = canonical_series(nnunet.channel_names(dataset_json), parse_aliases(request.aliases))
     print_series(name, matches)
     channels = {match.canonical: channel for channel, match in enumerate(matches)}
@@ -87,7 +87,7 @@ def look_at(dataset: str, request: PlanRequest) -> Found:
         print("\n".join(findings(fingerprint)))
     else:
         print(f"{raw}: not there, so that series are taken to be complete; a fingerprint needs the raw images")
-    labelled = not there or has_labels(raw, dataset_json)
+    labelled = not there or has_labels(dataset_json)
     if not labelled:
         assert fingerprint is not None
         plan_without_labels(name, dataset_json, fingerprint)
@@ -286,15 +286,10 @@ def check_raw(dataset: str) -> bool:
     """
     name = nnunet.dataset_name(dataset)
     folder = nnunet.folder("nnUNet_raw") / name
-    dataset_json = nnunet.read_json(folder / "dataset.json", "convert the dataset again, or write the file")
-    labelled = has_labels(folder, dataset_json)
-    if labelled:
-        lines = check_dataset(folder)
-    else:
-        lines = check_inputs(folder / "imagesTr", nnunet.channel_names(dataset_json), dataset_json["file_ending"])
-    for line in lines:
+    dataset_json = load_dataset_json(folder)
+    for line in check_dataset(folder, dataset_json):
         print(line)
-    return labelled
+    return has_labels(dataset_json)
 
 
 def check_plans(datasets: Sequence[str], plans_name: str, configuration: str) -> str:

@@ -36,11 +36,6 @@ CASES_BETWEEN_MANIFESTS = 20
 ENDINGS = (".b2nd", "_seg.b2nd", ".pkl")
 
 
-def has_labels(raw: Path, dataset_json: Mapping[str, Any]) -> bool:
-    """Whether nnU-Net's own commands can plan and preprocess a raw dataset."""
-    return "dataset" in dataset_json or any((raw / "labelsTr").glob(f"*{dataset_json['file_ending']}"))
-
-
 def plan_without_labels(dataset: str, dataset_json: Mapping[str, Any], fingerprint: Fingerprint) -> None:
     """Write what `nnUNetv2_plan_experiment` writes, from a fingerprint that no label went into."""
     folder = nnunet.folder("nnUNet_preprocessed") / dataset

@@ -49,8 +49,13 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     return dataset_json
 
 
+def has_labels(dataset_json: Mapping[str, Any]) -> bool:
+    """Whether a dataset is to be fine-tuned on; `"labels": {}` says that it only has images."""
+    return bool(dataset_json["labels"])
+
+
 def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -> list[str]:
-    """Check that every training case of `nnUNet_raw/DatasetXXX_Name` has every file, on one grid.
+    """Check that every training case of `nnUNet_raw/DatasetXXX_Name` has every file, on one grid; without labels if it has none.
 
     Reads `dataset.json` from the folder unless it is given. Returns lines to print: what was found, then what nnU-Net lets pass
     but may be a mistake. Raises `UserError` with the first problem and how many follow.
@@ -60,10 +65,14 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     names, ending = _names(dataset_json["channel_names"]), dataset_json["file_ending"]
     if "dataset" in dataset_json:
         return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending)
-    for subfolder in ("imagesTr", "labelsTr"):
-        if not (folder / subfolder).is_dir():
-            msg = f"{folder / subfolder} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json"
-            raise UserError(msg)
+    if not (folder / "imagesTr").is_dir():
+        msg = f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json"
+        raise UserError(msg)
+    if not has_labels(dataset_json):
+        return [*check_inputs(folder / "imagesTr", names, ending), "no labels in dataset.json: images to pretrain on"]
+    if not (folder / "labelsTr").is_dir():
+        msg = f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json'
+        raise UserError(msg)
     cases, problems = _found_cases(folder / "imagesTr", len(names), ending, labels=folder / "labelsTr")
     lines = _checked(folder / "imagesTr", cases, problems, names, ending)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
