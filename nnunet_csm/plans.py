@@ -90,6 +90,31 @@ class Finetuning:
 
 
 @dataclass(frozen=True)
+class Classification:
+    """The classifier and its training.
+
+    Attributes:
+        patch_size: around the mask, a multiple of the token size.
+        margin: by which the box of the mask is widened on each side, as a share of its length.
+        pooling: of the tokens of present series.
+        freeze_encoder: train the pooling and the head only (linear probe, with `pooling` mean).
+        label_smoothing: of the cross-entropy.
+        class_weights: weigh classes by one over their number.
+        encoder: as in `Finetuning`.
+        schedule: in samples (cases or lesions) for crops.
+    """
+
+    patch_size: Size
+    margin: float
+    pooling: Literal["attentive", "mean"]
+    freeze_encoder: bool
+    label_smoothing: float
+    class_weights: bool
+    encoder: str
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
 class Source:
     """Preprocessed images that pretraining draws on.
 
@@ -131,6 +156,7 @@ class Recipe:
     pretraining: Schedule
     finetuning_schedule: Schedule
     finetuning: Finetuning
+    classification: Classification
     reasons: dict[str, tuple[str, str]]
 
 
@@ -217,7 +243,8 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}.csm.version is {csm.version}, expected {VERSION}; plan again with `nnunet_csm plan`")
     if any(t < 1 or t & (t - 1) for t in token_size) or max(token_size) < 2:
         raise UserError(f"{where}: token_size {token_size} must be powers of two, at least one of them above 1")
-    for name, size in (("patch_size", patch_size), ("csm.pretraining_patch_size", csm.pretraining_patch_size)):
+    patches = {"patch_size": patch_size, "csm.pretraining_patch_size": csm.pretraining_patch_size}
+    for name, size in (patches | {"csm.classification.patch_size": csm.classification.patch_size}).items():
         if any(p < t or p % t for p, t in zip(size, token_size, strict=True)):
             raise UserError(
                 f"{where}: {name} {size} is not a multiple of token_size {token_size}; "

@@ -10,8 +10,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import save_json
-from nnunet_csm.planning.planner import MIN_STEPS, Wishes, num_crops, plan
+from nnunet_csm.planning.planner import Wishes, plan
 from nnunet_csm.planning.presets import merged, paper_preset, preset_names, read_preset
+from nnunet_csm.planning.schedules import num_crops
 from nnunet_csm.planning.sizes import MAX_TOKENS, MIN_TOKENS_PER_AXIS
 from nnunet_csm.plans import NETWORK_CLASS, read_configuration
 from nnunet_csm.pretext.masking import num_visible
@@ -113,7 +114,7 @@ def test_the_plan_of_a_fingerprint(name):
     # another batch, another learning rate; and never so few steps that nothing is learned
     ratio = csm.pretraining.batch_size / reference.batch_size
     assert csm.pretraining.learning_rate == pytest.approx(reference.learning_rate * math.sqrt(ratio), rel=1e-2)
-    assert csm.pretraining.num_iterations >= MIN_STEPS
+    assert csm.pretraining.num_iterations >= reference.min_steps > 0
 
 
 def test_more_than_the_memory_there_is_is_said():

@@ -13,7 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning import memory
 from nnunet_csm.planning.memory import CUDA_CONTEXT, GIB, Memory
-from nnunet_csm.planning.presets import Preset, PresetSchedule, paper_preset, read_preset
+from nnunet_csm.planning.presets import Preset, paper_preset, read_preset
+from nnunet_csm.planning.schedules import length_text, schedule, schedule_reason
 from nnunet_csm.planning.sizes import (
     as_text,
     choose_finetuning_batch,
@@ -27,11 +28,11 @@ from nnunet_csm.plans import (
     NETWORK_CLASS,
     VERSION,
     Architecture,
+    Classification,
     Finetuning,
     Masking,
     Recipe,
     Reconstruction,
-    Schedule,
     Size,
     Source,
     parse_configuration,
@@ -41,8 +42,7 @@ from nnunet_csm.pretext.masking import num_visible
 
 # what "auto" chooses from, the first that fits; and how small a pretraining batch still counts as fitting
 AUTOMATIC, MIN_PRETRAINING_BATCH = ("B", "S"), 16
-# however few the cases: crops and masks are new in every step
-MIN_STEPS = 5000
+CLASSES_FILE = "classification.csv"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Facts:
         num_present: a number of series to the number of training cases that have that many.
         sources: what pretraining draws on, the dataset's own images first; their channels are not yet restricted.
         num_pretraining_cases: cases of all sources.
+        num_samples: cases or lesions with a class; 0 when there is no class.
+        mask_extent_mm: (z, y, x) that three quarters of their masks do not exceed; None when there is none.
     """
 
     channels: dict[str, int]
@@ -66,6 +68,8 @@ class Facts:
     num_present: dict[int, int]
     sources: tuple[Source, ...]
     num_pretraining_cases: int
+    num_samples: int = 0
+    mask_extent_mm: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,13 @@ def plan(
     )
     pretraining = schedule(preset.pretraining, sized.pretraining_batch, facts.num_pretraining_cases)
     finetuning = schedule(preset.finetuning, sized.finetuning_batch, facts.num_cases)
-    decisions.append(schedule_decision("pretraining", pretraining, preset.pretraining, facts.num_pretraining_cases))
-    decisions.append(schedule_decision("fine-tuning", finetuning, preset.finetuning, facts.num_cases))
+    for stage, chosen, wanted, num_cases in (
+        ("pretraining", pretraining, preset.pretraining, facts.num_pretraining_cases),
+        ("fine-tuning", finetuning, preset.finetuning, facts.num_cases),
+    ):
+        decisions.append(Decision(stage, length_text(chosen), schedule_reason(chosen, wanted, num_cases)))
+    classification, why_classification = plan_classification(preset, facts, sized, entry["spacing"])
+    decisions.append(Decision("classification", length_text(classification.schedule), why_classification))
     mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
     decisions.append(Decision("prediction", mirrored, f"preset {name}"))
     reused = entry["data_identifier"].startswith(base_plans["plans_name"])
@@ -178,6 +187,7 @@ def plan(
         pretraining=pretraining,
         finetuning_schedule=finetuning,
         finetuning=Finetuning(encoder=preset.encoder, mirroring=preset.mirroring),
+        classification=classification,
         reasons={d.name: (d.value, d.reason) for d in decisions},
     )
     entry |= {
@@ -375,43 +385,22 @@ def mask_decisions(preset: Preset, facts: Facts, num_series: int, num_tokens: in
     return [*rows, Decision("series hidden whole", f"1 to {num_series - 1}", why)]
 
 
-def schedule(preset: PresetSchedule, batch_size: int, num_cases: int) -> Schedule:
-    """Turn a length in crops into epochs of iterations.
-
-    Another batch size than the preset's scales the learning rate by the square root of their ratio, which keeps the noise of
-    Adam's steps (Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
-    """
-    crops, _ = num_crops(preset, num_cases)
-    num_iterations = math.ceil(crops / batch_size)
-    values = {k: v for k, v in vars(preset).items() if k not in ("num_crops", "passes")}
-    values["batch_size"] = batch_size
-    values["learning_rate"] = float(f"{preset.learning_rate * math.sqrt(batch_size / preset.batch_size):.3g}")
-    values["iterations_per_epoch"] = min(preset.iterations_per_epoch, num_iterations)
-    return Schedule(num_epochs=math.ceil(num_iterations / values["iterations_per_epoch"]), **values)
-
-
-def num_crops(preset: PresetSchedule, num_cases: int) -> tuple[int, str]:
-    """Passes over the training cases of a fold (80 % of all), or a number of crops; with both, the fewer, but enough to learn."""
-    cases = max(1, round(0.8 * num_cases))
-    if preset.passes is None:
-        assert preset.num_crops is not None, "a preset gives num_crops or passes"
-        return preset.num_crops, f"{preset.num_crops:,} crops"
-    crops, text = preset.passes * cases, f"{preset.passes:,} passes over the {cases} training cases of a fold"
-    if preset.num_crops is None:
-        return crops, text
-    if crops > preset.num_crops:
-        return preset.num_crops, f"{preset.num_crops:,} crops, fewer than {text}"
-    if crops < MIN_STEPS * preset.batch_size:
-        return (
-            MIN_STEPS * preset.batch_size,
-            f"{MIN_STEPS * preset.batch_size:,} crops, for {MIN_STEPS:,} steps; more than {text}",
+def plan_classification(preset: Preset, facts: Facts, sized: _Sized, spacing: Sequence[float]) -> tuple[Classification, str]:
+    """The classifier's settings, and why: its patch is to hold most masks with their margin."""
+    chosen, token_size = preset.classification, sized.architecture.token_size
+    num_samples = facts.num_samples or facts.num_cases
+    length = schedule(chosen.schedule, chosen.schedule.batch_size, num_samples)
+    if chosen.patch_size is not None:
+        patch, why = chosen.patch_size, "as in the preset"
+    elif facts.mask_extent_mm is None:
+        patch, why = sized.patch_size, "that of segmentation, as no mask was measured"
+    else:
+        wanted = [e * (1 + 2 * chosen.margin) / s for e, s in zip(facts.mask_extent_mm, spacing, strict=True)]
+        z, y, x = (
+            max(1, min(math.ceil(w / t), p // t)) * t for w, t, p in zip(wanted, token_size, sized.patch_size, strict=True)
         )
-    return crops, text
-
-
-def schedule_decision(name: str, chosen: Schedule, preset: PresetSchedule, num_cases: int) -> Decision:
-    _, why = num_crops(preset, num_cases)
-    scaled = "" if chosen.batch_size == preset.batch_size else " (scaled with the root of the batch)"
-    value = f"{chosen.num_iterations:,} iterations of {chosen.batch_size}"
-    optimizer = f"AdamW {chosen.learning_rate:g}{scaled}, weight decay {chosen.weight_decay:g}, warm-up {chosen.warmup:.0%}"
-    return Decision(name, value, f"{why}; {optimizer}")
+        millimetres = " x ".join(f"{e:.0f}" for e in facts.mask_extent_mm)
+        patch, why = (z, y, x), f"three quarters of the masks are within {millimetres} mm, and {chosen.margin:.0%} on each side"
+    values = {name: value for name, value in vars(chosen).items() if name not in ("patch_size", "schedule")}
+    what = f"patch {as_text(patch)}: {why}; {schedule_reason(length, chosen.schedule, num_samples)}"
+    return Classification(patch_size=patch, schedule=length, **values), f"needs {CLASSES_FILE}; {what}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.plans import Masking, Reconstruction, Size, from_dict
@@ -22,10 +22,11 @@ class PresetNetwork:
 
 @dataclass(frozen=True)
 class PresetSchedule:
-    """As `plans.Schedule`; as long as `passes` over the training cases (80 % of all), at most `num_crops`; null is no limit."""
+    """As `plans.Schedule`, but for its length: see `schedules.num_crops`; null is no limit."""
 
     num_crops: int | None
     passes: int | None
+    min_steps: int
     iterations_per_epoch: int
     val_iterations_per_epoch: int
     batch_size: int
@@ -34,6 +35,20 @@ class PresetSchedule:
     weight_decay: float
     betas: tuple[float, float]
     layer_decay: float
+
+
+@dataclass(frozen=True)
+class PresetClassification:
+    """As `plans.Classification`; a patch size that is null is left to the planner."""
+
+    patch_size: Size | None
+    margin: float
+    pooling: Literal["attentive", "mean"]
+    freeze_encoder: bool
+    label_smoothing: float
+    class_weights: bool
+    encoder: str
+    schedule: PresetSchedule
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class Preset:
     reconstruction: Reconstruction
     pretraining: PresetSchedule
     finetuning: PresetSchedule
+    classification: PresetClassification
     encoder: str
     mirroring: bool
 
@@ -68,7 +84,12 @@ def preset_names() -> list[str]:
 def read_preset(name: str) -> Preset:
     """A shipped preset by name, or a preset file by path."""
     preset = from_dict(Preset, _read(name), f"preset {name}")
-    for stage, length in (("pretraining", preset.pretraining), ("finetuning", preset.finetuning)):
+    lengths = {
+        "pretraining": preset.pretraining,
+        "finetuning": preset.finetuning,
+        "classification": preset.classification.schedule,
+    }
+    for stage, length in lengths.items():
         if length.num_crops is None and length.passes is None:
             raise UserError(f"preset {name}: {stage} has neither num_crops nor passes; give one of them")
     return preset
