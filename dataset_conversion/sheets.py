@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nnunet_csm.errors import UserError
 
-NO_VALUE = ("", "n/a", "na", "nan", "none")  # compared without case; "n/a" is BIDS' word, "nan" pandas'
+NO_VALUE = ("", "n/a", "nan")  # compared without case; "n/a" is BIDS' word, "nan" pandas'
 
 
 @dataclass(frozen=True)

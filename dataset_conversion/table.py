@@ -104,7 +104,8 @@ def _add(subjects: dict[str, _Subject], row: Row, matches: dict[str, SeriesMatch
     _note(subject, row, "mask", row.get("mask"))
     _note(subject, row, "class", row.get("class"))
     _note(subject, row, "patient", row.get("patient"))
-    _note(subject, row, "test", row.choose("split", SPLITS) or row.choose("test", SPLITS))
+    side = row.choose("split", SPLITS) or row.choose("test", SPLITS)
+    _note(subject, row, "split", side or ("train" if row.get("split") or row.get("test") else ""))
     index = row.get("volume")
     if index and not index.isdecimal():
         raise row.error(f"'volume' is {index!r}; give the number of a volume in a 4-D file, from 0, or nothing")
@@ -159,7 +160,7 @@ def _case(identifier: str, subject: _Subject, mask: Path | None, mapping: Mappin
         subject.images,
         (Mask(Volume(mask), mapping),) if mask else (),
         (Diagnosis(subject.get("class")),) if subject.get("class") else (),
-        bool(subject.get("test")),
+        subject.get("split") == "test",
     )
 
 

@@ -6,10 +6,15 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_csm import __version__, nnunet
 from nnunet_csm.errors import exit_on_user_error
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME
+
+if TYPE_CHECKING:
+    from nnunet_csm.planning.planner import Wishes
+    from nnunet_csm.planning.request import PlanRequest
 
 PRETRAINER, FINETUNER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM"
 NUM_PROCESSES = min(8, os.cpu_count() or 1)
@@ -43,13 +48,21 @@ def fingerprint(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import PlanRequest, plan_datasets
+    from nnunet_csm.planning.command import plan_datasets
+
+    plan_datasets(args.d, *_asked(args))
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple["PlanRequest", "Wishes"]:
+    """The flags of planning."""
     from nnunet_csm.planning.planner import Wishes
+    from nnunet_csm.planning.request import PlanRequest
 
     request = PlanRequest(
         configuration=args.c,
         base_plans_name=args.p,
-        plans_name=args.overwrite_plans_name or (JOINT_PLANS_NAME if args.joint else PLANS_NAME),
+        plans_name=_plans_name(args),
         aliases=tuple(args.series_alias),
         joint=args.joint,
         test_images=args.test_images,
@@ -64,42 +77,63 @@ def plan(args: argparse.Namespace) -> int:
         series=tuple(args.series) if args.series else None,
         gpu_memory_target=args.gpu_memory_target,
     )
-    plan_datasets(args.d, request, wishes)
+    return request, wishes
+
+
+def _plans_name(args: argparse.Namespace) -> str:
+    return args.overwrite_plans_name or (JOINT_PLANS_NAME if args.joint else PLANS_NAME)
+
+
+def split(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.classification import split_dataset
+
+    split_dataset(args.d, args.repeats, args.seed, args.overwrite)
+    return 0
+
+
+def classification_check(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.classification import check_classification
+
+    for dataset in args.d:
+        check_classification(dataset, args.strict)
     return 0
 
 
 def preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import preprocess_datasets
+    from nnunet_csm.planning.preprocessing import preprocess_datasets
 
     preprocess_datasets(args.d, args.c, args.p, args.np, args.overwrite)
     return 0
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import check_raw, preprocess_datasets
+    from nnunet_csm.planning.preprocessing import preprocess_datasets
+    from nnunet_csm.planning.request import check_raw, check_request, described
+    from nnunet_csm.raw.check import has_labels
 
-    labelled = [dataset for dataset in args.d if check_raw(dataset)]
+    names = check_request(args.d, *_asked(args))
+    for name in names:
+        check_raw(name)
+    labelled = [str(nnunet.dataset_id(name)) for name in names if has_labels(described(name)[0])]
     if labelled:
         flags = ["-d", *labelled, "-c", args.c, "-np", str(args.np), "-npfp", str(args.np)]
         flags += ["--verify_dataset_integrity"] if args.verify_dataset_integrity else []
         flags += ["--no_pp"] if args.joint else []
         nnunet.run("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_and_preprocess_entry", flags)
     plan(args)
-    preprocess_datasets(
-        args.d, args.c, args.overwrite_plans_name or (JOINT_PLANS_NAME if args.joint else PLANS_NAME), args.np, False
-    )
+    preprocess_datasets(names, args.c, _plans_name(args), args.np, False)
     return 0
 
 
 def train(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import check_plans
+    from nnunet_csm.planning.preprocessing import check_plans
     from nnunet_csm.training.segmentation import ENCODER_VARIABLE
 
     if getattr(args, "encoder", None):
         os.environ[ENCODER_VARIABLE] = args.encoder
     datasets = [args.d] if isinstance(args.d, str) else args.d
     plans_name = args.p or (PLANS_NAME if len(datasets) == 1 else JOINT_PLANS_NAME)
-    name = check_plans(datasets, plans_name, args.c)
+    name = check_plans(datasets, plans_name, args.c, finetuning=args.tr != PRETRAINER)
     for fold in args.f:
         flags = [name, args.c, fold, "-tr", args.tr, "-p", plans_name, "-device", args.device, "-num_gpus", str(args.num_gpus)]
         flags += [f"--{flag}" for flag in ("c", "val", "npz") if getattr(args, f"flag_{flag}")]
@@ -115,8 +149,8 @@ def train(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     from nnunet_csm.inference.segmentation import check_before_prediction, complete_cases
 
-    described = check_before_prediction(args.d, args.tr, args.p, args.c, args.f, args.chk)
-    with complete_cases(Path(args.i), described) as inputs:
+    described, settings = check_before_prediction(args.d, args.tr, args.p, args.c, args.f, args.chk)
+    with complete_cases(Path(args.i), described, settings) as inputs:
         flags = ["-d", args.d, "-i", str(inputs), "-o", args.o, "-f", *args.f, "-tr", args.tr, "-p", args.p, "-c", args.c]
         flags += ["-device", args.device, "-chk", args.chk]
         flags += ["--save_probabilities"] if args.save_probabilities else []
@@ -271,6 +305,26 @@ def build_parser() -> argparse.ArgumentParser:
         "nnunet_csm plan -d 21 -gpu_memory_target 40",
     )
     _add_planning(p)
+
+    p = add(
+        "classification_check",
+        classification_check,
+        "Count a dataset's classes by fold and say what is wrong with its classification.csv.",
+        "nnunet_csm classification_check -d 21",
+    )
+    p.add_argument("-d", nargs="+", required=True, help="dataset names or IDs")
+    p.add_argument("--strict", action="store_true", help="anything wrong is an error")
+
+    p = add(
+        "split",
+        split,
+        "Write splits_final.json by patient and class: five folds, or repeats of 8:1:1 as in the paper.",
+        "nnunet_csm split -d 21 -repeats 10",
+    )
+    p.add_argument("-d", required=True, help="dataset name or ID")
+    p.add_argument("-repeats", type=int, help="this many random splits of 8:1:1 into train, val and test; default: five folds")
+    p.add_argument("-seed", type=int, default=12345, help="seed of the splits")
+    p.add_argument("--overwrite", action="store_true", help="replace splits that are there")
 
     p = add(
         "preprocess",

@@ -16,6 +16,7 @@ from nnunet_csm.errors import UserError
 
 TRAINER_VARIABLE = "nnUNet_extTrainer"
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+NUM_FOLDS, SPLIT_SEED = 5, 12345  # of its own splits
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_ext"
 
 
@@ -71,6 +72,11 @@ def save_json(data: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_as_json(data, str(temporary), sort_keys=False)
     os.replace(temporary, path)
+
+
+def read_splits(path: Path) -> list[dict[str, list[str]]]:
+    """`splits_final.json`: cases by side, for every fold."""
+    return load_json(str(path))
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

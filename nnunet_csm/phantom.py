@@ -68,6 +68,20 @@ TISSUES: dict[str, Tissue] = {
     "enhancing": replace(OEDEMA, uptake_mmol_l=0.4),
     "restricted": replace(OEDEMA, adc=550),
 }
+# (T1 is long, T2 is long) to the core of a phantom with diagnoses. T1w tells the one and T2w the other (a long T1 costs T2w
+# signal, and proton density makes up for it), and the class is whether they agree: neither by itself tells more than chance.
+# FLAIR, which weighs both, does.
+CORES = {
+    (t1_is_long, t2_is_long): Tissue(
+        proton_density=0.93 if t1_is_long else 0.835,
+        t1_ms=2200 if t1_is_long else 550,
+        t2_ms=260 if t2_is_long else 60,
+        adc=1500,
+    )
+    for t1_is_long in (False, True)
+    for t2_is_long in (False, True)
+}
+CLASSES = ("benign", "malignant")  # T1 and T2 are both short or both long; one is short and one is long
 TISSUE_INDEX = {name: i for i, name in enumerate(TISSUES)}
 
 
@@ -172,6 +186,7 @@ class PhantomSpec:
     gain_spread: float = 0.2  # SD of the log gain, once for the subject and once for each series
     missing_share: float = 0.0  # probability that a subject lacks a series; one always remains
     enhancing_share: float = 0.85  # probability that the tumour takes up contrast agent
+    diagnoses: bool = False  # cores are of four kinds, see CORES, and subjects have a class
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -202,6 +217,7 @@ class Subject:
     labels: np.ndarray  # (z, y, x) uint8, values of LABELS
     present: dict[str, bool]  # name to whether the series was acquired
     brain: np.ndarray  # (z, y, x) bool
+    diagnosis: str | None  # one of CLASSES
 
 
 @dataclass(frozen=True)
@@ -575,6 +591,13 @@ def draw_subject(spec: PhantomSpec, index: int) -> Subject:
     draws = rng.random(len(ACQUISITIONS))
     subject_gain = math.exp(spec.gain_spread * rng.standard_normal())
     anatomy = draw_anatomy(rng, spec.enhancing_share)
+    diagnosis = None
+    if spec.diagnoses:
+        # a stream of its own, so that all else is as without diagnoses
+        bits = np.random.default_rng(np.random.SeedSequence(spec.seed, spawn_key=(index, len(ACQUISITIONS)))).random(2) < 0.5
+        kind = (bool(bits[0]), bool(bits[1]))
+        anatomy = replace(anatomy, tissues={**anatomy.tissues, "core": CORES[kind]})
+        diagnosis = CLASSES[kind[0] != kind[1]]
 
     draw = {name: draws[i] for i, name in enumerate(ACQUISITIONS) if name in spec.series}
     present = {name: bool(draw[name] >= spec.missing_share or draw[name] == max(draw.values())) for name in spec.series}
@@ -590,7 +613,8 @@ def draw_subject(spec: PhantomSpec, index: int) -> Subject:
         values = acquire_series(spec, name, anatomy, fractions, gain, series_rng)
         # Within the brain a value of 0 would read as background, so the least is 1, on a scale where tissue is hundreds.
         series[name] = np.where(brain, np.maximum(values, 1), 0).astype(np.float32)
-    return Subject(series, labels=np.where(brain, label_map(fractions), 0).astype(np.uint8), present=present, brain=brain)
+    labels = np.where(brain, label_map(fractions), 0).astype(np.uint8)
+    return Subject(series, labels, present=present, brain=brain, diagnosis=diagnosis)
 
 
 def _as_image(volume: np.ndarray, spacing_mm: Triple) -> sitk.Image:
@@ -614,7 +638,8 @@ def write_task(
 
     Subjects 0 to num_training - 1 are training cases, the next num_test are test cases. Besides MSD's files there are
     labelsTs and `cases.csv`: which series each case has (an absent one is stored as zeros) and whether its tumour
-    enhances. The task appears whole or not at all. Raises UserError where it exists already or its name would not convert.
+    enhances; with diagnoses also `classification.csv`, for nnU-Net's raw dataset folder, and `classes_test.csv`. The
+    task appears whole or not at all. Raises UserError where it exists already or its name would not convert.
     """
     folder = Path(folder)
     target = folder / f"Task{task_id:02d}_{name}"
@@ -636,15 +661,22 @@ def write_task(
         for subfolder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (staging / subfolder).mkdir(parents=True)
         rows = []
+        diagnoses: dict[str, list[list[str]]] = {"Tr": [], "Ts": []}
         for index, case in enumerate(tqdm(cases, desc=target.name, unit="subject")):
             split = "Tr" if index < num_training else "Ts"
             file = f"{case}.nii.gz"
             subject = draw_subject(spec, index)
             _write_case(spec, subject, staging / f"images{split}" / file, staging / f"labels{split}" / file)
+            if subject.diagnosis is not None:
+                diagnoses[split].append([case, subject.diagnosis])
             enhances = bool((subject.labels == LABELS["enhancing tumor"]).any())
             rows.append([case, split, *(int(subject.present[series]) for series in spec.series), int(enhances)])
         with (staging / "cases.csv").open("w", newline="") as stream:
             csv.writer(stream, lineterminator="\n").writerows([["case", "split", *spec.series, "enhancing"], *rows])
+        if spec.diagnoses:
+            for split, file in (("Tr", "classification.csv"), ("Ts", "classes_test.csv")):
+                with (staging / file).open("w", newline="") as stream:
+                    csv.writer(stream, lineterminator="\n").writerows([["case", "class"], *diagnoses[split]])
         description = _dataset_json(spec, name, cases[:num_training], cases[num_training:])
         (staging / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
         staging.rename(target)

@@ -250,6 +250,9 @@ def _check(configuration: Configuration, where: str) -> None:
                 f"{where}: {name} {size} is not a multiple of token_size {token_size}; "
                 f"edit one of them or plan again with `nnunet_csm plan`"
             )
+    for name, size in (patches | {"csm.classification.patch_size": csm.classification.patch_size}).items():
+        if size == token_size:
+            raise UserError(f"{where}: {name} {size} is a single token; a patch holds several: make it larger")
     series, channels = architecture.series, architecture.channels
     if not series or len(set(series)) != len(series) or len(set(channels)) != len(channels) or len(series) != len(channels):
         raise UserError(f"{where}: series {series} in channels {channels}; expected one channel of its own for every series")

@@ -20,6 +20,8 @@ COMMANDS: dict[str, argparse.ArgumentParser] = next(
 ON_A_DATASET = {
     "fingerprint": ["fingerprint", "-d", "1"],
     "plan": ["plan", "-d", "1"],
+    "classification_check": ["classification_check", "-d", "1"],
+    "split": ["split", "-d", "1"],
     "preprocess": ["preprocess", "-d", "1"],
     "plan_and_preprocess": ["plan_and_preprocess", "-d", "1"],
     "pretrain": ["pretrain", "-d", "1", "-device", "cpu"],
@@ -103,6 +105,24 @@ def test_a_missing_dataset_is_named_with_the_folders_looked_at(command, nnunet_f
 @pytest.mark.parametrize("name", ["Dataset007_Gone", "Tiny", "Dataset1"])
 def test_a_dataset_by_a_name_there_is_not_is_refused(name, nnunet_folders, capsys):
     assert name in refused(["plan", "-d", name], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-preset", "nonsense"], "no preset 'nonsense'"),
+        (["-series", "ADC"], "-series ADC: no dataset of -d has it"),
+        (["-series_alias", "DWI=ADC"], "no dataset has a channel of that name"),
+        (["-gpu_memory_target", "0"], "expected GiB above 0"),
+        (["-overwrite_target_spacing", "1", "1", "1"], "belongs to --joint"),
+        (["--joint"], "at least two"),
+        (["-d", "1", "Dataset001_Tiny"], "names a dataset twice"),
+        (["-overwrite_patch_size", "4", "4", "4", "-overwrite_token_size", "4", "4", "4"], "single token"),
+    ],
+)
+def test_contradictory_wishes_are_refused_before_anything_is_read(flags, words, dataset, capsys):
+    assert words in refused(["plan", "-d", "1", *flags], capsys)
+    assert not (dataset / "nnUNetCSMPlans.json").exists()
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])

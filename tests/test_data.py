@@ -230,6 +230,14 @@ def test_a_case_of_nothing_but_zeros_is_left_out_and_named(folder):
         open_cases(folder, ["empty"])
 
 
+def test_voxels_that_are_no_numbers_are_refused_with_the_remedy(folder):
+    volume = np.ones((3, 4, 6, 5), np.float32)
+    volume[1] = np.nan
+    save(folder, "broken", volume)
+    with pytest.raises(UserError, match=r"broken\.b2nd: holds NaN or infinite voxels"):
+        open_cases(folder, ["large", "broken"])
+
+
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_series_come_from_their_channels_and_those_a_case_lacks_are_zero(folder, monkeypatch, share):
     """As for a dataset with other series than the run has, in another order, or with a copy in place of a series."""

@@ -62,10 +62,22 @@ def test_each_dataset_gets_data_of_its_own_and_keeps_the_rest():
     plans, _ = joint_base_plans(members, "3d_fullres", "Joint", None)
     for p, m in zip(plans, members, strict=True):
         entry = p["configurations"]["3d_fullres"]
-        assert entry["data_identifier"] == "Joint_3d_fullres"
+        assert entry["data_identifier"].startswith("Joint_3d_fullres_")
         assert p["dataset_name"] == m.base_plans["dataset_name"] and len(entry["normalization_schemes"]) == len(m.channels)
         entry["spacing"][0] = 9
     assert members == before
+
+
+def test_other_settings_mean_another_folder_of_data():
+    """Else plans would meet data that was preprocessed for other spacings, or with other datasets."""
+
+    def identifier(members, spacing=None):
+        plans, _ = joint_base_plans(members, "3d_fullres", "Joint", spacing)
+        assert len({p["configurations"]["3d_fullres"]["data_identifier"] for p in plans}) == 1
+        return plans[0]["configurations"]["3d_fullres"]["data_identifier"]
+
+    assert identifier([BRAIN, THICK]) == identifier([BRAIN, THICK], (1.0, 1.0, 1.0))
+    assert len({identifier([BRAIN, THICK]), identifier([THICK, BRAIN]), identifier([BRAIN, THICK], (2.0, 2.0, 2.0))}) == 3
 
 
 def test_a_dataset_without_the_configuration_is_named():

@@ -46,7 +46,7 @@ def test_both_plans_agree_in_what_the_encoder_sees(joint):
     assert mine.pretraining_architecture.series == ("FLAIR", "T1w", "T1ce", "DWI")
     assert mine.patch_size == other.patch_size and mine.csm.sources == other.csm.sources
     for name in (joint.name, OTHER):
-        data = joint.folders.preprocessed / name / f"{JOINT_PLANS_NAME}_3d_fullres"
+        data = joint.folders.preprocessed / name / mine.csm.sources[0].data_identifier
         assert len([f for f in data.glob("*.b2nd") if not f.name.endswith("_seg.b2nd")]) == 6
 
 

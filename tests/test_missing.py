@@ -92,6 +92,18 @@ def test_the_first_of_three_copies_is_the_original(inputs: Path, tmp_path: Path)
     assert voxels_of(tmp_path / "out" / "copied_0000.nii.gz").any()
 
 
+def test_the_original_is_the_series_that_was_no_copy_in_training(inputs: Path, tmp_path: Path) -> None:
+    lines = fill(inputs, tmp_path / "out", num_copies={"FLAIR": 3})
+    assert "copied: zeros for FLAIR (a copy of T1w)" in lines
+    assert not voxels_of(tmp_path / "out" / "copied_0000.nii.gz").any()
+
+
+def test_a_case_without_a_series_of_the_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"case copied shows FLAIR, T1ce, and the model uses T1w"):
+        fill(inputs, tmp_path / "out", needed=("T1w",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_constant_series_is_none(inputs: Path, tmp_path: Path) -> None:
     save(inputs / "full_0002.nii.gz", np.full(SHAPE, 7, np.int16))
     assert "full: zeros for T1ce (constant)" in fill(inputs, tmp_path / "out")
@@ -127,7 +139,7 @@ def test_an_empty_output_folder_is_used(inputs: Path, tmp_path: Path) -> None:
         (lambda folder: save(folder / "full_0001.nii.gz", noise(0), (1.0, 1.0, 1.0)), "full_0001.*grid.*resample"),
         (lambda folder: (folder / "full_0001.nii.gz").write_bytes(b""), r"full_0001\.nii\.gz is empty"),
         (lambda folder: [path.unlink() for path in folder.iterdir()], r"no image called CASE_0000\.nii\.gz"),
-        (lambda folder: save_zeros(folder, "full"), "show nothing"),
+        (lambda folder: save_zeros(folder, "full"), "case full shows nothing"),
     ],
 )
 def test_a_bad_input_is_named_and_nothing_is_written(inputs: Path, tmp_path: Path, spoil, message: str) -> None:

@@ -10,6 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import save_json
+from nnunet_csm.planning.command import restricted
 from nnunet_csm.planning.planner import Wishes, plan
 from nnunet_csm.planning.presets import merged, paper_preset, preset_names, read_preset
 from nnunet_csm.planning.schedules import num_crops
@@ -135,9 +136,12 @@ def test_series_that_subjects_lack_are_counted():
 
 
 def test_series_by_hand_restrict_the_network_and_what_it_is_pretrained_on():
-    settings, _, _ = planned(series=BT_MSD, chosen=("T2w", "FLAIR"))
+    sources = restricted([source_of(BT_MSD)], ("T2w", "FLAIR"))
+    settings, _, _ = planned(series=BT_MSD, chosen=("T2w", "FLAIR"), facts={"sources": sources})
     assert settings.architecture.series == ("FLAIR", "T2w") and settings.architecture.channels == (0, 3)
     assert settings.pretraining_architecture.series == ("FLAIR", "T2w")
+    with pytest.raises(UserError, match=r"-series ADC: Dataset001_Tiny has only FLAIR"):
+        restricted([source_of(BT_MSD)], ("ADC",))
     with pytest.raises(UserError, match=r"-series ADC: expected some of FLAIR T1w T1ce T2w"):
         planned(series=BT_MSD, chosen=("ADC",))
 

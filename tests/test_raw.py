@@ -247,6 +247,13 @@ def test_images_without_labels_are_checked_as_images(dataset: Path) -> None:
     assert "2 cases" in lines[0] and "a label" not in lines[0] and "no labels" in lines[1]
 
 
+@pytest.mark.parametrize("content", [b"", b"\x1f\x8b nothing", b"abc"])
+def test_a_broken_file_is_named_whatever_is_in_it(dataset: Path, content: bytes) -> None:
+    (dataset / "imagesTr" / "a_0001.nii.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a_0001\.nii\.gz (is empty|cannot be read)"):
+        check_dataset(dataset)
+
+
 @pytest.mark.parametrize("name", ["dataset.json", "imagesTr", "labelsTr"])
 def test_a_missing_part_of_the_folder_is_named(dataset: Path, name: str) -> None:
     (dataset / name).rename(dataset / "elsewhere")

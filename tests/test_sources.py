@@ -82,6 +82,20 @@ def test_the_splits_of_the_user_are_used_and_new_ones_written_for_later_fine_tun
         split(preprocessed / "Dataset001_A", ["case7"], 1)
 
 
+def test_a_folder_whose_preprocessing_was_stopped_is_not_taken_for_whole(preprocessed):
+    folder = preprocessed / "Dataset001_A"
+    (folder / "gt_segmentations").mkdir()
+    for n in range(11):
+        (folder / "gt_segmentations" / f"case{n}.nii.gz").touch()
+    with pytest.raises(UserError, match=r"10 cases, case10 is missing.*nnunet_csm preprocess -d Dataset001_A"):
+        fold_files([A], SERIES, preprocessed, 0)
+    assert not (folder / "splits_final.json").exists()
+    (preprocessed / "Dataset003_C" / "x_unlabelled.manifest.json").write_text('{"all_cases": ["one", "two", "three"]}')
+    (preprocessed / "Dataset003_C" / "x_unlabelled" / ".three.b2nd").touch()
+    with pytest.raises(UserError, match="three is missing"):
+        fold_files([C], SERIES, preprocessed, "all")
+
+
 def test_too_few_cases_for_folds_and_an_empty_folder_are_errors_with_a_remedy(preprocessed):
     with pytest.raises(UserError, match=r"Dataset003_C: 2 cases cannot be split into 5 folds.*fold all"):
         fold_files([C], SERIES, preprocessed, 0)

@@ -67,6 +67,11 @@ class Cases:
         for file in tqdm(files, desc="reading images", unit="case", disable=None, leave=False):
             opened = _open(file)
             known = [(s, torch.from_numpy(opened[c])) for s, c in enumerate(file.channels) if c is not None]
+            if not all(bool(torch.isfinite(volume).all()) for _, volume in known):
+                raise UserError(
+                    f"{file.path}: holds NaN or infinite voxels; write 0 or what belongs there into the raw images "
+                    f"(`nnunet_csm fingerprint` names them) and preprocess again"
+                )
             volumes = {s: volume for s, volume in known if bool((volume != 0).any())}
             if not volumes:
                 self.left_out.append(file.name)

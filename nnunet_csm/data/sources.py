@@ -9,10 +9,8 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_csm.data.cases import CaseFile
 from nnunet_csm.errors import UserError
-from nnunet_csm.nnunet import save_json
+from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
 from nnunet_csm.plans import Source
-
-NUM_FOLDS, SPLIT_SEED = 5, 12345  # nnU-Net's
 
 
 def fold_files(
@@ -49,12 +47,33 @@ def fold_files(
 
 
 def case_names(source: Source, preprocessed: Path) -> list[str]:
-    """Sorted identifiers of the preprocessed cases of a source."""
+    """Sorted identifiers of the preprocessed cases of a source.
+
+    Raises:
+        UserError: none, or fewer than there are to be.
+    """
     folder = preprocessed / source.dataset / source.data_identifier
-    names = sorted(f.name.removesuffix(".b2nd") for f in folder.glob("*.b2nd") if not f.name.endswith("_seg.b2nd"))
+    files = [f for f in folder.glob("*.b2nd") if not f.name.startswith(".") and not f.name.endswith("_seg.b2nd")]
+    names = sorted(f.name.removesuffix(".b2nd") for f in files)
+    remedy = f"run `nnunet_csm preprocess -d {source.dataset}` with these plans"
     if not names:
-        raise UserError(f"{folder}: no preprocessed case; run `nnunet_csm preprocess -d {source.dataset}` with these plans")
+        raise UserError(f"{folder}: no preprocessed case; {remedy}")
+    missing = sorted(expected_cases(source, preprocessed) - set(names))
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"{folder}: {len(names)} cases, {missing[0]}{more} is missing: preprocessing was stopped; {remedy}")
     return names
+
+
+def expected_cases(source: Source, preprocessed: Path) -> set[str]:
+    """Cases that a whole preprocessed folder holds, as far as the files beside it tell."""
+    folder = preprocessed / source.dataset
+    if not source.labelled:
+        manifest = folder / f"{source.data_identifier}.manifest.json"
+        return set(load_json(str(manifest))["all_cases"]) if manifest.is_file() else set()
+    # nnU-Net copies the labels when it has preprocessed all cases
+    ending = load_json(str(folder / "dataset.json"))["file_ending"] if (folder / "dataset.json").is_file() else ".nii.gz"
+    return {f.name.removesuffix(ending) for f in (folder / "gt_segmentations").glob(f"*{ending}")}
 
 
 def split(folder: Path, names: Sequence[str], fold: int) -> tuple[list[str], list[str]]:

@@ -39,8 +39,8 @@ from nnunet_csm.fingerprint.record import (
     with_manifest,
 )
 from nnunet_csm.plans import from_dict
+from nnunet_csm.raw.writer import MANIFEST
 
-MANIFEST = "csm_manifest.json"
 # Cases handed out but not yet measured, for each process: enough that none waits, and no more in memory than that.
 JOBS_PER_PROCESS = 4
 # Cases tried for one that a reader can read.
@@ -211,6 +211,12 @@ def _manifest(raw_folder: Path) -> dict[str, Any]:
 
 def _refuse_problems(fingerprint: Fingerprint) -> None:
     lines = [f"case {name}: {problem}" for name, case in fingerprint.cases.items() for problem in case.problems]
+    lines += [
+        f"case {name}: {series} has {record.num_invalid} NaN or infinite voxels"
+        for name, case in fingerprint.cases.items()
+        for series, record in case.series.items()
+        if record.num_invalid
+    ]
     if lines:
         raise UserError(f"{lines[0]} ({len(lines)} such)" if len(lines) > 1 else lines[0])
 

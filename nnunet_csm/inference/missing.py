@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.measurement import Volume as Voxels
 from nnunet_csm.fingerprint.measurement import measure_series, nonzero_box
-from nnunet_csm.fingerprint.record import CONSTANT
+from nnunet_csm.fingerprint.record import ALL_ZERO, CONSTANT
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume
@@ -27,6 +27,8 @@ def fill_missing(
     copies: bool = True,
     copy_files: bool = False,
     overwrite: bool = False,
+    num_copies: Mapping[str, int] | None = None,
+    needed: Sequence[str] | None = None,
 ) -> list[str]:
     """A folder for stock prediction: every case of `inputs` with a file for every channel, all zero where the series is missing.
 
@@ -38,6 +40,8 @@ def fill_missing(
         copies: write zeros for a series that is a copy of an earlier channel, or constant: releases fill gaps that way.
         copy_files: copy the files that are there; otherwise they are linked.
         overwrite: replace `outputs` when it holds nothing but files of this kind.
+        num_copies: series to how often it was a copy in training; of equal series the one that rarely was is the original.
+        needed: series of which a case must have one; all when None.
 
     Returns:
         Lines to print: what was filled, a case a line.
@@ -58,7 +62,13 @@ def fill_missing(
     lines = []
     with whole_folder(outputs, overwrite) as folder:
         for identifier, files in tqdm(cases.items(), desc="fill missing series", unit="case"):
-            replaced = _not_of_their_own(files, channel_names) if copies else {}
+            empty, replaced = _without_a_series(files, channel_names, num_copies or {}) if copies else ((), {})
+            shown = [name for c, name in enumerate(channel_names) if c in files and c not in replaced and c not in empty]
+            if not set(shown) & set(needed or channel_names):
+                raise UserError(
+                    f"{inputs}: case {identifier} shows {', '.join(shown) or 'nothing'}, and the model uses "
+                    f"{', '.join(needed or channel_names)}; give one of them, or remove the case"
+                )
             for channel in range(len(channel_names)):
                 target = folder / f"{identifier}_{channel:04d}{file_ending}"
                 if channel not in files or channel in replaced:
@@ -102,8 +112,13 @@ def _refuse_other_files(outputs: Path, ending: str, overwrite: bool) -> None:
         raise UserError(f"{outputs} holds {others[0]}, which is no CASE_0000{ending}, and is kept; give -o another folder")
 
 
-def _not_of_their_own(files: Mapping[int, Path], names: Sequence[str]) -> dict[int, str]:
-    """Channels that are there but show no series of their own, and what they show; the first of equal ones is the original."""
+def _without_a_series(
+    files: Mapping[int, Path], names: Sequence[str], num_copies: Mapping[str, int]
+) -> tuple[list[int], dict[int, str]]:
+    """Channels that are all zero, and those that show no series of their own, with what they show.
+
+    Of equal series the one that was a copy least often in training is the original; the first, where that says nothing.
+    """
     images = {channel: read_volume(Volume(path)) for channel, path in files.items()}
     first = min(files)
     for channel, image in images.items():
@@ -116,19 +131,11 @@ def _not_of_their_own(files: Mapping[int, Path], names: Sequence[str]) -> dict[i
         for channel, image in images.items()
     }
     records = measure_series(volumes, nonzero_box([volume.voxels for volume in volumes.values()]))
-    if all(record.flat is not None for record in records.values()):
-        raise UserError(
-            f"{files[first]} and the other files of the case show nothing; give at least one series, or remove the case"
-        )
-    shown: dict[int, str] = {}
-    for channel in sorted(files):
-        record = records[names[channel]]
-        earlier = [names[c] for c in sorted(files) if c < channel and c not in shown and names[c] in record.twins]
-        if earlier:
-            shown[channel] = f"a copy of {earlier[0]}"
-        elif record.flat == CONSTANT:
-            shown[channel] = CONSTANT
-    return shown
+    replaced = {channel: CONSTANT for channel in files if records[names[channel]].flat == CONSTANT}
+    for channel in sorted(files, key=lambda c: (num_copies.get(names[c], 0), c)):
+        originals = [c for c in files if names[c] in records[names[channel]].twins and c not in replaced]
+        replaced |= {c: f"a copy of {names[channel]}" for c in originals if channel not in replaced}
+    return [channel for channel in files if records[names[channel]].flat == ALL_ZERO], dict(sorted(replaced.items()))
 
 
 def _write_zeros(path: Path, like: Path) -> None:

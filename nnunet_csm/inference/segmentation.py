@@ -1,5 +1,6 @@
 """What is checked and completed before nnU-Net predicts: its own errors come late, after files were written."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,18 +11,18 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.model.transfer import read_encoder
-from nnunet_csm.plans import read_architecture
+from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.raw.check import check_inputs
 from nnunet_csm.raw.volumes import READABLE_ENDINGS
 
 
 def check_before_prediction(
     dataset: str, trainer: str, plans: str, configuration: str, folds: Sequence[str], checkpoint_name: str
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Configuration]:
     """Look for the model's files.
 
     Returns:
-        dataset.json of the model.
+        dataset.json of the model, and its settings.
 
     Raises:
         UserError: a fold that was not trained, or with another network than the plans have.
@@ -39,11 +40,12 @@ def check_before_prediction(
         found = read_encoder(str(path)).architecture
         if found != expected:
             raise UserError(f"{path}: a network with {found}, {plans_file} says {expected}; {remedy}")
-    return nnunet.read_json(model / "dataset.json", remedy)
+    settings = read_configuration(nnunet.read_json(plans_file, remedy), configuration, str(plans_file))
+    return nnunet.read_json(model / "dataset.json", remedy), settings
 
 
 @contextmanager
-def complete_cases(inputs: Path, dataset_json: Mapping[str, Any]) -> Iterator[Path]:
+def complete_cases(inputs: Path, dataset_json: Mapping[str, Any], settings: Configuration) -> Iterator[Path]:
     """A temporary folder with the images of all cases, zeros for series that a case lacks or has a copy of another in place of.
 
     Raises:
@@ -54,8 +56,16 @@ def complete_cases(inputs: Path, dataset_json: Mapping[str, Any]) -> Iterator[Pa
         folder = inputs
         if ending in READABLE_ENDINGS:
             folder = Path(temporary) / "images"
-            for line in fill_missing(inputs, folder, names, ending):
+            by_channel = {channel: name for source in settings.csm.sources[:1] for name, channel in source.channels.items()}
+            canonical = [by_channel.get(channel, name) for channel, name in enumerate(names)]
+            needed = settings.architecture.series
+            for line in fill_missing(inputs, folder, canonical, ending, num_copies=copies_in_training(settings), needed=needed):
                 print(line)
         for line in check_inputs(folder, names, ending):
             print(line.replace(str(folder), str(inputs)))
         yield folder
+
+
+def copies_in_training(settings: Configuration) -> Counter[str]:
+    """Series to the number of training cases that held it only as a copy of another one."""
+    return Counter(name for source in settings.csm.sources for absent in source.absent_series.values() for name in absent)

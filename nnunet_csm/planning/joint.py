@@ -1,5 +1,7 @@
 """One plan for several datasets: the same spacing, tokens and normalisation, so that one encoder serves all of them."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -40,6 +42,9 @@ def joint_base_plans(
     common, why = (list(spacing), "by hand") if spacing is not None else (entries[0]["spacing"], f"that of {owner}, the first")
     shape = median_shape(members, common)
     schemes = joint_normalization(members, entries)
+    # other settings, another folder: plans never meet data that was preprocessed for others
+    made_of = json.dumps([common, schemes, [list(m.base_plans["transpose_forward"]) for m in members]])
+    identifier = f"{plans_name}_{configuration}_{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     plans = []
     for member, entry in zip(members, entries, strict=True):
         names = {channel: name for name, channel in member.channels.items()}
@@ -52,7 +57,7 @@ def joint_base_plans(
         ]
         entry = {
             **deepcopy(entries[0]),
-            "data_identifier": f"{plans_name}_{configuration}",
+            "data_identifier": identifier,
             "spacing": [float(s) for s in common],
             "median_image_size_in_voxels": shape,
             "normalization_schemes": [scheme for scheme, _ in chosen],

@@ -55,8 +55,9 @@ class Facts:
         num_classes: output channels of a segmenter.
         num_with_series: series name to the number of training cases that have it.
         num_present: a number of series to the number of training cases that have that many.
-        sources: what pretraining draws on, the dataset's own images first; their channels are not yet restricted.
+        sources: what pretraining draws on, restricted to the series it is to see.
         num_pretraining_cases: cases of all sources.
+        data_note: said of the preprocessed data.
         num_samples: cases or lesions with a class; 0 when there is no class.
         mask_extent_mm: (z, y, x) that three quarters of their masks do not exceed; None when there is none.
     """
@@ -68,6 +69,7 @@ class Facts:
     num_present: dict[int, int]
     sources: tuple[Source, ...]
     num_pretraining_cases: int
+    data_note: str = "as nnU-Net preprocesses it"
     num_samples: int = 0
     mask_extent_mm: tuple[float, float, float] | None = None
 
@@ -141,7 +143,7 @@ def plan(
         if size is not None and min(size) < 1:
             raise UserError(f"{flag} {as_text(size)}: expected three numbers above 0")
     series, why_series = choose_series(facts, wishes.series)
-    sources = tuple(_restricted(source, series if wishes.series else None) for source in facts.sources)
+    sources = facts.sources
     channels = tuple(facts.channels[name] for name in series)
     sized_by = partial(_sized, entry, facts, wishes, sources, series, channels, predict)
     name, why_network = choose_network(wishes, series, sized_by)
@@ -172,8 +174,7 @@ def plan(
     decisions.append(Decision("classification", length_text(classification.schedule), why_classification))
     mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
     decisions.append(Decision("prediction", mirrored, f"preset {name}"))
-    reused = entry["data_identifier"].startswith(base_plans["plans_name"])
-    why_data = f"reused from {base_plans['plans_name']}, as it is" if reused else "to be preprocessed for these plans"
+    why_data = facts.data_note
     decisions.append(Decision("preprocessed data", entry["data_identifier"], why_data))
 
     csm = Recipe(
@@ -235,11 +236,6 @@ def choose_series(facts: Facts, wanted: Sequence[str] | None) -> tuple[tuple[str
     if incomplete:
         why += f"; of {facts.num_cases} cases {', '.join(incomplete)}"
     return series, why + (f"; no case has {', '.join(never)}" if never else "")
-
-
-def _restricted(source: Source, series: Sequence[str] | None) -> Source:
-    channels = {name: c for name, c in source.channels.items() if series is None or name in series}
-    return dataclasses.replace(source, channels=channels)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder, get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.fingerprint.record import Fingerprint, as_nnunet_fingerprint
+from nnunet_csm.fingerprint.extraction import case_files
+from nnunet_csm.fingerprint.record import Fingerprint, Subset, as_nnunet_fingerprint
 
 # nnU-Net's tools want a label to plan for; nothing of ours reads it
 PLACEHOLDER_LABELS = {"background": 0, "foreground": 1}
@@ -32,6 +32,7 @@ PREPROCESSING_KEYS = (
     "resampling_fn_data_kwargs",
     "preprocessor_name",
 )
+PREPROCESSING_KEYS_OF_PLANS = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
 CASES_BETWEEN_MANIFESTS = 20
 ENDINGS = (".b2nd", "_seg.b2nd", ".pkl")
 
@@ -50,37 +51,26 @@ def plan_without_labels(dataset: str, dataset_json: Mapping[str, Any], fingerpri
     nnunet.save_json(completed, folder / "dataset.json")
 
 
-def image_files(raw: Path, subset: str, dataset_json: Mapping[str, Any]) -> dict[str, list[str]]:
+def image_files(raw: Path, subset: Subset, dataset_json: Mapping[str, Any]) -> dict[str, list[str]]:
     """Case to the files of its channels.
 
     Raises:
         UserError: no case, or one without a file for every channel.
     """
-    if subset == "imagesTr":
-        cases = {
-            name: list(case["images"])
-            for name, case in get_filenames_of_train_images_and_targets(str(raw), dict(dataset_json)).items()
-        }
-    else:
-        ending = dataset_json["file_ending"]
-        folder = raw / subset
-        lists = create_lists_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else []
-        cases = {Path(files[0]).name.removesuffix(ending)[:-5]: list(files) for files in lists}
-    if not cases:
-        raise UserError(f"{raw / subset}: no image; leave it out, or put CASE_0000{dataset_json['file_ending']} ... there")
     num_channels = len(nnunet.channel_names(dataset_json))
+    cases = case_files(raw, subset, dataset_json, num_channels)
     for name, files in cases.items():
         if len(files) != num_channels:
             raise UserError(
                 f"{raw / subset}: case {name} has {len(files)} files, expected {num_channels} channels; "
                 f"write zeros for missing series with `nnunet_csm fill_missing`"
             )
-    return cases
+    return {name: [str(files[channel]) for channel in sorted(files)] for name, files in cases.items()}
 
 
 def preprocess_images(
     raw: Path,
-    subset: str,
+    subset: Subset,
     dataset_json: Mapping[str, Any],
     plans: Mapping[str, Any],
     configuration: str,
@@ -95,8 +85,10 @@ def preprocess_images(
         How many cases were done in this call.
     """
     entry = PlansManager(dict(plans)).get_configuration(configuration).configuration
-    made_with = {key: entry[key] for key in PREPROCESSING_KEYS}
+    made_with = {key: entry[key] for key in PREPROCESSING_KEYS} | {key: plans[key] for key in PREPROCESSING_KEYS_OF_PLANS}
+    cases = image_files(raw, subset, dataset_json)
     manifest: dict[str, Any] = {"subset": subset, "preprocessing": made_with, "software": checkpoint.software(), "cases": {}}
+    manifest["all_cases"] = sorted(cases)
     # beside the folder: nnU-Net tells the kind of its data by the endings of all files in it
     path = output.with_name(f"{output.name}.manifest.json")
     earlier = nnunet.read_json(path, "remove it") if path.is_file() else None
@@ -105,7 +97,6 @@ def preprocess_images(
     elif output.is_dir():
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
-    cases = image_files(raw, subset, dataset_json)
     done, sources = manifest["cases"], {name: _identity(files) for name, files in cases.items()}
     for name in [name for name in done if done[name] != sources.get(name)]:
         del done[name]

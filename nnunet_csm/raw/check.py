@@ -17,6 +17,16 @@ from nnunet_csm.errors import UserError
 # What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
 HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 
+UNREADABLE_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    nibabel.filebasedimages.ImageFileError,
+    nibabel.spatialimages.HeaderDataError,
+    nibabel.wrapstruct.WrapStructError,
+)
+
 ABSENT_SERIES_REMEDY = (
     "for a series the patient does not have, write an all-zero volume with the same geometry: nnunet_csm treats it as absent"
 )
@@ -165,7 +175,11 @@ def _listed_cases(folder: Path, dataset: Mapping[str, Mapping[str, Any]]) -> lis
         return folder / os.path.expandvars(path)
 
     return [
-        _Case(identifier, tuple(absolute(image) for image in case["images"]), absolute(case["label"]))
+        _Case(
+            identifier,
+            tuple(absolute(image) for image in case["images"]),
+            absolute(case["label"]) if "label" in case else None,
+        )
         for identifier, case in sorted(dataset.items())
     ]
 
@@ -187,9 +201,12 @@ def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
     for path in (*case.images, *([case.label] if case.label else [])):
         if not path.is_file():
             continue
+        if path.stat().st_size == 0:
+            problems.append(f"{path} is empty; copy it again")
+            continue
         try:
             header = _read_header(path)
-        except (OSError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        except UNREADABLE_ERRORS as error:
             problems.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?")
             continue
         if len(header.shape) == 3:

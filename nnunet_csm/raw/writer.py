@@ -30,7 +30,9 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_csm import __version__
+from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.errors import UserError
+from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED
 from nnunet_csm.raw.check import check_dataset
 from nnunet_csm.raw.grid import (
     FINEST,
@@ -47,11 +49,8 @@ from nnunet_csm.raw.volumes import described, is_empty, read_volume, read_volume
 
 FILE_ENDING = ".nii.gz"
 MANIFEST = "csm_manifest.json"
-CLASSES = "classification.csv"
 SPLITS = "splits_final.json"  # nnU-Net's planner takes it from here
 LEFT_OUT = "left_out.csv"
-
-NUM_FOLDS, SPLIT_SEED = 5, 12345  # nnU-Net's
 
 _NUM_LISTED = 10  # cases named in the summary; left_out.csv has all
 
@@ -482,8 +481,8 @@ def _write_tables(folder: Path, written: Sequence[Case], dataset: Dataset, left_
     if splits:
         _write_json(folder / SPLITS, splits)
         lines.append(
-            f"{SPLITS}: {len(splits)} folds by patient, as some have several cases (nnU-Net splits by case): copy the file to "
-            f"nnUNet_preprocessed/{dataset.name}/splits_final.json before training"
+            f"{SPLITS}: {len(splits)} folds by patient, as some have several cases (nnU-Net splits by case); its "
+            f"planner takes them over"
         )
     if left_out:
         _write_csv(folder / LEFT_OUT, ("case", "reason"), list(left_out.items()))

@@ -1,24 +1,35 @@
-"""What both trainers need of their host, nnU-Net's trainer: settings from the plans, keyed draws, checkpoints, progress."""
+"""What all trainers need of their host, nnU-Net's trainer: settings from the plans, keyed draws, checkpoints, progress.
+
+And what fine-tuning needs: the pretrained encoder, and cases without the copies that stand in for missing series.
+"""
 
 import os
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch._dynamo import OptimizedModule
 
 from nnunet_csm import checkpoint
 from nnunet_csm.data.draws import Purpose, key, seed_everything
+from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.progress import Progress
 
 CUDA = torch.device("cuda")
+ENCODER_VARIABLE = "nnUNet_csm_encoder"
+PRETRAINER = "nnUNetTrainerCSMPretrain"
 
 
 def num_workers(device: torch.device) -> int:
@@ -28,6 +39,10 @@ def num_workers(device: torch.device) -> int:
 
 class CSMTrainer(nnUNetTrainer):
     """A trainer that follows the `csm` block of its plans and whose every draw is a function of (seed, epoch, step, rank)."""
+
+    encoder_source: str = "-pretrained_weights"
+    # parts of the plans that the run rests on: it does not go on when they changed
+    rests_on: frozenset[str] = frozenset()
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
@@ -69,6 +84,7 @@ class CSMTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         seed_everything(self.key(Purpose.NETWORK))
         super().initialize()
+        self.untrained_embedding = self.encoder.embedding.weight.detach().cpu().clone()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = build_optimizer(self.bare_network, self.encoder, self.schedule)
@@ -93,6 +109,47 @@ class CSMTrainer(nnUNetTrainer):
 
     def on_fresh_start(self) -> None:
         """What a run does before its first step and a resumed run does not."""
+
+    def start_from_pretrained(self, wanted: str) -> None:
+        """Load the pretrained encoder and say where it comes from, unless weights were given with -pretrained_weights.
+
+        Args:
+            wanted: auto, all, scratch, or a path, see `find_encoder`.
+        """
+        if not self.untrained_embedding.equal(self.encoder.embedding.weight.detach().cpu()):
+            self.print_to_log_file("Weights were given with -pretrained_weights; no pretrained encoder is looked for")
+            return
+        if wanted == "scratch":
+            self.encoder_source = wanted
+            self.print_to_log_file("Training from scratch, as set; no pretrained encoder is used")
+            return
+        owner = self.settings.csm.sources[0].dataset
+        path = find_encoder(wanted, Path(self.output_folder_base), type(self).__name__, owner, self.fold)
+        pretrained = read_encoder(str(path))
+        if self.fold != "all":
+            dataset = self.plans_manager.dataset_name
+            seen = set(pretrained.training_cases) & {run_name(dataset, case) for case in self.held_out_cases()}
+            if seen:
+                self.print_to_log_file(
+                    f"WARNING: {path} saw the images (never the labels) of {len(seen)} held-out cases of fold {self.fold}; "
+                    f"scores of this run are too good"
+                )
+        rows = transfer(pretrained, self.encoder, self.settings.architecture)
+        self.encoder_source = str(path)
+        self.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
+
+    def held_out_cases(self) -> Sequence[str]:
+        """Those that scores of this fold are computed on."""
+        return self.do_split()[1]
+
+    def absent_series(self) -> dict[str, list[int]]:
+        """Channels, by case, that hold a copy of another series and count as absent."""
+        own = [s for s in self.settings.csm.sources if s.dataset == self.plans_manager.dataset_name and s.labelled]
+        return {
+            case: [source.channels[name] for name in names if name in source.channels]
+            for source in own
+            for case, names in source.absent_series.items()
+        }
 
     def on_train_epoch_start(self) -> None:
         self.iteration = self.current_epoch * self.num_iterations_per_epoch
@@ -137,6 +194,9 @@ class CSMTrainer(nnUNetTrainer):
         """Further entries of the checkpoint."""
         return {}
 
+    def check_saved(self, saved: Mapping[str, Any], filename: str) -> None:
+        """Raise UserError when a run cannot go on from a checkpoint of the same plans."""
+
     def restore_provenance(self, saved: dict[str, Any]) -> None:
         """Take over those entries when a run goes on."""
 
@@ -146,14 +206,60 @@ class CSMTrainer(nnUNetTrainer):
             loaded = checkpoint.load(filename_or_checkpoint)
             init_args = loaded["init_args"]
             saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
-            pairs = [(vars(saved.architecture), vars(self.settings.architecture)), (vars(saved.csm), vars(self.settings.csm))]
-            pairs.append(({"patch_size": saved.patch_size}, {"patch_size": self.settings.patch_size}))
-            for found, expected in pairs:
-                for field in found.keys() - {"reasons", "finetuning"}:
-                    if found[field] != expected[field]:
-                        raise UserError(
-                            f"{filename_or_checkpoint}: {field} is {found[field]}, the plans say {expected[field]}; "
-                            f"they changed since this run began: restore them, or start afresh without --c"
-                        )
+            parts = [
+                {"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm)} for one in (saved, self.settings)
+            ]
+            for field in sorted(self.rests_on | {"seed", *vars(saved.architecture)}):
+                found, expected = (part[field] for part in parts)
+                if found != expected:
+                    raise UserError(
+                        f"{filename_or_checkpoint}: {field} is {found}, the plans say {expected}; they changed since this run "
+                        f"began: restore them, or train afresh"
+                    )
+            self.check_saved(loaded, str(filename_or_checkpoint))
         super().load_checkpoint(str(filename_or_checkpoint))
         self.restore_provenance(loaded)
+
+
+def without_copies(dataset_class: type[nnUNetBaseDataset], absent: Mapping[str, Sequence[int]]) -> type[nnUNetBaseDataset]:
+    """nnU-Net's class of preprocessed cases, with the given channels of some cases read as zero."""
+
+    def load_case(self: nnUNetBaseDataset, identifier: str) -> tuple:
+        data, *others = dataset_class.load_case(self, identifier)
+        if identifier in absent:
+            data = np.array(data[:])
+            data[list(absent[identifier])] = 0
+        return data, *others
+
+    return type(dataset_class.__name__, (dataset_class,), {"load_case": load_case})
+
+
+def find_encoder(wanted: str, output_folder: Path, trainer: str, owner: str, fold: int | str) -> Path:
+    """The checkpoint that fine-tuning starts from.
+
+    Args:
+        wanted: auto (that of the same fold), all (that of fold all), or a path.
+        output_folder: where fine-tuning of these plans writes, above the fold.
+        trainer: the one that fine-tunes.
+        owner: the dataset that the pretraining belongs to, by joint plans another one than that of `output_folder`.
+        fold: the fold being fine-tuned.
+
+    Raises:
+        UserError: there is none; the message offers what there is.
+    """
+    pretraining = output_folder.parent.with_name(owner) / output_folder.name.replace(trainer, PRETRAINER, 1)
+    if wanted not in ("auto", "all"):
+        if not Path(wanted).is_file():
+            raise UserError(f"{wanted}: no such checkpoint; {ENCODER_VARIABLE} takes auto, all, scratch or a path")
+        return Path(wanted)
+    folder = pretraining / f"fold_{fold if wanted == 'auto' else 'all'}"
+    path = folder / "checkpoint_final.pth"
+    if path.is_file():
+        return path
+    remedies = [f"pretrain with `nnUNetv2_train ... {folder.name.removeprefix('fold_')} -tr {PRETRAINER}`"]
+    if (folder / "checkpoint_latest.pth").is_file():
+        remedies = [f"finish the pretraining that was begun there with `nnUNetv2_train ... -tr {PRETRAINER} --c`"]
+    if (pretraining / "fold_all" / "checkpoint_final.pth").is_file():
+        remedies.append(f"use that of fold all, which saw this fold's validation images, with {ENCODER_VARIABLE}=all")
+    remedies.append(f"train from scratch with {ENCODER_VARIABLE}=scratch")
+    raise UserError(f"{path}: no pretrained encoder; {'; or '.join(remedies)}")

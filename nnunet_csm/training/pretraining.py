@@ -69,6 +69,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     Writes beside nnU-Net's files: reconstructions/*.png, progress.png, validation/summary.json.
     """
 
+    rests_on = frozenset({"sources", "pretraining_patch_size", "masking", "reconstruction", "pretraining"})
     logged = ("error_part_hidden", "error_whole_hidden", "crops_per_second")
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
@@ -113,6 +114,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         """There is none."""
 
     def on_fresh_start(self) -> None:
+        owner = self.settings.csm.sources[0].dataset
+        if owner != self.plans_manager.dataset_name:
+            raise UserError(f"these plans belong to a run of {owner}: pretrain with -d {owner}, and fine-tune either from it")
         # hours of pretraining must not end in weights that do not load
         manager = self.plans_manager
         segmenter = nnUNetTrainerCSM.build_network_architecture(

@@ -1,0 +1,196 @@
+"""What classification needs before training: the class table where the trainer looks for it, folds by class, sizes of masks."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from jaxtyping import Bool
+from tqdm import tqdm
+
+from nnunet_csm import nnunet
+from nnunet_csm.data.diagnoses import (
+    FILE_NAME,
+    ClassTable,
+    Sample,
+    read_class_table,
+    repeated_splits,
+    split_problems,
+    stratified_folds,
+)
+from nnunet_csm.errors import UserError
+from nnunet_csm.raw.check import load_dataset_json
+
+SPLITS = "splits_final.json"
+Extent = tuple[float, float, float]
+# a patch is to hold the masks of this share of the samples whole
+SHARE_WITHIN_PATCH = 75
+
+
+def take_class_table(name: str, dataset_json: Mapping[str, Any]) -> ClassTable | None:
+    """Copy the class table from the raw dataset to the preprocessed one and read it; None when there is none.
+
+    Writes folds by patient and class where the dataset has no folds yet: they then serve all trainers.
+    """
+    raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
+    if (raw / FILE_NAME).is_file():
+        table = read_class_table(raw / FILE_NAME, dataset_json.get("classes"))
+        temporary = folder / f".{FILE_NAME}.tmp"
+        shutil.copyfile(raw / FILE_NAME, temporary)
+        temporary.replace(folder / FILE_NAME)
+    elif (folder / FILE_NAME).is_file():
+        table = read_class_table(folder / FILE_NAME, dataset_json.get("classes"))
+    else:
+        return None
+    if not (raw / "dataset.json").is_file():
+        return table
+    table = table.only(training_cases(name))
+    if not (folder / SPLITS).is_file() and len({sample.patient for sample in table.samples}) >= 5:
+        write_splits(name, with_other_cases(stratified_folds(table), table, name), overwrite=False)
+    return table
+
+
+def with_other_cases(splits: Sequence[Mapping[str, list[str]]], table: ClassTable, name: str) -> list[dict[str, list[str]]]:
+    """The splits with all cases of the dataset: those without a class train in every fold of the other trainers."""
+    others = sorted(set(training_cases(name)) - {sample.case for sample in table.samples})
+    return [{**split, "train": sorted([*split["train"], *others])} for split in splits]
+
+
+def training_cases(name: str) -> list[str]:
+    """Identifiers of the labelled cases of a raw dataset."""
+    raw = nnunet.folder("nnUNet_raw") / name
+    dataset_json = load_dataset_json(raw)
+    if "dataset" in dataset_json:
+        return sorted(dataset_json["dataset"])
+    ending = dataset_json["file_ending"]
+    return sorted(f.name.removesuffix(ending) for f in (raw / "labelsTr").glob(f"*{ending}") if not f.name.startswith("."))
+
+
+def test_cases(name: str) -> list[str]:
+    """Identifiers of the cases in imagesTs."""
+    raw = nnunet.folder("nnUNet_raw") / name
+    ending = load_dataset_json(raw)["file_ending"]
+    return sorted({f.name.removesuffix(ending)[:-5] for f in (raw / "imagesTs").glob(f"*{ending}")})
+
+
+def write_splits(name: str, splits: Sequence[Mapping[str, list[str]]], overwrite: bool) -> Path:
+    """Write `splits_final.json`, which all trainers read.
+
+    Raises:
+        UserError: there is another one; encoders and networks trained by it would meet cases they have seen.
+    """
+    path = nnunet.folder("nnUNet_preprocessed") / name / SPLITS
+    if path.is_file() and not overwrite and nnunet.read_splits(path) != list(splits):
+        raise UserError(f"{path}: has other splits, which trained encoders may rest on; give --overwrite to replace them")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nnunet.save_json(list(splits), path)
+    return path
+
+
+def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: bool) -> None:
+    """`nnunet_csm split`: five folds, or repeats of 8:1:1, by patient and stratified by class."""
+    name = nnunet.dataset_name(dataset)
+    raw = nnunet.folder("nnUNet_raw") / name
+    dataset_json = load_dataset_json(raw)
+    if not (raw / FILE_NAME).is_file():
+        raise UserError(f"{raw / FILE_NAME}: no such file; write case,class[,mask_label,patient] to split by class")
+    table = read_class_table(raw / FILE_NAME, dataset_json.get("classes")).only(training_cases(name))
+    splits = repeated_splits(table, num_repeats, seed) if num_repeats else stratified_folds(table, seed=seed)
+    path = write_splits(name, with_other_cases(splits, table, name), overwrite)
+    for line in fold_lines(table, nnunet.read_splits(path)):
+        print(line)
+    print(f"written to {path}")
+
+
+def check_classification(dataset: str, strict: bool) -> None:
+    """`nnunet_csm classification_check`: counts by class and fold, and what is wrong.
+
+    Raises:
+        UserError: no class table, or with `strict` anything wrong.
+    """
+    name = nnunet.dataset_name(dataset)
+    raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
+    dataset_json = load_dataset_json(raw)
+    path = raw / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; write case,class[,mask_label,patient], a row a case or a lesion")
+    known = set(training_cases(name))
+    everything = read_class_table(path, dataset_json.get("classes"))
+    test = set(test_cases(name))
+    wrong = [
+        f"{sample.case} has a class, but no mask in {raw / 'labelsTr'}"
+        for sample in everything.samples
+        if sample.case not in known | test
+    ]
+    table = everything.only(known)
+    counts = Counter(table.classes[sample.class_index] for sample in table.samples)
+    patients = len({sample.patient for sample in table.samples})
+    listed = ", ".join(f"{counts[one]} {one}" for one in table.classes)
+    print(f"{name}: {len(table.samples)} samples of {patients} patients: {listed} ({table.classes[-1]} counts as positive)")
+    without = sorted(known - {sample.case for sample in table.samples})
+    if without:
+        print(f"{len(without)} cases without a class, left out: {', '.join(without[:10])}{' ...' if len(without) > 10 else ''}")
+    extents = mask_extents(raw, dataset_json, table)
+    wrong += [f"{sample.name} has an empty mask" for sample, extent in extents.items() if extent is None]
+    splits_file = folder / SPLITS
+    if splits_file.is_file():
+        splits = nnunet.read_splits(splits_file)
+        for line in fold_lines(table, splits):
+            print(line)
+        wrong += [f"fold {number}: {problem}" for number, split in enumerate(splits) for problem in split_problems(table, split)]
+    else:
+        print(f"no {splits_file} yet: `nnunet_csm plan` or `nnunet_csm split` writes it, by patient and class")
+    for line in wrong:
+        print(f"WRONG  {line}")
+    if wrong and strict:
+        raise UserError(f"{path}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+    print("nothing wrong" if not wrong else f"{len(wrong)} to look at")
+
+
+def fold_lines(table: ClassTable, splits: Sequence[Mapping[str, Sequence[str]]]) -> list[str]:
+    """Samples by class on every side of every split."""
+    lines = []
+    for number, split in enumerate(splits):
+        sides = []
+        for side, cases in split.items():
+            counts = Counter(table.classes[sample.class_index] for sample in table.of(cases))
+            sides.append(f"{side} " + ", ".join(f"{counts[one]} {one}" for one in table.classes))
+        lines.append(f"fold {number}: {'; '.join(sides)}")
+    return lines
+
+
+def extent_to_hold(extents: Iterable[Extent | None], base_plans: Mapping[str, Any]) -> Extent | None:
+    """What three quarters of the masks do not exceed, mm along (z, y, x) of the plans; None when all are empty."""
+    found = [extent for extent in extents if extent is not None]
+    if not found:
+        return None
+    z, y, x = np.percentile(np.array(found)[:, base_plans["transpose_forward"]], SHARE_WITHIN_PATCH, axis=0)
+    return float(z), float(y), float(x)
+
+
+def mask_extents(raw: Path, dataset_json: Mapping[str, Any], table: ClassTable) -> dict[Sample, Extent | None]:
+    """Sample to the lengths of its mask's box in mm along (z, y, x) of the file; None for an empty mask."""
+    ending, listed = dataset_json["file_ending"], dataset_json.get("dataset", {})
+    extents: dict[Sample, Extent | None] = {}
+    cases = {sample.case: table.of([sample.case]) for sample in table.samples}
+    for case, samples in tqdm(cases.items(), "measuring masks", unit="case", disable=None, leave=False):
+        path = raw / listed[case]["label"] if case in listed else raw / "labelsTr" / f"{case}{ending}"
+        if not path.is_file():
+            continue
+        image = sitk.ReadImage(str(path))
+        mask, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+        for sample in samples:
+            extents[sample] = extent(mask > 0 if sample.mask_label is None else mask == sample.mask_label, spacing)
+    return extents
+
+
+def extent(mask: Bool[np.ndarray, "z y x"], spacing: Sequence[float]) -> Extent | None:
+    """Lengths of the box around a mask, in mm."""
+    if not mask.any():
+        return None
+    places = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
+    z, y, x = (float((place[-1] - place[0] + 1) * step) for place, step in zip(places, spacing, strict=True))
+    return z, y, x

@@ -1,0 +1,344 @@
+"""`nnUNetTrainerCSMClassifier`: fine-tune a classifier of the patches around masks from the pretrained encoder."""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from batchgenerators.utilities.file_and_folder_operations import join
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from nnunet_csm import nnunet
+from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table, split_problems
+from nnunet_csm.data.draws import Purpose, batches, generator, key
+from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, vary
+from nnunet_csm.data.sources import case_names, run_name, split
+from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.evaluation.classification import draw_classification, evaluate
+from nnunet_csm.figures.curves import Panel, save_curves
+from nnunet_csm.model.classifier import build_classifier, probabilities
+from nnunet_csm.plans import Configuration, Recipe, Schedule
+from nnunet_csm.training.host import CUDA, ENCODER_VARIABLE, CSMTrainer, without_copies
+
+SECONDS_BETWEEN_PICTURES = 60.0
+MAX_GRADIENT_NORM = 1.0
+
+Batch = tuple[Tensor, Variation, Tensor]
+
+
+class VariedSamples:
+    """Batches of patches with borders, how to vary them, and their classes, each a function of (epoch, step).
+
+    An epoch goes through all samples in random order, again and again, so that none is drawn twice more than another.
+    """
+
+    def __init__(self, volumes: SampleVolumes, settings: Configuration, rank: int) -> None:
+        self.volumes, self.classification, self.rank = volumes, settings.csm.classification, rank
+        self.seed = settings.csm.seed
+
+    def __call__(self, epoch: int, step: int) -> Batch:
+        batch_size = self.classification.schedule.batch_size
+        chosen = self.order(epoch)[step * batch_size : (step + 1) * batch_size]
+        g = generator(key(self.seed, Purpose.TRAINING, epoch, step, self.rank))
+        regions = self.volumes.regions[chosen]
+        variation = draw_variation(g, batch_size, regions.shape[1], self.classification.patch_size)
+        return regions, variation, self.volumes.labels[chosen]
+
+    def order(self, epoch: int) -> Tensor:
+        """The samples of an epoch, drawn under a step that no batch has."""
+        schedule = self.classification.schedule
+        g = generator(key(self.seed, Purpose.TRAINING, epoch, schedule.iterations_per_epoch, self.rank))
+        num_rounds = math.ceil(schedule.iterations_per_epoch * schedule.batch_size / len(self.volumes))
+        return torch.cat([torch.randperm(len(self.volumes), generator=g) for _ in range(num_rounds)])
+
+
+class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named so
+    """Train on the samples of a fold's training cases; judge on all validation samples after every epoch.
+
+    Classes come from `classification.csv` in the preprocessed folder, patches from the preprocessed images and segmentations.
+    The encoder is `csm.classification.encoder` of the plans, or the environment variable `nnUNet_csm_encoder`. Writes beside
+    nnU-Net's files: progress.png; in validation/, and in test/ for splits with a test side, predictions.csv, summary.json
+    and curves.png.
+    """
+
+    rests_on = frozenset({"classification"})
+    logged = ("auc", "average_precision", "balanced_accuracy", "crops_per_second")
+
+    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.classification = self.settings.csm.classification
+        with exit_on_user_error():
+            self.table, self.split = self.read_task()
+        self.grad_scaler = None  # bf16 needs none
+        # the whole validation set
+        self.num_val_iterations_per_epoch = 1
+        log = self.logger.local_logger.my_fantastic_logging
+        for name in [name for name in log if "dice" in name]:
+            del log[name]
+        log.update({name: [] for name in self.logged})
+        self.last_picture = 0.0
+        self._best_ema: tuple[float, float] | None = None
+        if self.settings.csm.finetuning.mirroring:
+            self.inference_allowed_mirroring_axes = (0, 1, 2)
+        # nnU-Net calls it on the instance to train, and on the class to predict segmentations
+        self.build_network_architecture = self.build_network  # type: ignore[method-assign]
+
+    @staticmethod
+    def choose_schedule(csm: Recipe) -> Schedule:
+        return csm.classification.schedule
+
+    def read_task(self) -> tuple[ClassTable, dict[str, list[str]]]:
+        """The classes, and the cases of this fold by side.
+
+        Raises:
+            UserError: no class table, one that names unknown cases, or a split that cannot serve classification.
+        """
+        preprocessed, dataset = nnunet.folder("nnUNet_preprocessed"), self.plans_manager.dataset_name
+        path, splits_file = preprocessed / dataset / FILE_NAME, preprocessed / dataset / "splits_final.json"
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no such file; write {FILE_NAME} (case,class[,mask_label,patient]) into the raw dataset folder "
+                f"and run `nnunet_csm plan` again"
+            )
+        table = read_class_table(path, self.dataset_json.get("classes"))
+        own = [source for source in self.settings.csm.sources if source.dataset == dataset and source.labelled]
+        if not own:
+            raise UserError(f"{dataset} has no masks to classify around; fine-tune another dataset from its encoder")
+        names = case_names(own[0], preprocessed)
+        unknown = sorted({sample.case for sample in table.samples} - set(names))
+        if unknown:
+            raise UserError(
+                f"{path}: {len(unknown)} cases were not preprocessed: {', '.join(unknown[:5])}; correct their names, "
+                f"preprocess them, or delete their rows"
+            )
+        if self.fold == "all":
+            problems = split_problems(table, {"train": names})
+            sides = {"train": names, "val": names}
+        else:
+            train, val = split(preprocessed / dataset, names, int(self.fold))
+            sides = {"train": train, "val": val, "test": nnunet.read_splits(splits_file)[int(self.fold)].get("test", [])}
+            sides = {side: cases for side, cases in sides.items() if cases}
+            problems = split_problems(table, sides)
+        if problems:
+            raise UserError(
+                f"{splits_file}: fold {self.fold}: {'; '.join(problems[:5])}; split by patient and class with `nnunet_csm split "
+                f"-d {nnunet.dataset_id(dataset)} --overwrite`, and train again what was trained by the old splits"
+            )
+        return table, sides
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """What stock prediction calls: there is no segmentation to be had."""
+        with exit_on_user_error():
+            raise UserError(
+                "these are checkpoints of nnUNetTrainerCSMClassifier, which predicts classes and no segmentation; "
+                "use `nnunet_csm classify`, or choose a segmentation trainer with -tr"
+            )
+
+    def build_network(
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        return build_classifier(self.settings, num_input_channels, len(self.table.classes))
+
+    def initialize(self) -> None:
+        super().initialize()
+        self.batch_size = self.schedule.batch_size
+        self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), self.absent_series())
+        if self.classification.freeze_encoder:
+            self.encoder.requires_grad_(False)
+
+    def _build_loss(self) -> nn.Module:
+        weight = None
+        if self.classification.class_weights:
+            labels = torch.tensor([sample.class_index for sample in self.table.of(self.split["train"])])
+            counts = torch.bincount(labels, minlength=len(self.table.classes))
+            weight = (len(labels) / (len(counts) * counts)).to(self.device)
+        return nn.CrossEntropyLoss(weight, label_smoothing=self.classification.label_smoothing)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """There is none."""
+
+    def on_fresh_start(self) -> None:
+        self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
+
+    def held_out_cases(self) -> list[str]:
+        return [case for side in ("val", "test") for case in self.split.get(side, [])]
+
+    def provenance(self) -> dict[str, Any]:
+        dataset = self.plans_manager.dataset_name
+        return {
+            "encoder_source": self.encoder_source,
+            "classes": list(self.table.classes),
+            "by_mask_label": any(sample.mask_label is not None for sample in self.table.samples),
+            "series": self.settings.architecture.series,
+            "training_cases": [run_name(dataset, case) for case in self.split["train"]],
+        }
+
+    def restore_provenance(self, saved: dict[str, Any]) -> None:
+        self.encoder_source = saved["encoder_source"]
+
+    def check_saved(self, saved: Mapping[str, Any], filename: str) -> None:
+        found, expected = tuple(saved["classes"]), self.table.classes
+        if found != expected:
+            raise UserError(
+                f"{filename}: its classes are {', '.join(found)}, those of {FILE_NAME} {', '.join(expected)}; "
+                f"restore the table, or start afresh without --c"
+            )
+
+    def read_side(self, side: str) -> SampleVolumes:
+        """Cut the samples of one side of the split, and log what is left out."""
+        cases = self.split[side]
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(cases))
+
+        def load_case(case: str) -> tuple[Any, np.ndarray]:
+            data, segmentation, *_ = dataset.load_case(case)
+            return data, np.asarray(segmentation[0])
+
+        samples, channels = self.table.of(cases), self.settings.architecture.channels
+        volumes = SampleVolumes(samples, load_case, channels, self.classification.patch_size, self.classification.margin)
+        counted = Counter(self.table.classes[label] for label in volumes.labels.tolist())
+        self.print_to_log_file(f"{side}: {len(volumes)} samples, {', '.join(f'{counted[c]} {c}' for c in self.table.classes)}")
+        without = sorted(set(cases) - {sample.case for sample in samples})
+        if without:
+            self.print_to_log_file(f"left out, without a class: {', '.join(without)}", add_timestamp=False)
+        for name, why in volumes.left_out.items():
+            self.print_to_log_file(f"WARNING: {name} is left out: {why}", add_timestamp=False)
+        if not len(volumes) or (side == "train" and len(counted) < len(self.table.classes)):
+            raise UserError(
+                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without samples of "
+                f"{', '.join(c for c in self.table.classes if not counted[c])}; see `nnunet_csm classification_check`"
+            )
+        return volumes
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        with exit_on_user_error():
+            self.val_volumes = self.read_side("val")
+            training = self.val_volumes if self.fold == "all" else self.read_side("train")
+        make_batch = VariedSamples(training, self.settings, self.local_rank)
+        pin = self.device.type == "cuda"
+        # patches are in memory: worker processes would only copy them
+        train = batches(make_batch, self.current_epoch, self.num_epochs, self.num_iterations_per_epoch, 0, pin)
+        return train, repeat(self.val_volumes)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.classification.freeze_encoder:
+            self.encoder.eval()
+
+    def train_step(self, batch: Batch) -> dict:
+        self.before_step()
+        regions, variation, labels = batch
+        patches = vary(regions.to(self.device, non_blocking=True).float(), variation, self.classification.patch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.logits(patches), labels.to(self.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.progress.step(loss.detach())
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def logits(self, patches: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.network(patches).float()
+
+    def patches_of(self, volumes: SampleVolumes) -> Iterator[Tensor]:
+        """All samples in batches, as they are."""
+        for first in range(0, len(volumes), self.batch_size):
+            yield volumes.patches(first, first + self.batch_size).to(self.device)
+
+    def validation_step(self, batch: SampleVolumes) -> dict:
+        logits = torch.cat([self.logits(patches) for patches in self.patches_of(batch)])
+        loss = self.loss(logits, batch.labels.to(self.device))
+        predicted = logits.softmax(1).cpu().numpy()
+        metrics = evaluate(batch.labels.numpy(), predicted, self.table.classes, num_resamples=0).overall
+        return {"val_losses": float(loss), **{name: metrics[name].value for name in self.logged if name in metrics}}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        (output,) = val_outputs
+        for name, value in {**output, "crops_per_second": self.progress.crops_per_second}.items():
+            self.logger.log(name, value, self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
+        log = self.logger.local_logger.my_fantastic_logging
+        loss, auc = log["val_losses"][-1], log["auc"][-1]
+        self.print_to_log_file(
+            f"train_loss {log['train_losses'][-1]:.4f}  val_loss {loss:.4f}  AUC {auc:.4f}  average precision "
+            f"{log['average_precision'][-1]:.4f}  balanced accuracy {log['balanced_accuracy'][-1]:.4f}"
+        )
+        # by AUC, ties by loss
+        score = (0.0 if math.isnan(auc) else auc, -loss)
+        if self._best_ema is None or score > tuple(self._best_ema):
+            self._best_ema = score
+            self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
+        last = self.current_epoch == self.num_epochs - 1
+        if not last:
+            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
+        if last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES:
+            self.save_progress()
+            self.last_picture = time.monotonic()
+        self.current_epoch += 1
+
+    def save_progress(self) -> None:
+        log = self.logger.local_logger.my_fantastic_logging
+        scores = {"AUC": log["auc"], "average precision": log["average_precision"], "balanced accuracy": log["balanced_accuracy"]}
+        save_curves(
+            Path(self.output_folder) / "progress.png",
+            [
+                Panel("Loss", {"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "cross-entropy"),
+                Panel("Validation", scores, "epoch", ""),
+                Panel("Learning rate", {"at the start of the epoch": log["lrs"]}, "epoch", ""),
+                Panel("Speed", {"training": log["crops_per_second"]}, "epoch", "patches/s"),
+            ],
+        )
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict the held-out samples, mirrored when the plans say so, and write what there is to know of them."""
+        self.network.eval()
+        for side, name in (("val", "validation"), ("test", "test")):
+            if side in self.split:
+                with exit_on_user_error():
+                    self.judge(self.read_side(side), Path(self.output_folder) / name)
+
+    def judge(self, volumes: SampleVolumes, folder: Path) -> None:
+        """Write predictions.csv, curves.png and, last, summary.json."""
+        folder.mkdir(exist_ok=True)
+        classes, labels = self.table.classes, volumes.labels.numpy()
+        patients = [sample.patient for sample in volumes.samples]
+        mirror = self.settings.csm.finetuning.mirroring
+        predicted = torch.cat([probabilities(self.logits, p, mirror) for p in self.patches_of(volumes)]).cpu().numpy()
+        rows = {
+            "case": [sample.case for sample in volumes.samples],
+            "mask_label": pd.array([sample.mask_label for sample in volumes.samples], dtype="Int64"),
+            "patient": patients,
+            "class": [classes[label] for label in labels],
+            **{f"p_{name}": predicted[:, index] for index, name in enumerate(classes)},
+            "predicted": [classes[index] for index in predicted.argmax(1)],
+        }
+        temporary = folder / ".predictions.csv.tmp"
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+        temporary.replace(folder / "predictions.csv")
+        metrics = evaluate(labels, predicted, classes, patients)
+        draw_classification(folder / "curves.png", labels, predicted, classes, patients, f"{folder.name}, fold {self.fold}")
+        nnunet.save_json({**metrics.to_dict(), "left_out": volumes.left_out}, folder / "summary.json")
+        self.print_to_log_file(f"{folder.name}: {metrics.to_markdown()}", add_timestamp=False)

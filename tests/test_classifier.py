@@ -1,0 +1,167 @@
+"""The classifier knows series by name, sees nothing of absent ones, and takes the pretrained encoder whole."""
+
+import pytest
+import torch
+from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE
+from factories import settings as read_settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nnunet_csm.model.classifier import AttentivePooling, CSMClassifier, MeanPooling, build_classifier, probabilities
+from nnunet_csm.model.transfer import PretrainedEncoder, transfer
+from nnunet_csm.pretext.csm import CSM
+
+NUM_CLASSES = 3
+POOLINGS = ["attentive", "mean"]
+
+
+def build(series=SERIES, channels=None, input_channels=None, pooling="attentive", num_classes=NUM_CLASSES, **changes):
+    """A classifier whose pooling and head are no longer those of the start, where all tokens count the same."""
+    torch.manual_seed(0)
+    channels = range(len(series)) if channels is None else channels
+    arguments = {**TINY, **changes}
+    network = CSMClassifier(
+        input_channels or len(series), num_classes, series, channels, TOKEN_SIZE, **arguments, pooling=pooling
+    )
+    torch.manual_seed(7)
+    for name, parameter in network.named_parameters():
+        if not name.startswith("encoder."):
+            nn.init.normal_(parameter)
+    return network.eval()
+
+
+def random_volume(b=2, absent=(), s=3):
+    volume = torch.randn(b, s, *PATCH_SIZE, generator=torch.Generator().manual_seed(1))
+    volume[:, list(absent)] = 0
+    return volume
+
+
+@torch.no_grad()
+def logits(network, volume):
+    return network(volume)
+
+
+def with_rows(network, series):
+    """The weights of `network` for a classifier of these of its series."""
+    weights = network.state_dict()
+    rows = torch.tensor([SERIES.index(name) for name in series])
+    return weights | {"encoder.series_embedding": weights["encoder.series_embedding"][rows]}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@settings(max_examples=10)
+@given(series=st.permutations(SERIES).flatmap(lambda names: st.integers(1, 3).map(lambda n: tuple(names[:n]))))
+def test_an_absent_series_is_one_the_classifier_was_never_built_for(pooling, series):
+    whole, part = build(pooling=pooling), build(series, pooling=pooling)
+    part.load_state_dict(with_rows(whole, series))
+    absent = [n for n, name in enumerate(SERIES) if name not in series]
+    volume = random_volume(absent=absent)
+    expected = logits(part, volume[:, [SERIES.index(name) for name in series]])
+    torch.testing.assert_close(logits(whole, volume), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_a_batch_may_lack_different_series():
+    network, volume = build(), random_volume(b=3)
+    volume[0, 1] = 0
+    volume[2, [0, 2]] = 0
+    alone = torch.cat([logits(network, one[None]) for one in volume])
+    torch.testing.assert_close(logits(network, volume), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_only_planned_channels_are_used():
+    network, wide = build(), build(channels=[3, 0, 2], input_channels=5)
+    wide.load_state_dict(network.state_dict())
+    volume = random_volume(s=5)
+    assert torch.equal(logits(wide, volume), logits(network, volume[:, [3, 0, 2]]))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_place_and_series_counts(pooling):
+    network, volume = build(pooling=pooling), random_volume(b=1)
+    volume.requires_grad_()
+    network(volume)[0, 0].backward()
+    assert (volume.grad != 0).all()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_features_and_head_make_the_logits_and_absent_tokens_get_no_gradient(pooling):
+    network, volume = build(pooling=pooling), random_volume(absent=[1])
+    tokens, present = network.forward_features(volume)
+    assert tokens.shape == (2, 3, 30, TINY["width"])
+    assert present.tolist() == [[True, False, True]] * 2
+    tokens = tokens.detach().requires_grad_()
+    found = network.classify(tokens, present)
+    torch.testing.assert_close(found, network(volume))
+    found[:, 0].sum().backward()
+    assert (tokens.grad[:, 1] == 0).all()
+    assert (tokens.grad[:, [0, 2]] != 0).any(-1).all()
+
+
+def test_attention_is_a_distribution_over_present_tokens_and_starts_flat():
+    torch.manual_seed(0)
+    pooling, tokens = AttentivePooling(24, 2), torch.randn(2, 3, 5, 24)
+    present = torch.tensor([[True, False, True], [True, True, True]])
+    flat = pooling.attention(tokens, present)
+    torch.testing.assert_close(flat[0, 0], torch.full((5, 2), 0.1))
+    torch.testing.assert_close(flat[1], torch.full((3, 5, 2), 1 / 15))
+    nn.init.normal_(pooling.score.weight)
+    attention = pooling.attention(tokens, present)
+    torch.testing.assert_close(attention.sum((1, 2)), torch.ones(2, 2))
+    assert (attention[0, 1] == 0).all() and (attention[1] > 0).all()
+
+
+def test_mean_pooling_is_the_mean_of_present_tokens():
+    tokens, present = torch.randn(2, 3, 5, 24), torch.tensor([[True, False, True], [False, True, False]])
+    expected = torch.stack([tokens[0, [0, 2]].flatten(0, 1).mean(0), tokens[1, 1].mean(0)])
+    torch.testing.assert_close(MeanPooling()(tokens, present), expected)
+
+
+def test_mirrored_probabilities_do_not_change_when_the_patch_is_flipped():
+    network, volume = build(), random_volume()
+    found = probabilities(network, volume, mirror=True)
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    for axes in ((2,), (3, 4), (2, 3, 4)):
+        torch.testing.assert_close(probabilities(network, volume.flip(axes), mirror=True), found)
+        assert not torch.allclose(probabilities(network, volume.flip(axes), mirror=False), logits(network, volume).softmax(1))
+    torch.testing.assert_close(probabilities(network, volume, mirror=False), logits(network, volume).softmax(1))
+
+
+def test_the_pretrained_encoder_enters_whole():
+    planned = read_settings()
+    torch.manual_seed(1)
+    pretrained = CSM(planned.architecture, planned.csm.reconstruction)
+    classifier = build_classifier(planned, 3, 2)
+    source = PretrainedEncoder("here", planned.architecture, pretrained.encoder.state_dict())
+    transfer(source, classifier.encoder, planned.architecture)
+    weights = classifier.encoder.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pretrained.encoder.state_dict().items())
+
+
+def test_plans_choose_the_pooling():
+    for pooling, kind in (("mean", MeanPooling), ("attentive", AttentivePooling)):
+        planned = read_settings(classification={"pooling": pooling})
+        assert isinstance(build_classifier(planned, 3, 2).pooling, kind)
+
+
+def test_wrong_channels_are_refused_with_their_numbers():
+    with pytest.raises(ValueError, match="2 input channels"):
+        build(input_channels=2)
+    with pytest.raises(ValueError, match="the input has 4 channels, the network was planned for 3"):
+        build()(random_volume(s=4))
+
+
+def test_it_learns_what_only_two_series_together_tell():
+    torch.manual_seed(3)
+    a, b = torch.randint(2, (2, 48)).float() * 2 - 1
+    volume = 0.3 * torch.randn(48, 2, 4, 8, 4)
+    volume[:, 0, 2:, 4:, 2:] += a[:, None, None, None]
+    volume[:, 1, 2:, 4:, 2:] += b[:, None, None, None]
+    labels = (a * b > 0).long()
+    network = CSMClassifier(2, 2, SERIES[:2], (0, 1), TOKEN_SIZE, **TINY)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(volume), labels).backward()
+        optimizer.step()
+    assert (logits(network, volume).argmax(1) == labels).float().mean() > 0.9

@@ -1,0 +1,345 @@
+"""`nnunet_csm classify`: from raw files to probabilities, and maps that lie on the raw files' grid where the patch was cut."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from factories import DATASET_JSON, SERIES, TOKEN_SIZE, checkpoint_of, csm_plans
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from PIL import Image
+from torch import nn
+
+from nnunet_csm import checkpoint
+from nnunet_csm.data.lesions import cut_around
+from nnunet_csm.errors import UserError
+from nnunet_csm.figures.activation import save_activation
+from nnunet_csm.inference.classification import TRAINER, ClassifyRequest, Frame, classify
+from nnunet_csm.model.classifier import build_classifier
+from nnunet_csm.model.tokens import grid_size, to_map, to_tokens
+from nnunet_csm.plans import read_configuration
+from nnunet_csm.raw.grid import Grid
+
+CLASSES = ("benign", "malignant")
+# the axes of the file are neither those of the patient nor those of the plans
+TRANSPOSE = {"transpose_forward": [1, 2, 0], "transpose_backward": [2, 0, 1]}
+PATCH_SIZE = (8, 16, 12)
+SHAPE = (48, 52, 50)
+SPACING = (1.2, 0.9, 1.1)
+ORIGIN = (-20.0, 35.0, 12.0)
+DIRECTION = tuple(sitk.Euler3DTransform((0, 0, 0), 0.3, -0.2, 0.4, (0, 0, 0)).GetMatrix())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second one would spend its time waiting: the tensors are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def plans_of(spacing=(1.0, 1.3, 1.2), **classification):
+    plans = csm_plans(classification={"patch_size": list(PATCH_SIZE), **classification}) | TRANSPOSE
+    plans["configurations"]["3d_fullres"]["spacing"] = list(spacing)
+    plans["foreground_intensity_properties_per_channel"] = {str(channel): {} for channel in range(len(SERIES))}
+    return plans
+
+
+def save(path: Path, voxels: np.ndarray) -> sitk.Image:
+    image = sitk.GetImageFromArray(voxels)
+    Grid(voxels.shape[::-1], SPACING, ORIGIN, DIRECTION).put_on(image)
+    path.parent.mkdir(exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return image
+
+
+def box(shape, low, high):
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = 1
+    return mask
+
+
+# --- maps on the grid of the files -------------------------------------------------------------------------------------------
+
+
+def erode(inside: np.ndarray, radius: int) -> np.ndarray:
+    image = sitk.GetImageFromArray(inside.astype(np.uint8))
+    return sitk.GetArrayFromImage(sitk.BinaryErode(image, (radius,) * 3, sitk.sitkBox, 0.0, 1.0)).astype(bool)
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO, NibabelIOWithReorient])
+@pytest.mark.parametrize("mask_edge, is_shrunk", [(6, False), (14, True)])
+def test_a_map_returns_to_where_its_tokens_were_cut(tmp_path, reader, mask_edge, is_shrunk):
+    """Where an image is linear, a token's mean is the image at its centre, and interpolation between centres is exact."""
+    z, y, x = np.indices(SHAPE)
+    head = box(SHAPE, (3, 5, 2), (44, 49, 47)).astype(bool)
+    ramp = np.where(head, 100 + 2.0 * z - 1.0 * y + 0.5 * x, 0).astype(np.float32)
+    image = save(tmp_path / "ramp.nii.gz", ramp)
+    save(tmp_path / "mask.nii.gz", box(SHAPE, (15, 18, 16), (15 + mask_edge, 18 + mask_edge, 16 + mask_edge)))
+    plans = plans_of() | {"image_reader_writer": reader.__name__}
+    plans["configurations"]["3d_fullres"] |= {"normalization_schemes": ["NoNormalization"], "use_mask_for_norm": [False]}
+    manager = PlansManager(plans)
+    volume, segmentation, properties = DefaultPreprocessor(verbose=False).run_case(
+        [str(tmp_path / "ramp.nii.gz")],
+        str(tmp_path / "mask.nii.gz"),
+        manager,
+        manager.get_configuration("3d_fullres"),
+        DATASET_JSON,
+    )
+    patch, placement = cut_around(volume, segmentation[0] > 0, PATCH_SIZE, 0.0)
+    assert (placement.factor > 1) == is_shrunk
+    means = to_map(to_tokens(patch[None], TOKEN_SIZE).mean(-1).transpose(1, 2), grid_size(PATCH_SIZE, TOKEN_SIZE))[0, 0].numpy()
+    frame = Frame.of(placement, volume.shape[1:], properties, manager)
+    grid = Grid.of(image)
+    back = frame.on_grid(means, TOKEN_SIZE, grid)
+    assert Grid.of(back).same_as(grid)
+    covered = sitk.GetArrayFromImage(frame.on_grid(np.ones_like(means), TOKEN_SIZE, grid)) > 0.5
+    of_patch = np.prod(PATCH_SIZE) * placement.factor**3 * np.prod([1.0, 1.3, 1.2])
+    assert covered.sum() * np.prod(SPACING) == pytest.approx(of_patch, rel=0.1)
+    # up to half a token from the rim of the patch a token has no neighbour
+    inner = erode(covered, int(np.ceil(max(frame.step) * max(TOKEN_SIZE) / 2)))
+    assert inner.sum() > 100
+    assert np.abs(sitk.GetArrayFromImage(back) - ramp)[inner].max() < 0.2
+    assert not sitk.GetArrayFromImage(back)[~covered].any()
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_the_picture_shows_every_series(tmp_path, absent):
+    rng = np.random.default_rng(0)
+    volume, maps = rng.random((2, 6, 20, 24)), np.zeros((2, 6, 20, 24))
+    maps[0, 2, 5:9, 6:12], maps[1, 2, 5:9, 6:12] = 1.0, -0.5
+    if absent:
+        volume[1] = maps[1] = 0
+    mask = box((6, 20, 24), (1, 4, 5), (4, 10, 13)).astype(bool)
+    save_activation(tmp_path / "one.png", volume, maps, mask, ("T1w", "T2w"), (0.7, 0.3), "case: malignant")
+    pixels = np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).astype(int)
+    # of all hues only orange has more red than blue, and blue the reverse
+    redder = pixels[..., 0] - pixels[..., 2]
+    legend = pixels.shape[0] - 40
+    assert (redder[:legend] > 100).sum() > 500
+    assert ((redder[:legend] < -20).sum() > 500) != absent
+
+
+# --- from files to probabilities ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose folds have random weights, three cases, and where to write."""
+
+    folder: Path
+    images: Path
+    masks: Path
+    output: Path
+
+    def request(self, **changes):
+        values = {
+            "dataset": "1",
+            "trainer": TRAINER,
+            "plans": "nnUNetCSMPlans",
+            "configuration": "3d_fullres",
+            "folds": ("0", "1"),
+            "checkpoint_name": "checkpoint_final.pth",
+            "images": self.images,
+            "masks": self.masks,
+            "output": self.output,
+            "device": "cpu",
+        }
+        return ClassifyRequest(**(values | changes))
+
+    def classify(self, **changes):
+        classify(self.request(overwrite=True, **changes))
+        table = pd.read_csv(self.output, dtype={"mask_label": "Int64"}, keep_default_na=True)
+        return table, json.loads(self.output.with_suffix(".json").read_text())
+
+    def save_fold(self, fold, **changes):
+        torch.manual_seed(fold)
+        plans = plans_of()
+        settings = read_configuration(plans, "3d_fullres", "plans")
+        network = build_classifier(settings, len(SERIES), len(CLASSES))
+        nn.init.normal_(network.head.weight)
+        saved = checkpoint_of(plans, network.state_dict())
+        saved |= {"trainer_name": TRAINER, "classes": list(CLASSES), "by_mask_label": False, **changes}
+        path = self.folder / f"fold_{fold}" / "checkpoint_final.pth"
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save({key: value for key, value in saved.items() if value is not None}, path)
+
+
+@pytest.fixture
+def model(nnunet_folders, tmp_path):
+    (nnunet_folders.raw / "Dataset001_Tiny").mkdir()
+    folder = nnunet_folders.results / "Dataset001_Tiny" / f"{TRAINER}__nnUNetCSMPlans__3d_fullres"
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans_of()))
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    made = Model(folder, tmp_path / "images", tmp_path / "masks", tmp_path / "out" / "predictions.csv")
+    for fold in (0, 1):
+        made.save_fold(fold)
+    rng = np.random.default_rng(0)
+    for case in ("a", "b", "c"):
+        for channel in range(len(SERIES)):
+            save(made.images / f"{case}_{channel:04d}.nii.gz", rng.normal(100, 20, (20, 24, 22)).astype(np.float32))
+        mask = box((20, 24, 22), (6, 8, 7), (12, 14, 15))
+        mask[6:9] *= 2
+        save(made.masks / f"{case}.nii.gz", mask)
+    (made.images / "b_0001.nii.gz").unlink()
+    return made
+
+
+def test_folds_are_averaged_and_the_record_tells_what_did_it(model):
+    table, record = model.classify()
+    assert table.columns.tolist() == ["case", "mask_label", "p_benign", "p_malignant", "predicted"]
+    assert table["case"].tolist() == ["a", "b", "c"] and table["mask_label"].isna().all()
+    assert np.allclose(table[["p_benign", "p_malignant"]].sum(axis=1), 1, atol=2e-6)
+    alone = [model.classify(folds=(fold,))[0]["p_malignant"] for fold in ("0", "1")]
+    assert not np.allclose(*alone, atol=1e-3)
+    assert np.allclose(np.mean(alone, axis=0), table["p_malignant"], atol=2e-6)
+    assert (table["predicted"] == np.where(table["p_malignant"] > 0.5, *CLASSES[::-1])).all()
+    for one, row in zip(record["samples"], table.itertuples(), strict=True):
+        assert np.mean(list(one["probabilities_by_fold"].values()), axis=0)[1] == pytest.approx(row.p_malignant, abs=1e-6)
+    assert [one["series_present"] for one in record["samples"]] == [list(SERIES), [SERIES[0], SERIES[2]], list(SERIES)]
+    assert [one["fold"] for one in record["checkpoints"]] == ["0", "1"]
+    path = model.folder / "fold_1" / "checkpoint_final.pth"
+    assert record["checkpoints"][1]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_missing_file_is_an_absent_series(model):
+    before, _ = model.classify()
+    save(model.images / "b_0001.nii.gz", np.zeros((20, 24, 22), np.float32))
+    after, _ = model.classify()
+    pd.testing.assert_frame_equal(before, after)
+
+
+def test_mirroring_takes_away_what_side_a_thing_is_on(model):
+    """A mirrored file gives the same probabilities, as the plans ask for mirroring, up to where the patch is cut."""
+    (model.images / "b_0000.nii.gz").unlink()
+    (model.images / "b_0002.nii.gz").unlink()
+    before, _ = model.classify()
+    for folder in (model.images, model.masks):
+        for path in folder.iterdir():
+            save(path, sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[::-1].copy())
+    after, _ = model.classify()
+    assert np.allclose(before["p_malignant"], after["p_malignant"], atol=5e-3)
+
+
+def test_lesions_are_told_apart_when_training_did(model):
+    for fold in (0, 1):
+        model.save_fold(fold, by_mask_label=True)
+    table, _ = model.classify(maps=True)
+    assert table[["case", "mask_label"]].values.tolist() == [[case, label] for case in "abc" for label in (1, 2)]
+    assert (model.output.parent / "predictions_maps" / "a_2.png").is_file()
+
+
+def test_maps_lie_on_the_grid_of_the_images(model):
+    _, record = model.classify(maps=True)
+    folder = model.output.parent / "predictions_maps"
+    present = {"a": SERIES, "b": (SERIES[0], SERIES[2]), "c": SERIES}
+    expected = {f"{case}_{name}.nii.gz" for case, names in present.items() for name in names} | {f"{case}.png" for case in "abc"}
+    assert {path.name for path in folder.iterdir()} == expected
+    reference = sitk.ReadImage(str(model.images / "a_0000.nii.gz"))
+    for path in folder.glob("*.nii.gz"):
+        image = sitk.ReadImage(str(path))
+        assert Grid.of(image).same_as(Grid.of(reference))
+        voxels = sitk.GetArrayFromImage(image)
+        assert voxels[8:10, 10:12, 10:12].all() and not voxels[0].any()
+    for one in record["samples"]:
+        assert sum(one["series_shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert record["samples"][1]["series_shares"][SERIES[1]] == 0
+
+
+# --- what can be wrong -------------------------------------------------------------------------------------------------------
+
+
+def spoil_nothing(model):
+    (model.masks / "b.nii.gz").unlink()
+    return "b.nii.gz: no such mask"
+
+
+def spoil_empty(model):
+    save(model.masks / "b.nii.gz", np.zeros((20, 24, 22), np.uint8))
+    return "the mask is empty"
+
+
+def spoil_grid(model):
+    save(model.masks / "b.nii.gz", box((20, 24, 21), (6, 8, 7), (12, 14, 15)))
+    return "is on a grid of"
+
+
+def spoil_truncated(model):
+    path = model.masks / "b.nii.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    return "b.nii.gz cannot be read"
+
+
+@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_empty, spoil_grid, spoil_truncated])
+def test_a_case_without_a_usable_mask_is_left_out_and_named(model, spoil):
+    reason = spoil(model)
+    lines = classify(model.request())
+    assert reason in next(line for line in lines if line.startswith("b is left out"))
+    assert pd.read_csv(model.output)["case"].tolist() == ["a", "c"]
+    assert reason in json.loads(model.output.with_suffix(".json").read_text())["left_out"]["b"]
+    with pytest.raises(UserError, match=r"b: .*leave out --strict"):
+        classify(model.request(strict=True, maps=True, output=model.output.with_name("strict.csv")))
+    assert not list(model.output.parent.glob("*strict*"))
+
+
+def test_a_mask_where_no_planned_series_is_leaves_the_case_out(model):
+    image = np.zeros((20, 24, 22), np.float32)
+    image[:4] = 100 + np.random.default_rng(0).normal(size=(4, 24, 22))
+    for channel in range(3):
+        save(model.images / f"c_{channel:04d}.nii.gz", image + channel * (image > 0))
+    assert "nothing of the mask is left" in next(line for line in classify(model.request()) if line.startswith("c is"))
+
+
+def test_a_segmenter_gives_no_probabilities(model):
+    model.save_fold(1, trainer_name="nnUNetTrainerCSM", classes=None)
+    with pytest.raises(UserError, match=r"nnUNetTrainerCSM, which gives no class probabilities.*nnunet_csm predict"):
+        classify(model.request())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"folds": ("0", "3")}, r"fold_3/checkpoint_final\.pth: no such checkpoint; train with"),
+        ({"plans": "Others"}, r"dataset\.json: no such file; train with"),
+        ({"output": Path("predictions.txt")}, "ends in .csv"),
+        ({"masks": Path("nowhere")}, "folder of masks nowhere does not exist"),
+    ],
+)
+def test_what_is_asked_for_must_be_there(model, changes, message):
+    with pytest.raises(UserError, match=message):
+        classify(model.request(**changes))
+
+
+def test_folds_must_know_the_same_classes(model):
+    model.save_fold(1, classes=["benign", "borderline"])
+    with pytest.raises(UserError, match=r"benign, malignant.*benign, borderline; train them alike"):
+        classify(model.request())
+
+
+def test_plans_that_changed_are_refused(model):
+    (model.folder / "plans.json").write_text(json.dumps(plans_of(pooling="mean")))
+    with pytest.raises(UserError, match=r"classification\.pooling is attentive, plans\.json of the model says mean"):
+        classify(model.request())
+
+
+def test_what_is_there_is_kept(model):
+    classify(model.request(maps=True))
+    files = {path: path.read_bytes() for path in model.output.parent.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="exists and is kept"):
+        classify(model.request())
+    model.output.unlink()
+    model.output.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="exists and is kept"):
+        classify(model.request(maps=True))
+    assert all(path.read_bytes() == content for path, content in files.items() if path.suffix == ".png")
+    assert not model.output.exists()
