@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nnunet_csm.planning.planner import Wishes
     from nnunet_csm.planning.request import PlanRequest
 
-PRETRAINER, FINETUNER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM"
+PRETRAINER, FINETUNER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
 NUM_PROCESSES = min(8, os.cpu_count() or 1)
 
 # every command imports what it runs when it runs: `nnunet_csm --help` must not wait for torch
@@ -156,6 +156,30 @@ def predict(args: argparse.Namespace) -> int:
         flags += ["--save_probabilities"] if args.save_probabilities else []
         flags += ["--continue_prediction"] if args.continue_prediction else []
         nnunet.run("nnunetv2.inference.predict_from_raw_data:predict_entry_point", flags)
+    return 0
+
+
+def classify(args: argparse.Namespace) -> int:
+    from nnunet_csm.inference.classification import ClassifyRequest
+    from nnunet_csm.inference.classification import classify as run_classifier
+
+    request = ClassifyRequest(
+        dataset=args.d,
+        trainer=args.tr,
+        plans=args.p,
+        configuration=args.c,
+        folds=tuple(args.f),
+        checkpoint_name=args.chk,
+        images=Path(args.i),
+        masks=Path(args.m),
+        output=Path(args.o),
+        device=args.device,
+        maps=args.maps,
+        strict=args.strict,
+        overwrite=args.overwrite,
+    )
+    for line in run_classifier(request):
+        print(line)
     return 0
 
 
@@ -356,7 +380,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-d", nargs="+", required=True, help="dataset name or ID; several for joint plans")
     _add_training(p, PRETRAINER)
 
-    p = add("finetune", train, "Fine-tune a segmenter from the pretrained encoder.", "nnunet_csm finetune -d 21 -f 0 1 2 --npz")
+    p = add(
+        "finetune",
+        train,
+        f"Fine-tune a segmenter from the pretrained encoder; with -tr {CLASSIFIER} a classifier.",
+        "nnunet_csm finetune -d 21 -f 0 1 2 --npz",
+    )
     p.add_argument("-d", required=True, help="dataset name or ID")
     _add_training(p, FINETUNER)
     p.add_argument("-encoder", help="auto (same fold), all (fold all), scratch, or a checkpoint; default: what the plans say")
@@ -378,6 +407,26 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
     p.add_argument("--save_probabilities", action="store_true", help="write probabilities beside the segmentations")
     p.add_argument("--continue_prediction", action="store_true", help="keep what is already there")
+
+    p = add(
+        "classify",
+        classify,
+        "Probabilities of the classes, from images and masks; with maps of what drove them, series by series.",
+        "nnunet_csm classify -d 21 -f 0 1 2 3 4 -i images -m masks -o predictions.csv --maps",
+    )
+    p.add_argument("-d", required=True, help="dataset name or ID")
+    p.add_argument("-i", required=True, help="folder with CASE_0000.nii.gz, CASE_0001.nii.gz ..., as far as a case has them")
+    p.add_argument("-m", required=True, help="folder with CASE.nii.gz: masks, such as nnunet_csm predict writes")
+    p.add_argument("-o", required=True, help="CSV to write; a JSON beside it tells checkpoints, hashes and software")
+    p.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds whose probabilities are averaged")
+    p.add_argument("-tr", default=CLASSIFIER, help="trainer")
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", default=PLANS_NAME, help="plans")
+    p.add_argument("-chk", default="checkpoint_best.pth", help="checkpoint name")
+    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
+    p.add_argument("--maps", action="store_true", help="also NIfTI and pictures of what drove each decision, by series")
+    p.add_argument("--strict", action="store_true", help="a case without a usable mask is an error, not a line in a report")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     p = add(
         "fill_missing",

@@ -14,7 +14,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.plans import PLANS_NAME, read_configuration
 from nnunet_csm.raw.check import check_dataset
 
-TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM")
+TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier")
 
 
 class Finding:

@@ -27,6 +27,7 @@ ON_A_DATASET = {
     "pretrain": ["pretrain", "-d", "1", "-device", "cpu"],
     "finetune": ["finetune", "-d", "1", "-device", "cpu"],
     "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
+    "classify": ["classify", "-d", "1", "-i", "in", "-m", "masks", "-o", "out.csv"],
     "fill_missing": ["fill_missing", "-d", "1", "-i", "in", "-o", "out"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
 }
@@ -253,5 +254,5 @@ def test_doctor_names_what_is_missing_and_does_not_stop_there(nnunet_folders, mo
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("MISSING") and "nnUNet_results" in line for line in lines)
     assert f"         -> mkdir -p {nnunet_folders.raw}" in lines
-    assert sum("found as nnU-Net finds it" in line for line in lines) == 2
+    assert sum("found as nnU-Net finds it" in line for line in lines) == 3
     assert lines[-1].endswith("to look at")

@@ -30,7 +30,14 @@ from nnunet_csm.errors import UserError
 SHAPE, PATCH = (11, 14, 17), (6, 8, 10)
 
 boxes = st.tuples(*(st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(sorted) for n in SHAPE))
-small_boxes = st.tuples(*(st.integers(0, n - 1).map(lambda low, n=n: (low, min(low + 3, n))) for n in SHAPE))
+corners = st.tuples(*(st.integers(0, n - 1) for n in SHAPE))
+
+
+def small_box(low):
+    return tuple((first, min(first + 3, n)) for first, n in zip(low, SHAPE, strict=True))
+
+
+small_boxes = corners.map(small_box)
 
 
 def mask_of(box, shape=SHAPE):

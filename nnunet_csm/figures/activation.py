@@ -23,6 +23,8 @@ GAP = 4
 
 FOR, AGAINST = COLOURS[0], COLOURS[1]
 OPACITY = 0.75
+# of the grey under the colours, which are hard to see on white
+DIMMING = 1.6
 # of the slice, around what is drawn
 SURROUNDINGS = 0.15
 
@@ -62,8 +64,9 @@ def save_activation(
             draw_empty(lower, "absent")
             continue
         window = grey_window(volume[series])
-        for axes in (upper, lower):
-            draw_grey(axes, volume[series, z][shown], window, aspect)
+        dimmed = (window[0], window[0] + DIMMING * (window[1] - window[0]))
+        for axes, grey in ((upper, window), (lower, dimmed)):
+            draw_grey(axes, volume[series, z][shown], grey, aspect)
             _draw_outline(axes, mask[z][shown])
         lower.imshow(_colours(maps[series, z][shown] / strongest), aspect=aspect, interpolation="nearest")
     handles = [Patch(color=FOR, label="for the class"), Patch(color=AGAINST, label="against it")]

@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -108,22 +108,17 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Patch:
-    """A sample as the classifiers see it, and where on the file's grid its voxels are.
+    """A sample as the classifiers see it.
 
     Attributes:
-        name: of the sample; mask_label as in `Sample`.
+        sample: its class is not known, and is 0.
         voxels: (1, n, z, y, x).
-        frame: of the voxels.
+        frame: where they are on the grid of the files.
     """
 
-    case: str
-    mask_label: int | None
+    sample: Sample
     voxels: Tensor
     frame: "Frame"
-
-    @property
-    def name(self) -> str:
-        return Sample(self.case, 0, self.mask_label, self.case).name
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ class Decision:
         shares: of the series in the decision for the most probable class; empty without maps.
     """
 
-    patch: Patch
+    sample: Sample
     series_present: tuple[str, ...]
     by_fold: dict[str, Float[np.ndarray, " c"]]
     shares: dict[str, float]
@@ -168,11 +163,12 @@ def classify(request: ClassifyRequest) -> list[str]:
         whole_folder(request.map_folder, request.overwrite) if request.maps else nullcontext() as maps,
     ):
         for case, files in tqdm(_cases(images, ensemble.dataset_json).items(), "classifying", unit="case", disable=None):
-            for patch in prepare(case, files, request.masks, ensemble, left_out):
+            mask_file = request.masks / f"{case}{ensemble.dataset_json['file_ending']}"
+            for patch in prepare(case, files, mask_file, ensemble, left_out):
                 decision, added = decide(patch, ensemble, with_maps=request.maps)
                 decisions.append(decision)
                 if maps is not None:
-                    write_maps(maps, decision, added, files, _mask_file(request.masks, case, ensemble), ensemble)
+                    write_maps(maps, decision, added, patch.frame, files, mask_file, ensemble)
             if request.strict and left_out:
                 raise UserError(f"{_first(left_out)}; leave out --strict to classify the other samples")
         if not decisions:
@@ -216,8 +212,8 @@ def load_ensemble(request: ClassifyRequest) -> Ensemble:
         network = build_classifier(settings, len(nnunet.channel_names(dataset_json)), len(saved["classes"]))
         network.load_state_dict(saved["network_weights"])
         members[fold] = network.eval().to(device)
-        kept = {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved}
-        provenance.append({"fold": fold, "file": str(path), "sha256": sha256(path), **kept})
+        entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
+        provenance.append(entry | {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved})
     if len(set(told.values())) > 1:
         raise UserError("; ".join(f"{path} knows {', '.join(names)}" for path, (names, _) in told.items()) + "; train them alike")
     classes, by_mask_label = next(iter(told.values()))
@@ -226,13 +222,12 @@ def load_ensemble(request: ClassifyRequest) -> Ensemble:
     return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, members, provenance, device)
 
 
-def prepare(case: str, files: Sequence[Path], masks: Path, ensemble: Ensemble, left_out: dict[str, str]) -> Iterator[Patch]:
+def prepare(case: str, files: Sequence[Path], mask_file: Path, ensemble: Ensemble, left_out: dict[str, str]) -> Iterator[Patch]:
     """Preprocess a case as nnU-Net does and cut the patch of each of its samples.
 
     Samples that cannot be cut enter `left_out`, with the reason.
     """
-    mask_file = _mask_file(masks, case, ensemble)
-    reason, labels = _look_at_mask(mask_file, files[0], ensemble)
+    reason, labels = _look_at_mask(mask_file, files[0])
     if reason:
         left_out[case] = reason
         return
@@ -250,24 +245,26 @@ def prepare(case: str, files: Sequence[Path], masks: Path, ensemble: Ensemble, l
         if not voxels[list(ensemble.settings.architecture.channels)].any():
             left_out[sample.name] = f"none of {', '.join(ensemble.series)}, which the classifier looks at, is present"
             continue
-        yield Patch(case, label, voxels[None], Frame.of(placement, volume.shape[1:], properties, ensemble.plans))
+        yield Patch(sample, voxels[None], Frame.of(placement, volume.shape[1:], properties, ensemble.plans))
 
 
 def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision, Float[Tensor, "s gz gy gx"]]:
-    """Probabilities of a sample and, for its most probable class, the mean of the folds' maps (empty without maps)."""
+    """Probabilities of a sample and, for its most probable class, the mean of the folds' maps (empty without maps).
+
+    Probabilities are means over flips when the plans ask for mirroring; maps are of the patch as it is.
+    """
     voxels = patch.voxels.to(ensemble.device)
     mirror = ensemble.settings.csm.finetuning.mirroring
     by_fold = {fold: probabilities(one, voxels, mirror)[0].cpu().numpy() for fold, one in ensemble.members.items()}
     channels = list(ensemble.settings.architecture.channels)
     present = series_present(voxels[:, channels])[0].tolist()
-    decision = Decision(
-        patch, tuple(name for name, is_there in zip(ensemble.series, present, strict=True) if is_there), by_fold, {}
-    )
+    shown = tuple(name for name, is_there in zip(ensemble.series, present, strict=True) if is_there)
+    decision = Decision(patch.sample, shown, by_fold, {})
     if not with_maps:
         return decision, torch.empty(0, 0, 0, 0)
     maps = torch.stack([token_maps(one, voxels, decision.class_index) for one in ensemble.members.values()]).mean(0)
-    decision.shares.update(zip(ensemble.series, series_shares(maps)[0].tolist(), strict=True))
-    return decision, maps[0].cpu()
+    shares = dict(zip(ensemble.series, series_shares(maps)[0].tolist(), strict=True))
+    return replace(decision, shares=shares), maps[0].cpu()
 
 
 # --- maps on the grid of the files -------------------------------------------------------------------------------------------
@@ -338,32 +335,32 @@ def write_maps(
     folder: Path,
     decision: Decision,
     maps: Float[Tensor, "s gz gy gx"],
+    frame: Frame,
     files: Sequence[Path],
     mask_file: Path,
     ensemble: Ensemble,
 ) -> None:
     """`NAME_SERIES.nii.gz` on the grid of the images for every series that is present, and `NAME.png`."""
     architecture = ensemble.settings.architecture
-    patch = decision.patch
+    name_of_sample = decision.sample.name
     images = [read_volume(Volume(files[channel])) for channel in architecture.channels]
     grid = Grid.of(images[0])
-    on_grid = [patch.frame.on_grid(one, architecture.token_size, grid) for one in maps.numpy()]
+    on_grid = [frame.on_grid(one, architecture.token_size, grid) for one in maps.numpy()]
     for name, image in zip(ensemble.series, on_grid, strict=True):
         if name in decision.series_present:
-            write_image(image, folder / f"{patch.name}_{name}{MAP_ENDING}")
-    mask = read_volume(Volume(mask_file))
+            write_image(image, folder / f"{name_of_sample}_{name}{MAP_ENDING}")
     upright = [_upright(image) for image in images]
-    segmentation = sitk.GetArrayFromImage(_upright(mask))
-    x, y, z = _upright(mask).GetSpacing()
+    segmentation = sitk.GetArrayFromImage(_upright(read_volume(Volume(mask_file))))
+    x, y, z = upright[0].GetSpacing()
     verdict = f"{ensemble.classes[decision.class_index]}, probability {decision.probabilities.max():.2f}"
     save_activation(
-        folder / f"{patch.name}.png",
+        folder / f"{name_of_sample}.png",
         np.stack([sitk.GetArrayFromImage(image) for image in upright]),
         np.stack([sitk.GetArrayFromImage(_upright(image)) for image in on_grid]),
-        sample_mask(Sample(patch.case, 0, patch.mask_label, patch.case), segmentation),
+        sample_mask(decision.sample, segmentation),
         ensemble.series,
         [decision.shares[name] for name in ensemble.series],
-        f"{patch.name}: {verdict}",
+        f"{name_of_sample}: {verdict}",
         (z, y, x),
     )
 
@@ -382,6 +379,7 @@ def _triple(values: Sequence[Any]) -> tuple[Any, Any, Any]:
 
 
 def _check_output(request: ClassifyRequest) -> None:
+    nnunet.dataset_name(request.dataset)
     if request.output.suffix != ".csv":
         raise UserError(f"{request.output} is to be a table; give -o a name that ends in .csv")
     for path in (request.output, request.record):
@@ -409,7 +407,7 @@ def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configurat
             raise UserError(f"{path}: {what} is {one}, plans.json of the model says {other}; train again, or restore the plans")
 
 
-def _look_at_mask(mask_file: Path, image_file: Path, ensemble: Ensemble) -> tuple[str, list[int]]:
+def _look_at_mask(mask_file: Path, image_file: Path) -> tuple[str, list[int]]:
     """Why a mask cannot be used (empty when it can), and the labels in it."""
     if not mask_file.is_file():
         return f"{mask_file}: no such mask", []
@@ -440,10 +438,6 @@ def _cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, list[Path
     return {case: [folder / f"{case}_{channel:04d}{ending}" for channel in range(num_channels)] for case in cases}
 
 
-def _mask_file(masks: Path, case: str, ensemble: Ensemble) -> Path:
-    return masks / f"{case}{ensemble.dataset_json['file_ending']}"
-
-
 def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
     """A row a sample: case, mask_label (empty for the whole mask), a probability for every class, the most probable class."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -452,9 +446,9 @@ def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[st
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["case", "mask_label", *(f"p_{name}" for name in classes), "predicted"])
         for decision in decisions:
-            label = "" if decision.patch.mask_label is None else decision.patch.mask_label
+            label = "" if decision.sample.mask_label is None else decision.sample.mask_label
             numbers = [f"{probability:.6f}" for probability in decision.probabilities]
-            writer.writerow([decision.patch.case, label, *numbers, classes[decision.class_index]])
+            writer.writerow([decision.sample.case, label, *numbers, classes[decision.class_index]])
     temporary.replace(path)
 
 
@@ -481,8 +475,8 @@ def _record(
         "checkpoints": ensemble.provenance,
         "samples": [
             {
-                "case": decision.patch.case,
-                "mask_label": decision.patch.mask_label,
+                "case": decision.sample.case,
+                "mask_label": decision.sample.mask_label,
                 "series_present": decision.series_present,
                 "probabilities_by_fold": {fold: one.tolist() for fold, one in decision.by_fold.items()},
                 "series_shares": decision.shares,
