@@ -50,7 +50,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
-    remedy = "expected a checkpoint written by nnUNetTrainerCSMPretrain or nnUNetTrainerCSM"
+    remedy = "expected a checkpoint written by one of our trainers (nnUNetTrainerCSM...)"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes that are no checkpoint may lead to

@@ -422,7 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-tr", default=CLASSIFIER, help="trainer")
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-p", default=PLANS_NAME, help="plans")
-    p.add_argument("-chk", default="checkpoint_best.pth", help="checkpoint name")
+    p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
     p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
     p.add_argument("--maps", action="store_true", help="also NIfTI and pictures of what drove each decision, by series")
     p.add_argument("--strict", action="store_true", help="a case without a usable mask is an error, not a line in a report")

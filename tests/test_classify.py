@@ -111,7 +111,7 @@ def test_a_map_returns_to_where_its_tokens_were_cut(tmp_path, reader, mask_edge,
     # up to half a token from the rim of the patch a token has no neighbour
     inner = erode(covered, int(np.ceil(max(frame.step) * max(TOKEN_SIZE) / 2)))
     assert inner.sum() > 100
-    assert np.abs(sitk.GetArrayFromImage(back) - ramp)[inner].max() < 0.2
+    assert np.abs(sitk.GetArrayFromImage(back) - ramp)[inner].max() < 0.4
     assert not sitk.GetArrayFromImage(back)[~covered].any()
 
 

@@ -152,7 +152,7 @@ def test_another_network_is_refused(tmp_path, changes, message):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "checkpoint_final.pth"
     path.write_bytes(content)
-    refused(path, "not readable as a checkpoint.*expected a checkpoint written by nnUNetTrainerCSMPretrain")
+    refused(path, "not readable as a checkpoint.*expected a checkpoint written by one of our trainers")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])

@@ -60,7 +60,7 @@ def complete_cases(inputs: Path, dataset_json: Mapping[str, Any], settings: Conf
             canonical = [by_channel.get(channel, name) for channel, name in enumerate(names)]
             needed = settings.architecture.series
             for line in fill_missing(inputs, folder, canonical, ending, num_copies=copies_in_training(settings), needed=needed):
-                print(line)
+                print(line.replace(str(folder), "the folder that is read"))
         for line in check_inputs(folder, names, ending):
             print(line.replace(str(folder), str(inputs)))
         yield folder

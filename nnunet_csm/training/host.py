@@ -206,9 +206,7 @@ class CSMTrainer(nnUNetTrainer):
             loaded = checkpoint.load(filename_or_checkpoint)
             init_args = loaded["init_args"]
             saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
-            parts = [
-                {"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm)} for one in (saved, self.settings)
-            ]
+            parts = [{"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm)} for one in (saved, self.settings)]
             for field in sorted(self.rests_on | {"seed", *vars(saved.architecture)}):
                 found, expected = (part[field] for part in parts)
                 if found != expected:
