@@ -29,7 +29,7 @@ class PlannedDataset:
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a console command of the environment the tests run in."""
         command = [str(Path(sys.executable).with_name(program)), *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=600)
+        return subprocess.run(command, env=self.environment, capture_output=True, encoding="utf-8", check=False, timeout=600)
 
     def check(self, program: str, *arguments: str) -> str:
         done = self.run(program, *arguments)
