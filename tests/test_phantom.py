@@ -12,6 +12,8 @@ import SimpleITK as sitk
 from nnunet_csm.errors import UserError
 from nnunet_csm.phantom import (
     ACQUISITIONS,
+    CLASSES,
+    CORES,
     LABELS,
     TISSUES,
     PhantomSpec,
@@ -234,3 +236,29 @@ def test_task_is_never_overwritten_nor_half_written(tmp_path, monkeypatch):
 def test_wrong_spec_is_refused(wrong):
     with pytest.raises(UserError, match=str(next(iter(wrong)))):
         PhantomSpec(**wrong)
+
+
+# --- diagnoses ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_diagnosis_changes_the_core_and_nothing_else():
+    spec = PhantomSpec(series=("T1w", "T2w"), shape=(12, 24, 24), spacing_mm=(10.0, 7.0, 7.0), snr=math.inf)
+    with_class = replace(spec, diagnoses=True)
+    kinds = set()
+    for index in range(12):
+        plain, diagnosed = draw_subject(spec, index), draw_subject(with_class, index)
+        assert plain.diagnosis is None and diagnosed.diagnosis in CLASSES
+        assert np.array_equal(plain.labels, diagnosed.labels)
+        kinds.add(diagnosed.diagnosis)
+    assert kinds == set(CLASSES)
+
+
+def test_the_class_shows_in_two_series_together_and_in_neither_alone():
+    """Signal of the core over that of white matter: T1w tells T1, T2w tells T2, and the class is whether they agree."""
+    for name, told in (("T1w", 0), ("T2w", 1)):
+        levels = {kind: float(signal(ACQUISITIONS[name], core, 0.0)) for kind, core in CORES.items()}
+        for level in (False, True):
+            of_level = [value for kind, value in levels.items() if kind[told] == level]
+            others = [value for kind, value in levels.items() if kind[told] != level]
+            # the other bit, and with it the class, changes a series by far less than its own
+            assert abs(of_level[0] - of_level[1]) < 0.15 * min(abs(a - b) for a in of_level for b in others)
