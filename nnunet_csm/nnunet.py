@@ -76,7 +76,8 @@ def save_json(data: Any, path: Path) -> None:
 
 def read_splits(path: Path) -> list[dict[str, list[str]]]:
     """`splits_final.json`: cases by side, for every fold."""
-    return load_json(str(path))
+    splits: Any = read_json(path, "write it again with `nnunet_csm split -d ID --overwrite`, or delete it")
+    return splits
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

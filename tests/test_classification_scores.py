@@ -210,6 +210,12 @@ def test_a_class_with_one_patient_has_values_without_intervals() -> None:
         assert not np.isnan(by_sample.overall[name].low)
 
 
+def test_one_patient_alone_says_nothing_of_others() -> None:
+    labels, probabilities = binary(20)
+    found = evaluate(labels, probabilities, TWO, ["p"] * 20, num_resamples=100)
+    assert all(np.isnan(estimate.low) and not np.isnan(estimate.value) for estimate in found.overall.values())
+
+
 def test_a_class_without_samples_is_left_out_of_means() -> None:
     labels, probabilities = binary(40)
     of_three = np.concatenate([probabilities * 0.9, np.full((40, 1), 0.1)], axis=1)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from nnunet_csm import checkpoint
 from nnunet_csm.data.lesions import cut_around
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
-from nnunet_csm.inference.classification import TRAINER, ClassifyRequest, Frame, classify
+from nnunet_csm.inference.classification import TRAINER, ClassifyRequest, Frame, classify, made_ahead
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.tokens import grid_size, to_map, to_tokens
 from nnunet_csm.plans import read_configuration
@@ -242,6 +244,23 @@ def test_lesions_are_told_apart_when_training_did(model):
     assert (model.output.parent / "predictions_maps" / "a_2.png").is_file()
 
 
+def test_only_labels_that_training_had_are_lesions(model):
+    """The masks of the phantom's cases hold labels 1 and 2; training may have classified around one of them."""
+    model.save_fold(0, by_mask_label=True, mask_labels=[2])
+    model.save_fold(1, by_mask_label=True, mask_labels=[2, 5])
+    table, record = model.classify()
+    assert table["mask_label"].tolist() == [2, 2, 2] and record["mask_labels"] == [2, 5]
+    assert list(record["left_out"]) == ["a_1", "b_1", "c_1"]
+    assert "no sample of label 1, only of 2, 5" in record["left_out"]["a_1"]
+
+
+def test_a_fold_counts_once(model):
+    once, _ = model.classify(folds=("0",))
+    twice, record = model.classify(folds=("0", "0"))
+    pd.testing.assert_frame_equal(once, twice)
+    assert len(record["checkpoints"]) == 1
+
+
 def test_maps_lie_on_the_grid_of_the_images(model):
     _, record = model.classify(maps=True)
     folder = model.output.parent / "predictions_maps"
@@ -257,6 +276,41 @@ def test_maps_lie_on_the_grid_of_the_images(model):
     for one in record["samples"]:
         assert sum(one["series_shares"].values()) == pytest.approx(1, abs=1e-5)
     assert record["samples"][1]["series_shares"][SERIES[1]] == 0
+
+
+# --- ahead -------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_made_ahead_comes_in_order_and_no_further_than_asked():
+    begun: list[int] = []
+    slow = threading.Event()
+
+    def make(number):
+        begun.append(number)
+        if number == 0:
+            assert slow.wait(10)
+        if number == 1:
+            slow.set()
+        return number**2
+
+    with closing(made_ahead(make, range(9), 2)) as squares:
+        # the first one ends after the second has begun
+        assert next(squares) == 0 and next(squares) == 1
+        assert set(begun) <= {0, 1, 2, 3}
+    assert len(begun) <= 4
+    assert list(made_ahead(str, [], 2)) == []
+
+
+def test_what_fails_ahead_fails_at_its_turn():
+    def make(number):
+        if number == 2:
+            raise UserError("case 2: no")
+        return number
+
+    numbers = made_ahead(make, range(5), 2)
+    assert [next(numbers), next(numbers)] == [0, 1]
+    with pytest.raises(UserError, match="case 2: no"):
+        next(numbers)
 
 
 # --- what can be wrong -------------------------------------------------------------------------------------------------------
@@ -277,13 +331,24 @@ def spoil_grid(model):
     return "is on a grid of"
 
 
+def spoil_values(model):
+    """A map of probabilities."""
+    save(model.masks / "b.nii.gz", 1.5 * box((20, 24, 22), (6, 8, 7), (12, 14, 15)).astype(np.float32))
+    return "the mask has the value 1.5, expected whole numbers"
+
+
+def spoil_large(model):
+    save(model.masks / "b.nii.gz", 2**16 * box((20, 24, 22), (6, 8, 7), (12, 14, 15)).astype(np.int32))
+    return "the mask has the value 65536, expected whole numbers up to 32767"
+
+
 def spoil_truncated(model):
     path = model.masks / "b.nii.gz"
     path.write_bytes(path.read_bytes()[:-20])
     return "b.nii.gz cannot be read"
 
 
-@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_empty, spoil_grid, spoil_truncated])
+@pytest.mark.parametrize("spoil", [spoil_nothing, spoil_empty, spoil_grid, spoil_values, spoil_large, spoil_truncated])
 def test_a_case_without_a_usable_mask_is_left_out_and_named(model, spoil):
     reason = spoil(model)
     lines = classify(model.request())
@@ -303,6 +368,25 @@ def test_a_mask_where_no_planned_series_is_leaves_the_case_out(model):
     assert "nothing of the mask is left" in next(line for line in classify(model.request()) if line.startswith("c is"))
 
 
+def test_a_mask_of_no_image_is_told(model):
+    """Such as that of a case whose images have another ending."""
+    for path in model.images.glob("c_*"):
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".nrrd")))
+    lines = classify(model.request())
+    assert next(line for line in lines if "masks of no image" in line).endswith("such as c.nii.gz")
+
+
+def test_weights_that_are_no_numbers_are_refused(model):
+    torch.manual_seed(0)
+    network = build_classifier(read_configuration(plans_of(), "3d_fullres", "plans"), len(SERIES), len(CLASSES))
+    weights = network.state_dict()
+    weights["head.bias"][0] = torch.nan
+    model.save_fold(1, network_weights=weights)
+    with pytest.raises(UserError, match="a: the classifier of fold 1 gives NaN"):
+        classify(model.request())
+    assert not model.output.exists()
+
+
 def test_a_segmenter_gives_no_probabilities(model):
     model.save_fold(1, trainer_name="nnUNetTrainerCSM", classes=None)
     with pytest.raises(UserError, match=r"nnUNetTrainerCSM, which gives no class probabilities.*nnunet_csm predict"):
@@ -315,6 +399,8 @@ def test_a_segmenter_gives_no_probabilities(model):
         ({"folds": ("0", "3")}, r"fold_3/checkpoint_final\.pth: no such checkpoint; train with"),
         ({"plans": "Others"}, r"dataset\.json: no such file; train with"),
         ({"output": Path("predictions.txt")}, "ends in .csv"),
+        ({"output": Path(__file__) / "predictions.csv"}, r"cannot be written because of .*test_classify\.py"),
+        ({"device": "mps"}, "-device cpu"),
         ({"masks": Path("nowhere")}, "folder of masks nowhere does not exist"),
     ],
 )
@@ -327,11 +413,22 @@ def test_folds_must_know_the_same_classes(model):
     model.save_fold(1, classes=["benign", "borderline"])
     with pytest.raises(UserError, match=r"benign, malignant.*benign, borderline; train them alike"):
         classify(model.request())
+    model.save_fold(1, by_mask_label=True)
+    with pytest.raises(UserError, match=r"benign, malignant; .*benign, malignant by mask label; train them alike"):
+        classify(model.request())
 
 
-def test_plans_that_changed_are_refused(model):
-    (model.folder / "plans.json").write_text(json.dumps(plans_of(pooling="mean")))
-    with pytest.raises(UserError, match=r"classification\.pooling is attentive, plans\.json of the model says mean"):
+@pytest.mark.parametrize(
+    "plans, message",
+    [
+        (plans_of(pooling="mean"), r"classification\.pooling is attentive, plans\.json of the model says mean"),
+        (plans_of(margin=0.5), r"classification\.margin is 0\.25, plans\.json of the model says 0\.5"),
+        (plans_of((1.0, 1.0, 1.0)), r"spacing is \[1\.0, 1\.3, 1\.2\], plans\.json of the model says \[1\.0, 1\.0, 1\.0\]"),
+    ],
+)
+def test_plans_that_changed_are_refused(model, plans, message):
+    (model.folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(UserError, match=message):
         classify(model.request())
 
 
@@ -346,3 +443,10 @@ def test_what_is_there_is_kept(model):
         classify(model.request(maps=True))
     assert all(path.read_bytes() == content for path, content in files.items() if path.suffix == ".png")
     assert not model.output.exists()
+
+
+def test_maps_of_other_predictions_do_not_stay_beside_new_ones(model):
+    classify(model.request(maps=True))
+    with pytest.raises(UserError, match="has maps of other predictions"):
+        classify(model.request(overwrite=True))
+    classify(model.request(maps=True, overwrite=True))

@@ -1,12 +1,18 @@
 """A class table is read as it was meant or refused with its line; splits keep patients whole and classes even."""
 
+import json
+import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnunet_folders import NnunetFolders
 
 from nnunet_csm.data.diagnoses import (
     ClassTable,
@@ -15,8 +21,10 @@ from nnunet_csm.data.diagnoses import (
     repeated_splits,
     split_problems,
     stratified_folds,
+    write_class_table,
 )
 from nnunet_csm.errors import UserError
+from nnunet_csm.planning.classification import check_classification, series_lines, split_dataset, take_class_table
 
 TABLE = "case,class,mask_label,patient\nb,benign,2,P1\nb,malignant,1,P1\na,malignant,1,P1\nc,benign,1,P2\n"
 SAMPLES = (
@@ -60,6 +68,15 @@ def simple_table(classes_of_cases: list[int], patients: list[int] | None = None)
 def test_spellings_of_one_table_are_one_table(path: Path, text: str) -> None:
     path.write_bytes(text.encode())
     assert read_class_table(path) == ClassTable(("benign", "malignant"), SAMPLES)
+
+
+def test_a_table_is_read_as_it_was_written(path: Path) -> None:
+    names = ("benign, cystic", 'so-called "x"')
+    mixed = ClassTable(names, (*(Sample(f"c;{i}", i, None, f"p {i}") for i in (0, 1)), Sample("d", 0, 3, "p 0")))
+    for table in (ClassTable(("benign", "malignant"), SAMPLES), mixed):
+        write_class_table(table, path)
+        assert read_class_table(path, table.classes) == table
+        assert list(path.parent.iterdir()) == [path]
 
 
 def test_without_further_columns_every_case_is_a_sample_and_a_patient(path: Path) -> None:
@@ -231,3 +248,129 @@ def test_problems_of_a_split_are_named() -> None:
     ]
     whole = ClassTable(("x", "y"), (*table.samples[:2], Sample("e", 0, None, "S"), table.samples[3]))
     assert split_problems(whole, {"train": ["a", "b"], "val": ["e", "d"]}) == []
+
+
+# --- a dataset ---------------------------------------------------------------------------------------------------------------
+
+NAME = "Dataset001_Tiny"
+CASES = [f"c{i:02d}" for i in range(12)]
+DATASET_JSON = {"channel_names": {"0": "T1w", "1": "T2w"}, "labels": {"background": 0, "tumor": 1}, "file_ending": ".nii.gz"}
+
+
+@pytest.fixture
+def raw(nnunet_folders: NnunetFolders) -> Path:
+    """Twelve training cases of two classes and a test case, with masks of 2 x 3 x 4 voxels of 1 x 1 x 1 mm."""
+    folder = nnunet_folders.raw / NAME
+    for name in ("labelsTr", "imagesTs"):
+        (folder / name).mkdir(parents=True)
+    (nnunet_folders.preprocessed / NAME).mkdir()
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    for case in CASES:
+        write_mask(folder, case)
+    (folder / "imagesTs" / "test_0000.nii.gz").touch()
+    write_rows(folder, [f"{case},{'xy'[i % 2]},P{i}" for i, case in enumerate(CASES)])
+    return folder
+
+
+def write_mask(folder: Path, case: str, value: int = 1) -> None:
+    mask = np.zeros((6, 7, 8), dtype=np.uint8)
+    mask[1:3, 1:4, 1:5] = value
+    sitk.WriteImage(sitk.GetImageFromArray(mask), str(folder / "labelsTr" / f"{case}.nii.gz"))
+
+
+def write_rows(folder: Path, rows: list[str]) -> None:
+    (folder / "classification.csv").write_text("\n".join(["case,class,patient", *rows, ""]))
+
+
+def add_row(folder: Path, row: str) -> None:
+    with (folder / "classification.csv").open("a") as stream:
+        stream.write(row + "\n")
+
+
+def test_training_takes_the_rows_of_its_cases_and_folds_by_class(raw: Path, nnunet_folders: NnunetFolders) -> None:
+    add_row(raw, "test,y,Q")
+    table = take_class_table(NAME, DATASET_JSON)
+    folder = nnunet_folders.preprocessed / NAME
+    assert table is not None and table == read_class_table(folder / "classification.csv")
+    assert [sample.case for sample in table.samples] == CASES
+    folds = json.loads((folder / "splits_final.json").read_text())
+    assert len(folds) == 5 and not any(split_problems(table, fold) for fold in folds)
+    add_row(raw, "stranger,y,R")
+    take_class_table(NAME, DATASET_JSON)
+    assert "stranger" in (folder / "classification.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("num_repeats", "seed", "message"),
+    [(-1, 0, "-repeats -1"), (0, 0, "-repeats 0"), (None, -1, "-seed -1"), (3, -1, "-seed -1")],
+)
+def test_numbers_that_make_no_split_leave_the_splits_alone(
+    raw: Path, nnunet_folders: NnunetFolders, num_repeats: int | None, seed: int, message: str
+) -> None:
+    take_class_table(NAME, DATASET_JSON)
+    splits = nnunet_folders.preprocessed / NAME / "splits_final.json"
+    before = splits.read_bytes()
+    with pytest.raises(UserError, match=message):
+        split_dataset("1", num_repeats, seed, overwrite=True)
+    assert splits.read_bytes() == before
+
+
+def test_splits_of_others_are_kept_unless_asked(raw: Path, nnunet_folders: NnunetFolders) -> None:
+    take_class_table(NAME, DATASET_JSON)
+    with pytest.raises(UserError, match="give --overwrite"):
+        split_dataset("1", 10, 0, overwrite=False)
+    split_dataset("1", 10, 0, overwrite=True)
+    splits = json.loads((nnunet_folders.preprocessed / NAME / "splits_final.json").read_text())
+    assert len(splits) == 10 and sorted(case for split in splits for case in split["test"]) == CASES
+
+
+def truncate_mask(raw: Path) -> str:
+    path = raw / "labelsTr" / "c03.nii.gz"
+    path.write_bytes(path.read_bytes()[:60])
+    return r"c03: .*c03\.nii\.gz cannot be read"
+
+
+def empty_mask(raw: Path) -> str:
+    write_mask(raw, "c03", value=0)
+    return "c03: its mask is empty"
+
+
+def add_stranger(raw: Path) -> str:
+    add_row(raw, "stranger,y,R")
+    return "stranger has a class, but no mask"
+
+
+def share_patient(raw: Path) -> str:
+    add_row(raw, "test,y,P3")
+    return "patient P3 has training cases and test cases"
+
+
+@pytest.mark.parametrize("spoil", [truncate_mask, empty_mask, add_stranger, share_patient])
+def test_what_is_wrong_with_a_dataset_is_named(raw: Path, spoil, capsys: pytest.CaptureFixture[str]) -> None:
+    check_classification("1", strict=True)
+    assert "nothing wrong" in capsys.readouterr().out
+    message = spoil(raw)
+    check_classification("1", strict=False)
+    printed = capsys.readouterr().out
+    assert re.search(f"WRONG  {message}", printed) and "1 to look at" in printed
+    with pytest.raises(UserError, match=message):
+        check_classification("1", strict=True)
+
+
+def test_a_case_without_a_class_is_wrong_only_if_that_is_asked(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mask(raw, "other")
+    check_classification("1", strict=False)
+    printed = capsys.readouterr().out
+    assert "1 cases without a class, left out: other" in printed and "nothing wrong" in printed
+    with pytest.raises(UserError, match="other has no class"):
+        check_classification("1", strict=True)
+
+
+def test_classes_are_counted_by_series() -> None:
+    table = simple_table([0, 0, 1, 1, 1])
+    records = {
+        f"c{i:03d}": SimpleNamespace(series={name: SimpleNamespace(absent=why) for name, why in series.items()})
+        for i, series in enumerate([{"T1w": None, "T2w": "all zero"}] * 2 + [{"T1w": "copy of T2w", "T2w": None}] * 2)
+    }
+    fingerprint: Any = SimpleNamespace(series=("T1w", "T2w"), cases=records)
+    assert series_lines(table, fingerprint) == ["T1w: 2 of 2 class 0, 0 of 3 class 1", "T2w: 0 of 2 class 0, 2 of 3 class 1"]

@@ -1,6 +1,7 @@
 """Which class each case or lesion has, by `classification.csv`, and splits of them by patient, stratified by class."""
 
 import csv
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,18 @@ def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> 
     index = {name: i for i, name in enumerate(names)}
     found = (Sample(case, index[name], label, patient) for _, case, name, label, patient in samples)
     return ClassTable(names, tuple(sorted(found, key=lambda sample: (sample.case, sample.mask_label or 0))))
+
+
+def write_class_table(table: ClassTable, path: Path) -> None:
+    """Write what `read_class_table` reads, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for sample in table.samples:
+            label = "" if sample.mask_label is None else sample.mask_label
+            writer.writerow([sample.case, table.classes[sample.class_index], label, sample.patient])
+    temporary.replace(path)
 
 
 def stratified_folds(table: ClassTable, num_folds: int = 5, seed: int = 12345) -> list[dict[str, list[str]]]:

@@ -167,7 +167,8 @@ def evaluate(
 
     What is not defined is NaN: with one class only, the metrics that rank or that need a recall of each class; in means over
     classes, a class without samples does not count. A resample that lacks a class does not count for these metrics, and they
-    have no interval where a class has one patient, or where fewer than half of the resamples count.
+    have no interval where a class has one patient, or where fewer than half of the resamples count. With one patient in all,
+    of whom every resample is a copy, nothing has an interval.
 
     Calibration error is biased upwards, the more the fewer samples a bin has, and resamples, which repeat patients, are
     biased again. They are therefore shifted so that their median is the value: the interval tells how much the value varies,
@@ -404,7 +405,7 @@ def _metrics(task: _Task, values: Float[np.ndarray, " m"], resampled: Float[np.n
     few_patients = any(len(np.unique(task.patient[task.labels == index])) < 2 for index in np.unique(task.labels))
     groups: dict[str, dict[str, Estimate]] = {ALL: {}, **{name: {} for name in task.classes}}
     for (group, name), value, drawn in zip(task.columns, values, resampled.T, strict=True):
-        has_interval = not (few_patients and name in NEED_CLASSES)
+        has_interval = task.num_patients > 1 and not (few_patients and name in NEED_CLASSES)
         low, high = _interval(drawn) if has_interval else (np.nan, np.nan)
         groups[group][name] = Estimate(float(value), low, high)
     return Metrics(

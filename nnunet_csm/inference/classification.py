@@ -2,12 +2,14 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -36,6 +38,13 @@ from nnunet_csm.raw.writer import whole_folder, write_image
 
 TRAINER = "nnUNetTrainerCSMClassifier"
 MAP_ENDING = ".nii.gz"
+# cases that are preprocessed while the networks look at another one, each by a thread; two were no faster than one
+NUM_AHEAD = 1
+# nnU-Net keeps segmentations as 16-bit integers
+LARGEST_LABEL = 2**15 - 1
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ class Ensemble:
     """The classifiers of some folds, and what they share.
 
     Attributes:
-        by_mask_label: every label of a mask is a sample of its own, as in training.
+        by_mask_label: labels of a mask are samples of their own, as in training.
+        mask_labels: those that training had samples of; None where a checkpoint does not tell, and any label is classified.
         members: fold to classifier.
         provenance: of each of them, for the record.
     """
@@ -97,6 +107,7 @@ class Ensemble:
     dataset_json: dict[str, Any]
     classes: tuple[str, ...]
     by_mask_label: bool
+    mask_labels: frozenset[int] | None
     members: dict[str, CSMClassifier]
     provenance: list[dict[str, Any]]
     device: torch.device
@@ -104,6 +115,15 @@ class Ensemble:
     @property
     def series(self) -> tuple[str, ...]:
         return self.settings.architecture.series
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """Where a case lies: `images` in the order of the channels, all of them there; the mask may be missing."""
+
+    name: str
+    images: tuple[Path, ...]
+    mask: Path
 
 
 @dataclass(frozen=True)
@@ -162,20 +182,23 @@ def classify(request: ClassifyRequest) -> list[str]:
         complete_cases(request.images, ensemble.dataset_json, ensemble.settings) as images,
         whole_folder(request.map_folder, request.overwrite) if request.maps else nullcontext() as maps,
     ):
-        for case, files in tqdm(_cases(images, ensemble.dataset_json).items(), "classifying", unit="case", disable=None):
-            mask_file = request.masks / f"{case}{ensemble.dataset_json['file_ending']}"
-            for patch in prepare(case, files, mask_file, ensemble, left_out):
-                decision, added = decide(patch, ensemble, with_maps=request.maps)
-                decisions.append(decision)
-                if maps is not None:
-                    write_maps(maps, decision, added, patch.frame, files, mask_file, ensemble)
-            if request.strict and left_out:
-                raise UserError(f"{_first(left_out)}; leave out --strict to classify the other samples")
+        cases = _cases(images, request.masks, ensemble.dataset_json)
+        with closing(made_ahead(lambda case: prepare(case, ensemble), cases, NUM_AHEAD)) as prepared:
+            for case, (patches, unusable) in zip(tqdm(cases, "classifying", unit="case", disable=None), prepared, strict=True):
+                left_out |= unusable
+                if request.strict and left_out:
+                    raise UserError(f"{_first(left_out)}; leave out --strict to classify the other samples")
+                for patch in patches:
+                    decision, added = decide(patch, ensemble, with_maps=request.maps)
+                    decisions.append(decision)
+                    if maps is not None:
+                        write_maps(maps, decision, added, patch.frame, case, ensemble)
         if not decisions:
             raise UserError(f"no sample of {request.images} can be classified: {_first(left_out)}")
     _write_table(request.output, decisions, ensemble.classes)
     nnunet.save_json(_record(request, ensemble, decisions, left_out), request.record)
     lines = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    lines += _masks_without_images(request.masks, cases)
     counts = {one: sum(ensemble.classes[d.class_index] == one for d in decisions) for one in ensemble.classes}
     listed = ", ".join(f"{count} {one}" for one, count in counts.items())
     lines.append(f"{len(decisions)} samples in {request.output}: {listed}; {len(left_out)} left out")
@@ -196,56 +219,83 @@ def load_ensemble(request: ClassifyRequest) -> Ensemble:
     plans_file = request.model / "plans.json"
     plans = nnunet.read_json(plans_file, remedy)
     settings = read_configuration(plans, request.configuration, str(plans_file))
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device found; classify on the CPU with -device cpu, or check the driver with nvidia-smi")
-    device = torch.device(request.device)
+    device = _device(request.device)
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(request.configuration)
     members: dict[str, CSMClassifier] = {}
     provenance: list[dict[str, Any]] = []
     told: dict[Path, tuple[tuple[str, ...], bool]] = {}
-    for fold in request.folds:
+    mask_labels: set[int] | None = set()
+    for fold in dict.fromkeys(request.folds):
         path = request.model / f"fold_{fold}" / request.checkpoint_name
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint; {remedy}, or choose trained folds with -f")
         saved = checkpoint.load(path)
-        _check_checkpoint(saved, path, settings)
+        _check_checkpoint(saved, path, settings, configuration)
         told[path] = (tuple(saved["classes"]), bool(saved["by_mask_label"]))
+        mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
         network = build_classifier(settings, len(nnunet.channel_names(dataset_json)), len(saved["classes"]))
         network.load_state_dict(saved["network_weights"])
         members[fold] = network.eval().to(device)
         entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
         provenance.append(entry | {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved})
     if len(set(told.values())) > 1:
-        raise UserError("; ".join(f"{path} knows {', '.join(names)}" for path, (names, _) in told.items()) + "; train them alike")
+        found = (f"{path} knows {', '.join(names)}{' by mask label' if by else ''}" for path, (names, by) in told.items())
+        raise UserError("; ".join(found) + "; train them alike")
     classes, by_mask_label = next(iter(told.values()))
-    manager = PlansManager(plans)
-    configuration = manager.get_configuration(request.configuration)
-    return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, members, provenance, device)
+    labels = None if mask_labels is None else frozenset(mask_labels)
+    return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, labels, members, provenance, device)
 
 
-def prepare(case: str, files: Sequence[Path], mask_file: Path, ensemble: Ensemble, left_out: dict[str, str]) -> Iterator[Patch]:
+def made_ahead(make: Callable[[Given], Made], given: Iterable[Given], num_ahead: int) -> Generator[Made]:
+    """`make` of each, in order; while one is used, threads make the next `num_ahead`.
+
+    What `make` raises comes at its turn. Close the iterator to stop early: it waits for what is being made and begins no more.
+    """
+    pool = ThreadPoolExecutor(num_ahead)
+    waiting: deque[Future[Made]] = deque()
+    try:
+        for one in given:
+            waiting.append(pool.submit(make, one))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(case: CaseFiles, ensemble: Ensemble) -> tuple[list[Patch], dict[str, str]]:
     """Preprocess a case as nnU-Net does and cut the patch of each of its samples.
 
-    Samples that cannot be cut enter `left_out`, with the reason.
+    Returns:
+        The patches, and why other samples (or the case) cannot be cut, by name.
     """
-    reason, labels = _look_at_mask(mask_file, files[0])
+    reason, labels = _look_at_mask(case)
     if reason:
-        left_out[case] = reason
-        return
+        return [], {case.name: reason}
     volume, segmentation, properties = DefaultPreprocessor(verbose=False).run_case(
-        [str(file) for file in files], str(mask_file), ensemble.plans, ensemble.configuration, ensemble.dataset_json
+        [str(file) for file in case.images], str(case.mask), ensemble.plans, ensemble.configuration, ensemble.dataset_json
     )
     settings = ensemble.settings.csm.classification
+    patches: list[Patch] = []
+    left_out: dict[str, str] = {}
     for label in labels if ensemble.by_mask_label else (None,):
-        sample = Sample(case, 0, label, case)
+        sample = Sample(case.name, 0, label, case.name)
+        if label is not None and ensemble.mask_labels is not None and label not in ensemble.mask_labels:
+            known = ", ".join(map(str, sorted(ensemble.mask_labels)))
+            left_out[sample.name] = f"{case.mask}: training had no sample of label {label}, only of {known}"
+            continue
         mask = sample_mask(sample, segmentation[0])
         if not mask.any():
-            left_out[sample.name] = f"{mask_file}: nothing of the mask is left at the spacing of the plans, or where images are"
+            left_out[sample.name] = f"{case.mask}: nothing of the mask is left at the spacing of the plans, or where images are"
             continue
         voxels, placement = cut_around(volume, mask, settings.patch_size, settings.margin)
         if not voxels[list(ensemble.settings.architecture.channels)].any():
             left_out[sample.name] = f"none of {', '.join(ensemble.series)}, which the classifier looks at, is present"
             continue
-        yield Patch(sample, voxels[None], Frame.of(placement, volume.shape[1:], properties, ensemble.plans))
+        patches.append(Patch(sample, voxels[None], Frame.of(placement, volume.shape[1:], properties, ensemble.plans)))
+    return patches, left_out
 
 
 def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision, Float[Tensor, "s gz gy gx"]]:
@@ -256,6 +306,9 @@ def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision,
     voxels = patch.voxels.to(ensemble.device)
     mirror = ensemble.settings.csm.finetuning.mirroring
     by_fold = {fold: probabilities(one, voxels, mirror)[0].cpu().numpy() for fold, one in ensemble.members.items()}
+    broken = [fold for fold, one in by_fold.items() if not np.isfinite(one).all()]
+    if broken:
+        raise UserError(f"{patch.sample.name}: the classifier of fold {broken[0]} gives NaN; its training diverged, train again")
     channels = list(ensemble.settings.architecture.channels)
     present = series_present(voxels[:, channels])[0].tolist()
     shown = tuple(name for name, is_there in zip(ensemble.series, present, strict=True) if is_there)
@@ -336,21 +389,20 @@ def write_maps(
     decision: Decision,
     maps: Float[Tensor, "s gz gy gx"],
     frame: Frame,
-    files: Sequence[Path],
-    mask_file: Path,
+    case: CaseFiles,
     ensemble: Ensemble,
 ) -> None:
     """`NAME_SERIES.nii.gz` on the grid of the images for every series that is present, and `NAME.png`."""
     architecture = ensemble.settings.architecture
     name_of_sample = decision.sample.name
-    images = [read_volume(Volume(files[channel])) for channel in architecture.channels]
+    images = [read_volume(Volume(case.images[channel])) for channel in architecture.channels]
     grid = Grid.of(images[0])
     on_grid = [frame.on_grid(one, architecture.token_size, grid) for one in maps.numpy()]
     for name, image in zip(ensemble.series, on_grid, strict=True):
         if name in decision.series_present:
             write_image(image, folder / f"{name_of_sample}_{name}{MAP_ENDING}")
     upright = [_upright(image) for image in images]
-    segmentation = sitk.GetArrayFromImage(_upright(read_volume(Volume(mask_file))))
+    segmentation = sitk.GetArrayFromImage(_upright(read_volume(Volume(case.mask))))
     x, y, z = upright[0].GetSpacing()
     verdict = f"{ensemble.classes[decision.class_index]}, probability {decision.probabilities.max():.2f}"
     save_activation(
@@ -385,11 +437,25 @@ def _check_output(request: ClassifyRequest) -> None:
     for path in (request.output, request.record):
         if path.exists() and not request.overwrite:
             raise UserError(f"{path} exists and is kept; give --overwrite to replace it, or another name")
+    if request.map_folder.is_dir() and any(request.map_folder.iterdir()) and not request.maps:
+        raise UserError(f"{request.map_folder} has maps of other predictions; give --maps --overwrite, or move it away")
+    folder = next(folder for folder in request.output.absolute().parents if folder.exists())
+    if request.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        wrong = request.output if request.output.is_dir() else folder
+        raise UserError(f"{request.output} cannot be written because of {wrong}; give -o a file in a folder you may write to")
     if not request.masks.is_dir():
         raise UserError(f"the folder of masks {request.masks} does not exist; give -m a folder with a mask for every case")
 
 
-def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configuration) -> None:
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device found; classify on the CPU with -device cpu, or check the driver with nvidia-smi")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no Apple GPU (mps) found; classify on the CPU with -device cpu")
+    return torch.device(name)
+
+
+def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configuration, configuration: ConfigurationManager) -> None:
     if "classes" not in saved:
         raise UserError(
             f"{path}: a network of {saved['trainer_name']}, which gives no class probabilities; "
@@ -397,29 +463,38 @@ def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configurat
         )
     init_args = saved["init_args"]
     found = read_configuration(init_args["plans"], init_args["configuration"], str(path))
+    preprocessing = PlansManager(init_args["plans"]).get_configuration(init_args["configuration"])
     pairs = {
         "network": (found.architecture, settings.architecture),
-        "classification.patch_size": (found.csm.classification.patch_size, settings.csm.classification.patch_size),
-        "classification.pooling": (found.csm.classification.pooling, settings.csm.classification.pooling),
+        "spacing": (list(preprocessing.spacing), list(configuration.spacing)),
+        "normalization_schemes": (preprocessing.normalization_schemes, configuration.normalization_schemes),
+        **{
+            f"classification.{name}": (getattr(found.csm.classification, name), getattr(settings.csm.classification, name))
+            for name in ("patch_size", "margin", "pooling")
+        },
     }
     for what, (one, other) in pairs.items():
         if one != other:
             raise UserError(f"{path}: {what} is {one}, plans.json of the model says {other}; train again, or restore the plans")
 
 
-def _look_at_mask(mask_file: Path, image_file: Path) -> tuple[str, list[int]]:
+def _look_at_mask(case: CaseFiles) -> tuple[str, list[int]]:
     """Why a mask cannot be used (empty when it can), and the labels in it."""
-    if not mask_file.is_file():
-        return f"{mask_file}: no such mask", []
+    if not case.mask.is_file():
+        return f"{case.mask}: no such mask", []
     try:
-        mask = read_volume(Volume(mask_file))
+        mask = read_volume(Volume(case.mask))
     except CaseError as error:
         return str(error), []
-    grid, expected = Grid.of(mask), Grid.of(read_volume(Volume(image_file)))
+    grid, expected = Grid.of(mask), Grid.of(read_volume(Volume(case.images[0])))
     if not grid.same_as(expected):
-        return f"{mask_file} is on a grid of {grid}, the images on one of {expected}; resample it to theirs", []
-    labels = [int(value) for value in np.unique(sitk.GetArrayViewFromImage(mask)) if value > 0]
-    return ("", labels) if labels else (f"{mask_file}: the mask is empty", [])
+        return f"{case.mask} is on a grid of {grid}, the images on one of {expected}; resample it to theirs", []
+    values = np.unique(sitk.GetArrayViewFromImage(mask))
+    wrong = [value for value in values if value != np.round(value) or value > LARGEST_LABEL]
+    if wrong:
+        return f"{case.mask}: the mask has the value {wrong[0]:g}, expected whole numbers up to {LARGEST_LABEL}, a label each", []
+    labels = [int(value) for value in values if value > 0]
+    return ("", labels) if labels else (f"{case.mask}: the mask is empty", [])
 
 
 def _first(left_out: Mapping[str, str]) -> str:
@@ -430,12 +505,20 @@ def _first(left_out: Mapping[str, str]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
-def _cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Case to its files in the order of the channels; all of them are there."""
+def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseFiles]:
+    """All cases of a folder in which none lacks a channel."""
     ending, num_channels = dataset_json["file_ending"], len(nnunet.channel_names(dataset_json))
     first = f"_0000{ending}"
-    cases = sorted(f.name.removesuffix(first) for f in folder.glob(f"*{first}") if not f.name.startswith("."))
-    return {case: [folder / f"{case}_{channel:04d}{ending}" for channel in range(num_channels)] for case in cases}
+    names = sorted(f.name.removesuffix(first) for f in images.glob(f"*{first}") if not f.name.startswith("."))
+    channels = [f"_{channel:04d}{ending}" for channel in range(num_channels)]
+    return [CaseFiles(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
+
+
+def _masks_without_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
+    """A line that says so: images may have another ending, or lie elsewhere."""
+    files = {f.name for f in folder.iterdir() if f.name.endswith(READABLE_ENDINGS) and not f.name.startswith(".")}
+    others = sorted(files - {case.mask.name for case in cases})
+    return [f"{len(others)} files in {folder} are masks of no image, such as {others[0]}"] if others else []
 
 
 def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
@@ -468,6 +551,7 @@ def _record(
         "plans_sha256": sha256(request.model / "plans.json"),
         "configuration": request.configuration,
         "device": request.device,
+        "mask_labels": sorted(ensemble.mask_labels) if ensemble.by_mask_label and ensemble.mask_labels is not None else None,
         "mirroring": settings.csm.finetuning.mirroring,
         "patch_size": settings.csm.classification.patch_size,
         "series": ensemble.series,

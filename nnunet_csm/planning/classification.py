@@ -1,6 +1,6 @@
 """What classification needs before training: the class table where the trainer looks for it, folds by class, sizes of masks."""
 
-import shutil
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +20,15 @@ from nnunet_csm.data.diagnoses import (
     repeated_splits,
     split_problems,
     stratified_folds,
+    write_class_table,
 )
+from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
+from nnunet_csm.fingerprint.record import FILE_NAME as FINGERPRINT
+from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
 from nnunet_csm.raw.check import load_dataset_json
+from nnunet_csm.raw.subjects import CaseError, Volume
+from nnunet_csm.raw.volumes import read_volume
 
 SPLITS = "splits_final.json"
 Extent = tuple[float, float, float]
@@ -33,18 +39,17 @@ SHARE_WITHIN_PATCH = 75
 def take_class_table(name: str, dataset_json: Mapping[str, Any]) -> ClassTable | None:
     """Copy the class table from the raw dataset to the preprocessed one and read it; None when there is none.
 
+    Test cases, which have no preprocessed images to train on, are left out of the copy.
     Writes folds by patient and class where the dataset has no folds yet: they then serve all trainers.
     """
     raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
     if (raw / FILE_NAME).is_file():
-        table = read_class_table(raw / FILE_NAME, dataset_json.get("classes"))
-        temporary = folder / f".{FILE_NAME}.tmp"
-        shutil.copyfile(raw / FILE_NAME, temporary)
-        temporary.replace(folder / FILE_NAME)
-    elif (folder / FILE_NAME).is_file():
-        table = read_class_table(folder / FILE_NAME, dataset_json.get("classes"))
-    else:
+        everything = read_class_table(raw / FILE_NAME, dataset_json.get("classes"))
+        test = set(test_cases(name)) - set(training_cases(name)) if (raw / "dataset.json").is_file() else set()
+        write_class_table(everything.only({sample.case for sample in everything.samples} - test), folder / FILE_NAME)
+    if not (folder / FILE_NAME).is_file():
         return None
+    table = read_class_table(folder / FILE_NAME, dataset_json.get("classes"))
     if not (raw / "dataset.json").is_file():
         return table
     table = table.only(training_cases(name))
@@ -91,7 +96,15 @@ def write_splits(name: str, splits: Sequence[Mapping[str, list[str]]], overwrite
 
 
 def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: bool) -> None:
-    """`nnunet_csm split`: five folds, or repeats of 8:1:1, by patient and stratified by class."""
+    """`nnunet_csm split`: five folds, or repeats of 8:1:1, by patient and stratified by class.
+
+    Raises:
+        UserError: no class table, too few patients, other splits without `overwrite`, a number that is none of repeats or a seed.
+    """
+    if num_repeats is not None and num_repeats < 1:
+        raise UserError(f"-repeats {num_repeats} leaves nothing to train on; give 1 or more, or leave it out for five folds")
+    if seed < 0:
+        raise UserError(f"-seed {seed} is below 0; give 0 or more")
     name = nnunet.dataset_name(dataset)
     raw = nnunet.folder("nnUNet_raw") / name
     dataset_json = load_dataset_json(raw)
@@ -106,10 +119,10 @@ def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: b
 
 
 def check_classification(dataset: str, strict: bool) -> None:
-    """`nnunet_csm classification_check`: counts by class and fold, and what is wrong.
+    """`nnunet_csm classification_check`: counts by class, series and fold, and what is wrong.
 
     Raises:
-        UserError: no class table, or with `strict` anything wrong.
+        UserError: no class table, or with `strict` anything wrong or a case without a class.
     """
     name = nnunet.dataset_name(dataset)
     raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
@@ -126,6 +139,8 @@ def check_classification(dataset: str, strict: bool) -> None:
         if sample.case not in known | test
     ]
     table = everything.only(known)
+    both = {sample.patient for sample in table.samples} & {sample.patient for sample in everything.of(test - known)}
+    wrong += [f"patient {patient} has training cases and test cases" for patient in sorted(both)]
     counts = Counter(table.classes[sample.class_index] for sample in table.samples)
     patients = len({sample.patient for sample in table.samples})
     listed = ", ".join(f"{counts[one]} {one}" for one in table.classes)
@@ -134,7 +149,12 @@ def check_classification(dataset: str, strict: bool) -> None:
     if without:
         print(f"{len(without)} cases without a class, left out: {', '.join(without[:10])}{' ...' if len(without) > 10 else ''}")
     extents = mask_extents(raw, dataset_json, table)
-    wrong += [f"{sample.name} has an empty mask" for sample, extent in extents.items() if extent is None]
+    wrong += [f"{sample.name}: {extent}" for sample, extent in extents.items() if isinstance(extent, str)]
+    if (folder / FINGERPRINT).is_file():
+        for line in series_lines(table, read_fingerprint(folder / FINGERPRINT)):
+            print(line)
+    else:
+        print(f"no {folder / FINGERPRINT} yet, which tells the series of each case: `nnunet_csm plan` writes it")
     splits_file = folder / SPLITS
     if splits_file.is_file():
         splits = nnunet.read_splits(splits_file)
@@ -145,9 +165,22 @@ def check_classification(dataset: str, strict: bool) -> None:
         print(f"no {splits_file} yet: `nnunet_csm plan` or `nnunet_csm split` writes it, by patient and class")
     for line in wrong:
         print(f"WRONG  {line}")
+    if strict:
+        wrong += [f"{case} has no class" for case in without]
     if wrong and strict:
         raise UserError(f"{path}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     print("nothing wrong" if not wrong else f"{len(wrong)} to look at")
+
+
+def series_lines(table: ClassTable, fingerprint: Fingerprint) -> list[str]:
+    """How many samples of each class have each series."""
+    lines = []
+    total = Counter(sample.class_index for sample in table.samples)
+    for name in fingerprint.series:
+        cases = {case for case, record in fingerprint.cases.items() if record.series[name].absent is None}
+        have = Counter(sample.class_index for sample in table.of(cases))
+        lines.append(f"{name}: " + ", ".join(f"{have[i]} of {total[i]} {one}" for i, one in enumerate(table.classes)))
+    return lines
 
 
 def fold_lines(table: ClassTable, splits: Sequence[Mapping[str, Sequence[str]]]) -> list[str]:
@@ -162,35 +195,39 @@ def fold_lines(table: ClassTable, splits: Sequence[Mapping[str, Sequence[str]]])
     return lines
 
 
-def extent_to_hold(extents: Iterable[Extent | None], base_plans: Mapping[str, Any]) -> Extent | None:
-    """What three quarters of the masks do not exceed, mm along (z, y, x) of the plans; None when all are empty."""
-    found = [extent for extent in extents if extent is not None]
+def extent_to_hold(extents: Iterable[Extent | str], base_plans: Mapping[str, Any]) -> Extent | None:
+    """What three quarters of the masks do not exceed, mm along (z, y, x) of the plans; None when none was measured."""
+    found = [extent for extent in extents if not isinstance(extent, str)]
     if not found:
         return None
     z, y, x = np.percentile(np.array(found)[:, base_plans["transpose_forward"]], SHARE_WITHIN_PATCH, axis=0)
     return float(z), float(y), float(x)
 
 
-def mask_extents(raw: Path, dataset_json: Mapping[str, Any], table: ClassTable) -> dict[Sample, Extent | None]:
-    """Sample to the lengths of its mask's box in mm along (z, y, x) of the file; None for an empty mask."""
+def mask_extents(raw: Path, dataset_json: Mapping[str, Any], table: ClassTable) -> dict[Sample, Extent | str]:
+    """Sample to the lengths of its mask's box in mm along (z, y, x) of the file, or to why it has none."""
     ending, listed = dataset_json["file_ending"], dataset_json.get("dataset", {})
-    extents: dict[Sample, Extent | None] = {}
+    extents: dict[Sample, Extent | str] = {}
     cases = {sample.case: table.of([sample.case]) for sample in table.samples}
     for case, samples in tqdm(cases.items(), "measuring masks", unit="case", disable=None, leave=False):
-        path = raw / listed[case]["label"] if case in listed else raw / "labelsTr" / f"{case}{ending}"
+        path = raw / os.path.expandvars(listed[case]["label"]) if case in listed else raw / "labelsTr" / f"{case}{ending}"
         if not path.is_file():
             continue
-        image = sitk.ReadImage(str(path))
+        try:
+            image = read_volume(Volume(path))
+        except CaseError as error:
+            extents |= dict.fromkeys(samples, str(error))
+            continue
         mask, spacing = sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
         for sample in samples:
-            extents[sample] = extent(mask > 0 if sample.mask_label is None else mask == sample.mask_label, spacing)
+            extents[sample] = extent(sample_mask(sample, mask), spacing)
     return extents
 
 
-def extent(mask: Bool[np.ndarray, "z y x"], spacing: Sequence[float]) -> Extent | None:
-    """Lengths of the box around a mask, in mm."""
+def extent(mask: Bool[np.ndarray, "z y x"], spacing: Sequence[float]) -> Extent | str:
+    """Lengths of the box around a mask, in mm, or that it is empty."""
     if not mask.any():
-        return None
+        return "its mask is empty"
     places = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
     z, y, x = (float((place[-1] - place[0] + 1) * step) for place, step in zip(places, spacing, strict=True))
     return z, y, x
