@@ -12,35 +12,23 @@ column and is not judged). Passes when every ratio of predicted to measured lies
 
 import argparse
 import dataclasses
-import functools
-import math
 import multiprocessing
 import os
 import platform
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor
+from steps import MASKING, NUM_CLASSES, architecture_of, bare_finetuner, bare_pretrainer, labelled_batch, masked_batch
 
-from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.planning import memory
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Size, to_dict
-from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.masking import Mask, draw_mask
-from nnunet_csm.training.optimization import build_optimizer
-from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
+from nnunet_csm.plans import Architecture, Reconstruction, Size
 
 LOWEST, HIGHEST = 1.00, 1.15
 NUM_STEPS = 3
-NUM_CLASSES = 4
-MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
-SCHEDULE = Schedule(1, NUM_STEPS, 0, 1, 1e-4, 0.0, 0.05, (0.9, 0.95), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +40,6 @@ class Case:
     reconstruction: Reconstruction | None
     patch_size: Size
     batch_size: int
-
-
-def architecture_of(num_series: int, token_size: Size, **network: Any) -> Architecture:
-    series = tuple(f"series{i}" for i in range(num_series))
-    return Architecture(series=series, channels=tuple(range(num_series)), token_size=token_size, **network)
 
 
 def case(stage: str, preset: str, num_series: int, patch_size: Size, batch_size: int, token_size: Size = (16, 16, 16)) -> Case:
@@ -118,42 +101,13 @@ def predicted(of: Case, backend: memory.Backend) -> memory.Memory:
 
 
 def make_step(of: Case, device: torch.device, compiled: bool) -> tuple[Callable[[], Any], torch.optim.Optimizer]:
-    """A training step as the trainers take it, and its optimiser: their step functions, on a stand-in that has what they read."""
-    a, s = of.architecture, len(of.architecture.series)
-    network: Any = CSMSegmenter(s, NUM_CLASSES, **to_dict(a)) if of.reconstruction is None else CSM(a, of.reconstruction)
-    network = network.to(device)
-    trainer: Any = SimpleNamespace(
-        device=device,
-        network=torch.compile(network) if compiled else network,
-        optimizer=build_optimizer(network, network.encoder, SCHEDULE),
-        grad_scaler=torch.GradScaler("cuda") if device.type == "cuda" and of.reconstruction is None else None,
-        progress=SimpleNamespace(step=lambda loss: None),
-        before_step=lambda: None,
-        label_manager=SimpleNamespace(has_regions=False, ignore_label=None),
-        configuration_manager=SimpleNamespace(batch_dice=False),
-        is_ddp=False,
-        enable_deep_supervision=False,
-        _do_i_compile=lambda: compiled,
-    )
+    """A training step as the trainers take it, and its optimiser."""
+    sizes = of.patch_size, of.batch_size
     if of.reconstruction is None:
-        trainer.loss = nnUNetTrainer._build_loss(trainer)
-        return lambda: nnUNetTrainer.train_step(trainer, labelled_batch(of)), trainer.optimizer
-    trainer.rebuild = functools.partial(nnUNetTrainerCSMPretrain.rebuild, trainer)
-    return lambda: nnUNetTrainerCSMPretrain.train_step(trainer, masked_batch(of)), trainer.optimizer
-
-
-def labelled_batch(of: Case) -> dict[str, Tensor]:
-    target = torch.randint(0, NUM_CLASSES, (of.batch_size, 1, *of.patch_size), dtype=torch.int16)
-    return {"data": torch.randn(of.batch_size, len(of.architecture.series), *of.patch_size), "target": target}
-
-
-def masked_batch(of: Case) -> tuple[Tensor, Mask]:
-    """With as many visible tokens as there ever are."""
-    s = len(of.architecture.series)
-    num_tokens = math.prod(p // t for p, t in zip(of.patch_size, of.architecture.token_size, strict=True))
-    present = torch.ones(of.batch_size, s, dtype=torch.bool)
-    mask = draw_mask(torch.Generator(), present, memory.max_shown_series(s, MASKING), num_tokens, MASKING)
-    return torch.randn(of.batch_size, s, *of.patch_size), mask
+        trainer = bare_finetuner(of.architecture, device, compiled)
+        return lambda: trainer.learn(labelled_batch(len(of.architecture.series), *sizes)), trainer.optimizer
+    trainer = bare_pretrainer(of.architecture, of.reconstruction, device, compiled, graphs=False)
+    return lambda: trainer.learn(masked_batch(of.architecture, *sizes)), trainer.optimizer
 
 
 def measure_cuda(of: Case, compiled: bool) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from factories import GRID_SIZE, PATCH_SIZE, SERIES, TOKEN_SIZE
 from factories import settings as read_settings
 from torch import nn
 
+from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.encoder import Encoder, sine_cosine
 from nnunet_csm.model.tokens import all_tokens, coordinates, select, to_tokens, to_volume
 from nnunet_csm.plans import Masking
@@ -34,7 +35,7 @@ def random_volume(present, seed=1):
 
 
 def draw(present=PRESENT, num_shown=1, masking=MASKING, seed=2):
-    return draw_mask(torch.Generator().manual_seed(seed), present, num_shown, NUM_TOKENS, masking)
+    return draw_mask(Draws(seed, torch.arange(len(present))), present, num_shown, NUM_TOKENS, masking)
 
 
 def change(volume, where):

@@ -5,13 +5,15 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from factories import settings as read_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_csm.data.draws import Purpose
+from nnunet_csm.data.crops import Occupancy
+from nnunet_csm.data.draws import Draws, Purpose
 from nnunet_csm.plans import Masking
 from nnunet_csm.pretext.masking import draw_mask, num_visible, shown_series_weights
 from nnunet_csm.training.pretraining import MaskedBatches
@@ -19,8 +21,8 @@ from nnunet_csm.training.pretraining import MaskedBatches
 PAPER = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def keyed(num_samples, seed=0):
+    return Draws(seed, torch.arange(num_samples))
 
 
 def present(*rows):
@@ -48,7 +50,7 @@ def draws(draw):
 @given(draws())
 def test_visible_rebuilt_and_unused_tokens_partition_a_patch_in_exact_numbers(case):
     series_present, num_shown, num_tokens, masking, seed = case
-    mask = draw_mask(generator(seed), series_present, num_shown, num_tokens, masking)
+    mask = draw_mask(keyed(len(series_present), seed), series_present, num_shown, num_tokens, masking)
     b, s = series_present.shape
     shown = ~mask.series_hidden
     count = num_visible(num_tokens, masking)
@@ -78,8 +80,8 @@ def test_visible_tokens_of_a_series_are_the_share_that_is_not_masked_and_at_leas
 
 def test_shared_places_are_one_and_independent_places_are_many():
     series_present = torch.ones(4, 3, dtype=torch.bool)
-    shared = draw_mask(generator(), series_present, 3, 216, Masking(0.875, "shared", "none")).hidden
-    independent = draw_mask(generator(), series_present, 3, 216, Masking(0.875, "independent", "none")).hidden
+    shared = draw_mask(keyed(len(series_present)), series_present, 3, 216, Masking(0.875, "shared", "none")).hidden
+    independent = draw_mask(keyed(len(series_present)), series_present, 3, 216, Masking(0.875, "independent", "none")).hidden
     assert shared.equal(shared[:, :1].expand_as(shared))
     assert not any(shared[i, 0].equal(shared[j, 0]) for i, j in itertools.combinations(range(4), 2))
     rows = independent.flatten(0, 1)
@@ -90,7 +92,7 @@ def test_one_present_series_is_never_hidden_whole():
     series_present = present([True, False, False], [False, False, True])
     weights = shown_series_weights(series_present, PAPER)
     assert weights.tolist() == [[1.0, 0.0, 0.0]] * 2
-    mask = draw_mask(generator(), series_present, 1, 30, PAPER)
+    mask = draw_mask(keyed(len(series_present)), series_present, 1, 30, PAPER)
     assert (~mask.series_hidden).equal(series_present)
     assert (mask.rebuilt.sum(2) == series_present * 26).all()
 
@@ -112,29 +114,32 @@ def test_no_series_is_hidden_when_none_is_to_be():
 def test_every_series_and_every_place_is_as_likely_to_be_visible():
     num_draws, s, num_tokens, count = 3000, 4, 6, 2
     masking = Masking(1 - count / num_tokens, "independent", "rebuilt")
-    visible = ~draw_mask(generator(), torch.ones(num_draws, s, dtype=torch.bool), 3, num_tokens, masking).hidden
+    visible = ~draw_mask(keyed(num_draws), torch.ones(num_draws, s, dtype=torch.bool), 3, num_tokens, masking).hidden
     expected = 3 / 4 * count / num_tokens
     tolerance = 5 * math.sqrt(expected * (1 - expected) / num_draws)
     assert (visible.float().mean(0) - expected).abs().max() < tolerance
 
 
-def test_the_same_generator_draws_the_same_mask_and_another_another():
+def test_the_same_key_draws_the_same_mask_and_another_another():
     series_present = torch.ones(2, 3, dtype=torch.bool)
-    first, again, other = (draw_mask(generator(seed), series_present, 2, 30, PAPER) for seed in (3, 3, 4))
+    first, again, other = (draw_mask(keyed(len(series_present), seed), series_present, 2, 30, PAPER) for seed in (3, 3, 4))
     assert all(getattr(first, f).equal(getattr(again, f)) for f in ("hidden", "rebuilt", "visible"))
     assert not first.hidden.equal(other.hidden)
 
 
 def masked_batches(series_present, batch_size):
     """Batches of cases that exist only as far as their series are known; a "patch" is the case's number."""
-    cases: Any = SimpleNamespace(
+    bank: Any = SimpleNamespace(
+        device=torch.device("cpu"),
         series_present=series_present,
         shapes=torch.full((len(series_present), 3), 12),
+        occupancy=Occupancy.of([np.ones((2, 2, 2), bool)] * len(series_present)),
+        reach=lambda step: None,
         cut=lambda chosen, crops, patch_size: chosen,
     )
     s = series_present.shape[1]
     chosen = read_settings(series=[f"series {n}" for n in range(s)], pretraining={"batch_size": batch_size})
-    return MaskedBatches(cases, chosen, Purpose.TRAINING, rank=0)
+    return MaskedBatches(bank, chosen, Purpose.TRAINING, range(batch_size))
 
 
 def test_over_cases_with_other_series_missing_every_case_and_every_k_keep_their_probabilities():

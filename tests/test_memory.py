@@ -16,6 +16,7 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
+from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.planning.memory import (
     GIB,
@@ -87,7 +88,7 @@ def pretraining_step(a: Architecture, patch_size: Size, batch_size: int, backend
     present = torch.ones(batch_size, num_series, dtype=torch.bool)
 
     def loss() -> torch.Tensor:
-        mask = draw_mask(torch.Generator(), present, max_shown_series(num_series, MASKING), num_tokens, MASKING)
+        mask = draw_mask(Draws(0, torch.arange(batch_size)), present, max_shown_series(num_series, MASKING), num_tokens, MASKING)
         return network(torch.randn(batch_size, num_series, *patch_size), mask).loss
 
     return measured(network, loss, backend)

@@ -91,8 +91,8 @@ def test_pretraining_sees_training_cases_of_its_fold_only_and_no_label(
     trainer.preprocessed_dataset_folder = str(preprocessed / planned_dataset.name / "nnUNetPlans_3d_fullres")
     trainer.run_training()
     training, validation = trainer.do_split()
-    assert trainer.train_batches.cases.names == [f"{planned_dataset.name}/{case}" for case in sorted(training)]
-    assert trainer.val_batches.cases.names == [f"{planned_dataset.name}/{case}" for case in sorted(validation)]
+    assert trainer.train_batches.bank.names == [f"{planned_dataset.name}/{case}" for case in sorted(training)]
+    assert trainer.val_batches.bank.names == [f"{planned_dataset.name}/{case}" for case in sorted(validation)]
     assert not set(training) & set(validation)
 
 
@@ -100,7 +100,7 @@ def test_fold_all_pretrains_on_every_case(make_trainer: Callable[..., Any]) -> N
     trainer = make_trainer(True, fold="all")
     trainer.initialize()
     trainer.get_dataloaders()
-    assert len(trainer.train_batches.cases) == 6
+    assert len(trainer.train_batches.bank) == 6
 
 
 def test_finetuning_starts_from_the_encoder_of_its_fold(make_trainer: Callable[..., Any]) -> None:

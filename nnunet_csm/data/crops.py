@@ -1,14 +1,25 @@
-"""Where a patch is cut and how it is flipped: drawn first, then applied."""
+"""Where a patch is cut and how it is flipped: drawn first, then applied, on the CPU by slices or on a GPU by one gather."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import blosc2
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float16, Int
 from torch import Tensor
 
+from nnunet_csm.data.draws import Draws, What
+
 Size = tuple[int, int, int]
+
+# positions drawn for a sample, of which the first that is not background is taken
+NUM_CANDIDATES = 4
+# of a thousand blocks within a patch, how many must vary for it not to be background
+MIN_OCCUPIED = 50
+# edge of a block in voxels
+BLOCK = 8
+# of the standard deviation of a series: a block whose values span no more is background
+MIN_SPAN = 0.1
 
 
 @dataclass(frozen=True)
@@ -19,31 +30,135 @@ class Crops:
     """First voxel along (z, y, x); negative where the volume is smaller than the patch."""
     flip: Bool[Tensor, "b 3"]
 
+    def to(self, device: torch.device) -> "Crops":
+        return Crops(self.start.to(device, non_blocking=True), self.flip.to(device, non_blocking=True))
 
-def draw_crops(generator: torch.Generator, shapes: Int[Tensor, "b 3"], patch_size: Size) -> Crops:
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Where in some volumes there is something: how many blocks vary in any series, counted from the first corner.
+
+    Background is what does not vary. It is no certain value: z-scoring makes another constant of a zero.
+    """
+
+    counts: Int[Tensor, " n"]
+    """One integral image after the other, each one longer along every axis than the volume has blocks."""
+    offset: Int[Tensor, " c"]
+    """Where the integral image of a case begins."""
+    num_blocks: Int[Tensor, "c 3"]
+
+    @staticmethod
+    def of(occupied: Iterable[np.ndarray]) -> "Occupancy":
+        """Of the maps (z, y, x) of some volumes, see `occupied_blocks`."""
+        counts, num_blocks = [], []
+        for blocks in occupied:
+            counts.append(np.pad(blocks, [(1, 0)] * 3).astype(np.int32).cumsum(0).cumsum(1).cumsum(2, dtype=np.int32).ravel())
+            num_blocks.append(blocks.shape)
+        ends = np.cumsum([len(c) for c in counts])
+        return Occupancy(
+            torch.from_numpy(np.concatenate(counts)).int(), torch.from_numpy(np.append(0, ends[:-1])), torch.tensor(num_blocks)
+        )
+
+    def __getitem__(self, cases: Int[Tensor, " b"]) -> "Occupancy":
+        """Of the volumes from which the samples of a batch are cut."""
+        return Occupancy(self.counts, self.offset[cases], self.num_blocks[cases])
+
+    def to(self, device: torch.device) -> "Occupancy":
+        return Occupancy(self.counts.to(device), self.offset.to(device), self.num_blocks.to(device))
+
+    def share(self, start: Int[Tensor, "b m 3"], patch_size: Size) -> Int[Tensor, "b m"]:
+        """How many of a thousand blocks vary, of those that a patch of sample b touches when it begins at `start`."""
+        low = start.clamp(min=0) // BLOCK
+        end = torch.stack([start[..., axis] + size for axis, size in enumerate(patch_size)], -1)
+        high = ((end + BLOCK - 1) // BLOCK).minimum(self.num_blocks[:, None])
+        _, num_y, num_x = (self.num_blocks[:, None] + 1).unbind(-1)
+        found = torch.zeros_like(low[..., 0])
+        for corner in range(8):
+            z, y, x = ((high if corner >> axis & 1 else low)[..., axis] for axis in range(3))
+            sign = (-1) ** (3 - corner.bit_count())
+            found += sign * self.counts[self.offset[:, None] + (z * num_y + y) * num_x + x]
+        return 1000 * found // (high - low).prod(-1)
+
+
+def occupied_blocks(volumes: Sequence[np.ndarray]) -> Bool[np.ndarray, "z y x"]:
+    """Blocks of a case's series (each (z, y, x), float32) in which any of them varies."""
+    return np.any([_span(volume) > MIN_SPAN * volume.std() for volume in volumes], axis=0)
+
+
+def _span(volume: np.ndarray) -> np.ndarray:
+    """Largest less smallest value of every block."""
+    largest = smallest = volume
+    for axis in range(3):
+        bounds = range(BLOCK, volume.shape[axis], BLOCK)
+        largest = np.stack([part.max(axis) for part in np.split(largest, bounds, axis)], axis)
+        smallest = np.stack([part.min(axis) for part in np.split(smallest, bounds, axis)], axis)
+    return largest - smallest
+
+
+def draw_crops(draws: Draws, shapes: Int[Tensor, "b 3"], patch_size: Size, occupancy: Occupancy | None = None) -> Crops:
     """Draw positions uniformly and a flip of each axis with probability one half (paper IV-A).
 
-    Along an axis shorter than the patch, the volume lies anywhere within the patch.
+    Along an axis shorter than the patch, the volume lies anywhere within the patch. With `occupancy` (that of each sample's
+    volume), a patch of background is drawn again, `NUM_CANDIDATES` positions in all; when all are background, the fullest is
+    taken. Where there is no background the draw is the one without. Nothing here waits for the device.
     """
-    room = shapes - torch.tensor(patch_size)
-    position = torch.rand(shapes.shape, generator=generator)
-    offset = (position * (room.abs() + 1)).long()
-    return Crops(torch.where(room >= 0, offset, -offset), torch.rand(shapes.shape, generator=generator) < 0.5)
+    num_candidates = 1 if occupancy is None else NUM_CANDIDATES
+    room = torch.stack([shapes[:, axis] - size for axis, size in enumerate(patch_size)], 1)[:, None]
+    position = draws.integers(What.POSITION, 3 * num_candidates).view(-1, num_candidates, 3)
+    # 31 bits of a number in [0, 2**63), so that the product is exact and the last place is never passed
+    offset = ((position >> 32) * (room.abs() + 1)) >> 31
+    start = torch.where(room >= 0, offset, -offset)
+    if occupancy is not None:
+        # the first among equals
+        best = occupancy.share(start, patch_size).clamp(max=MIN_OCCUPIED).argmax(1)
+        start = start.gather(1, best[:, None, None].expand(-1, 1, 3))
+    return Crops(start[:, 0], draws.uniform(What.FLIP, 3) < 0.5)
 
 
 def cut(
-    volume: Tensor | blosc2.NDArray, channels: Sequence[int], start: Sequence[int], flip: Sequence[bool], patch_size: Size
-) -> Float[Tensor, "s z y x"]:
-    """Cut one patch out of the given channels of a volume (c, z, y, x), zero outside of it, and flip it."""
-    inside, outside = [], []
-    for first, size, length in zip(start, patch_size, volume.shape[1:], strict=True):
+    volume: Float16[np.ndarray, "z y x"], start: Sequence[int], flip: Sequence[bool], patch: Float16[Tensor, "pz py px"]
+) -> None:
+    """Cut a patch out of one series, zero outside of it, and flip it: in one pass, straight into `patch`."""
+    source, target = [], []
+    for first, size, length in zip(start, patch.shape, volume.shape, strict=True):
         low, high = max(first, 0), min(first + size, length)
-        inside.append(slice(low, high))
-        outside += [low - first, first + size - high]
-    z, y, x = inside
-    # a slice of a file comes as an array, of a tensor as a view
-    patch = torch.stack([torch.as_tensor(volume[channel, z, y, x]).float() for channel in channels])
-    if any(outside):
-        patch = torch.nn.functional.pad(patch, outside[4:] + outside[2:4] + outside[:2])
-    axes = [axis + 1 for axis, turned in enumerate(flip) if turned]
-    return patch.flip(axes) if axes else patch
+        source.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+    # numpy writes backwards without a copy, which torch cannot
+    whole = patch.numpy()[tuple(slice(None, None, -1 if turned else 1) for turned in flip)]
+    inside = whole[tuple(target)]
+    if inside.size < whole.size:
+        whole[...] = 0
+    np.copyto(inside, volume[tuple(source)])
+
+
+def gather(
+    flat: Float16[Tensor, " n"],
+    offset: Int[Tensor, "b s"],
+    shapes: Int[Tensor, "b 3"],
+    series_present: Bool[Tensor, "b s"],
+    crops: Crops,
+    patch_size: Size,
+) -> Float16[Tensor, "b s z y x"]:
+    """Cut patches out of volumes that lie one after the other in one tensor, on its device and without waiting for it.
+
+    Pure index arithmetic, which a compiler fuses into one kernel. Places are 64-bit: `flat` may have more than 2**31 voxels.
+
+    Args:
+        flat: the volumes, each (z, y, x).
+        offset: where the volume of a sample's series begins; anything for an absent series.
+        shapes: of the samples' volumes.
+        series_present: absent series are zero.
+    """
+    places, inside = [], []
+    for axis, size in enumerate(patch_size):
+        steps = torch.arange(size, device=flat.device)
+        place = crops.start[:, axis, None] + torch.where(crops.flip[:, axis, None], size - 1 - steps, steps)
+        places.append(place)
+        inside.append((place >= 0) & (place < shapes[:, axis, None]))
+    _, num_y, num_x = (shapes[:, axis, None, None] for axis in range(3))
+    row = (places[0][:, :, None] * num_y + places[1][:, None, :]) * num_x
+    place = (row[..., None] + places[2][:, None, None, :])[:, None] + offset[..., None, None, None]
+    valid = (inside[0][:, :, None, None] & inside[1][:, None, :, None] & inside[2][:, None, None, :])[:, None]
+    valid = valid & series_present[..., None, None, None]
+    return torch.where(valid, flat[torch.where(valid, place, 0)], 0)

@@ -1,22 +1,35 @@
-"""Draws keyed by (seed, purpose, epoch, step, rank): a batch is a function of its key, whoever makes it and whenever.
+"""Draws keyed by (seed, purpose, epoch, step): a batch is a function of its key, whoever makes it, where, and whenever.
 
-A run that was killed and resumed, or that has another number of workers, therefore gets the batches of one that was not.
+A run that was killed and resumed, or that has another number of workers or ranks, therefore gets the batches of one that was not.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, fields, is_dataclass
 from enum import IntEnum
-from typing import Generic, TypeVar
+from functools import partial
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 Batch = TypeVar("Batch")
+Key = TypeVar("Key")
 
-# of each worker, and of all of them together
+# of each worker process, or of all threads beyond those they are at work on; and of all of them together
 BATCHES_AHEAD = 2
 BYTES_AHEAD = 8 * 2**30
+
+# of SplitMix64 (Steele, Lea and Flood 2014), as signed integers
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 class Purpose(IntEnum):
@@ -25,6 +38,48 @@ class Purpose(IntEnum):
     TRAINING = 0
     VALIDATION = 1
     NETWORK = 2
+    POOL = 3
+
+
+class What(IntEnum):
+    """What is drawn for a sample; different things are drawn independently."""
+
+    NUM_SHOWN = 0
+    CASE = 1
+    POSITION = 2
+    FLIP = 3
+    SERIES = 4
+    TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of some samples of a batch.
+
+    A number depends on the key, the sample's place in the whole batch and what is drawn, on nothing else: ranks that share a
+    batch draw their own samples only, and a GPU draws what a CPU would.
+    """
+
+    key: int | Int[Tensor, ""]
+    samples: Int[Tensor, " b"]
+    """Places in the batch of all ranks. The numbers are drawn on this tensor's device."""
+
+    def integers(self, what: What, num: int) -> Int[Tensor, "b n"]:
+        """Uniform on [0, 2**63), by SplitMix64 with a counter instead of a state."""
+        sample = _scrambled(_scrambled(self.samples * len(What) + int(what)) + self.key)
+        numbers = torch.arange(1, num + 1, device=self.samples.device)
+        return _scrambled(sample[:, None] + numbers * GOLDEN) & (2**63 - 1)
+
+    def uniform(self, what: What, num: int) -> Float[Tensor, "b n"]:
+        """Uniform on [0, 1), multiples of 2**-24, so that every float is exact."""
+        return (self.integers(what, num) >> 39).float() * 2.0**-24
+
+
+def _scrambled(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """SplitMix64's output function. Right shifts of signed integers copy the sign, so it is masked away."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * FIRST
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * SECOND
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def key(seed: int, purpose: Purpose, *numbers: int) -> int:
@@ -90,3 +145,97 @@ def batches(
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
+
+
+def ahead(
+    make: Callable[[Key], Batch], keys: Iterable[Key], num_threads: int, device: torch.device, batch_bytes: int = 0
+) -> Generator[Batch, None, None]:
+    """The batches `make(key)` in order, made ahead by threads when there are any, and on `device` when they are handed out.
+
+    For what is made outside Python's lock, by torch, numpy or a decompressor; `batches` is for the rest. Closing the iterator
+    stops the threads; an exception in one of them is raised here, in the place of its batch. Copies to a GPU run beside its
+    work, on a stream of their own.
+
+    Args:
+        make: gives a tensor, an object of tensors with `to` and `pin_memory`, or a tuple of these; anything if `device` is a CPU.
+        keys: may be endless.
+        batch_bytes: size of a batch; with it, no more threads run than keep what is made ahead below `BYTES_AHEAD`.
+    """
+    if num_threads and batch_bytes:
+        num_threads = min(num_threads, max(1, BYTES_AHEAD // batch_bytes - BATCHES_AHEAD))
+    if device.type != "cuda":
+        return _made_by_threads(make, iter(keys), num_threads, None) if num_threads else (make(key) for key in keys)
+
+    def make_pinned(key: Key) -> Batch:
+        return _pinned(make(key))
+
+    gpu = torch.cuda.current_device() if device.index is None else device.index
+    made = _made_by_threads(make_pinned, iter(keys), num_threads, gpu) if num_threads else (make(key) for key in keys)
+    return _copied(made, device)
+
+
+def _made_by_threads(
+    make: Callable[[Key], Batch], keys: Iterator[Key], num_threads: int, gpu: int | None
+) -> Generator[Batch, None, None]:
+    # memory is pinned for the GPU of the thread, which is the first one unless told
+    here = None if gpu is None else partial(torch.cuda.set_device, gpu)
+    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ahead", initializer=here)
+    submitted = (threads.submit(make, key) for key in keys)
+    try:
+        waiting = deque(islice(submitted, num_threads + BATCHES_AHEAD - 1))
+        while True:
+            waiting.extend(islice(submitted, 1))
+            if not waiting:
+                return
+            # without keeping hold of it
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _copied(made: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """The batches on a GPU, one of them on its way while the one before is used."""
+    stream = torch.cuda.Stream(device)
+    waiting: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def handed_out(batch: Batch, copied: torch.cuda.Event) -> Batch:
+        user = torch.cuda.current_stream(device)
+        user.wait_event(copied)
+        for tensor in _tensors(batch):
+            # allocated on another stream, which must not give its memory to the next batch while it is used on this one
+            tensor.record_stream(user)
+        return batch
+
+    with closing(made):
+        for batch in made:
+            with torch.cuda.stream(stream):
+                waiting.append((_moved(batch, device), stream.record_event()))
+            if len(waiting) == BATCHES_AHEAD:
+                yield handed_out(*waiting.popleft())
+        while waiting:
+            yield handed_out(*waiting.popleft())
+
+
+def _pinned(batch: Any) -> Any:
+    if isinstance(batch, tuple):
+        return tuple(_pinned(part) for part in batch)
+    try:
+        return batch.pin_memory()
+    except RuntimeError:
+        # no more memory can be pinned: the copy waits
+        return batch
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, tuple):
+        return tuple(_moved(part, device) for part in batch)
+    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch.to(device)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif is_dataclass(batch):
+        yield from (tensor for field in fields(batch) for tensor in _tensors(getattr(batch, field.name)))
+    elif isinstance(batch, tuple):
+        yield from (tensor for part in batch for tensor in _tensors(part))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_csm.data.cases import to_half
+from nnunet_csm.data.bank import to_half
 from nnunet_csm.data.crops import Size
 from nnunet_csm.data.diagnoses import Sample
 from nnunet_csm.errors import UserError
@@ -130,6 +130,10 @@ class Variation:
     """Above 1 makes the lesion larger."""
     gain: Float[Tensor, "b n"]
     """By which each series is multiplied."""
+
+    def __getitem__(self, samples: slice) -> "Variation":
+        """That of some samples."""
+        return Variation(self.flip[samples], self.shift[samples], self.zoom[samples], self.gain[samples])
 
 
 def draw_variation(generator: torch.Generator, num_samples: int, num_channels: int, patch_size: Size) -> Variation:

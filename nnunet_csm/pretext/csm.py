@@ -32,7 +32,8 @@ class CSM(nn.Module):
         a, r = architecture, reconstruction
         self.token_size = a.token_size
         self.normalize_targets = r.normalize_targets
-        self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads, a.drop_path)
+        # no drop path: the decoder is to tell what is visible, and ranks learn what one process would
+        self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads)
         self.decoder = ReconstructionDecoder(len(a.series), a.token_size, a.width, r.width, r.depth, r.num_heads)
 
     def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
@@ -44,7 +45,8 @@ class CSM(nn.Module):
         _, _, z, y, x = volume.shape
         grid = grid_size((z, y, x), self.token_size)
         tokens = to_tokens(volume, self.token_size)
-        encoded = self.encoder(select(tokens, mask.visible), coordinates(mask.visible, grid))[-1]
+        # volumes come as fp16
+        encoded = self.encoder(select(tokens, mask.visible).float(), coordinates(mask.visible, grid))[-1]
         predicted = self.decoder(encoded, mask.visible, grid).float()
         target = tokens.float()
         if not self.normalize_targets:
@@ -57,4 +59,9 @@ class CSM(nn.Module):
 
 def masked_mean(error: Float[Tensor, "b s l"], mask: Mask) -> Float[Tensor, ""]:
     """Mean over the tokens to be rebuilt; 0 when there are none (one series, nothing hidden)."""
-    return torch.where(mask.rebuilt, error, 0.0).sum() / mask.rebuilt.sum().clamp(min=1)
+    return summed_error(error, mask) / mask.rebuilt.sum().clamp(min=1)
+
+
+def summed_error(error: Float[Tensor, "b s l"], mask: Mask) -> Float[Tensor, ""]:
+    """Sum over the tokens to be rebuilt: the numerator of the loss, which ranks and parts of a batch add up."""
+    return torch.where(mask.rebuilt, error, 0.0).sum()

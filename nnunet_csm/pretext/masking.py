@@ -6,7 +6,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.plans import Masking
+
+# beyond every drawn integer
+LAST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Mask:
     def pin_memory(self) -> "Mask":
         """Called by torch's `DataLoader`."""
         return Mask(self.hidden.pin_memory(), self.rebuilt.pin_memory(), self.visible.pin_memory())
+
+    def __getitem__(self, samples: slice) -> "Mask":
+        """That of some samples."""
+        return Mask(self.hidden[samples], self.rebuilt[samples], self.visible[samples])
 
     def to(self, device: torch.device) -> "Mask":
         return Mask(*(t.to(device, non_blocking=True) for t in (self.hidden, self.rebuilt, self.visible)))
@@ -56,28 +64,39 @@ def shown_series_weights(series_present: Bool[Tensor, "c s"], masking: Masking) 
     return allowed / allowed.sum(1, keepdim=True)
 
 
-def draw_mask(
-    generator: torch.Generator, series_present: Bool[Tensor, "b s"], num_shown: int, num_tokens: int, masking: Masking
-) -> Mask:
+def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_shown: int, num_tokens: int, masking: Masking) -> Mask:
     """Draw a mask for a batch in which every sample keeps `num_shown` series visible in part.
 
+    Nothing here waits for the device, and no shape depends on a drawn value, so that it can be captured in a CUDA graph.
+
     Args:
-        generator: source of all randomness.
+        draws: source of all randomness.
         series_present: series each sample has; each must have at least `num_shown`.
         num_shown: series of which some tokens are visible, p - k.
         num_tokens: tokens of one series, l.
         masking: ratio, and whether series share places.
     """
-    (b, s), device = series_present.shape, series_present.device
-    assert int(series_present.sum(1).min()) >= num_shown, "a sample has fewer series than are to stay visible"
+    b, s = series_present.shape
+    # looking at it would wait for a GPU
+    assert series_present.is_cuda or int(series_present.sum(1).min()) >= num_shown, (
+        "a sample has fewer series than are to be shown"
+    )
     count = num_visible(num_tokens, masking)
 
-    preference = torch.rand(b, s, generator=generator, device=device).masked_fill(~series_present, 2.0)
-    shown = preference.argsort(1).argsort(1) < num_shown
-    places = torch.rand(b, s if masking.places == "independent" else 1, num_tokens, generator=generator, device=device)
-    chosen = (places.argsort(2).argsort(2) < count).expand(b, s, num_tokens)
+    preference = draws.integers(What.SERIES, s).masked_fill(~series_present, LAST)
+    shown = _smallest(preference, num_shown)
+    places = draws.integers(What.TOKENS, s * num_tokens).view(b, s, num_tokens)
+    if masking.places == "shared":
+        places = places[:, :1]
+    chosen = _smallest(places, count).expand(b, s, num_tokens)
 
     hidden = ~(chosen & shown[..., None])
-    visible = (~hidden).flatten(1).nonzero()[:, 1].view(b, num_shown * count)
+    # a stable sort leaves the visible ones in front, in rising order
+    visible = hidden.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)[:, : num_shown * count]
     in_loss = series_present if masking.hidden_series != "ignored" else series_present & shown
     return Mask(hidden, hidden & in_loss[..., None], visible)
+
+
+def _smallest(values: Int[Tensor, "... n"], num: int) -> Bool[Tensor, "... n"]:
+    """True at the `num` smallest of the last axis; drawn 63-bit integers do not tie."""
+    return values <= values.sort(-1).values[..., num - 1 : num]

@@ -30,33 +30,32 @@ from nnunet_csm.plans import Configuration, Recipe, Schedule
 from nnunet_csm.training.host import CUDA, ENCODER_VARIABLE, CSMTrainer, without_copies
 
 SECONDS_BETWEEN_PICTURES = 60.0
-MAX_GRADIENT_NORM = 1.0
 
 Batch = tuple[Tensor, Variation, Tensor]
 
 
 class VariedSamples:
-    """Batches of patches with borders, how to vary them, and their classes, each a function of (epoch, step).
+    """Some samples of batches: patches with borders, how to vary them, and classes, each a function of (epoch, step, place).
 
     An epoch goes through all samples in random order, again and again, so that none is drawn twice more than another.
     """
 
-    def __init__(self, volumes: SampleVolumes, settings: Configuration, rank: int) -> None:
-        self.volumes, self.classification, self.rank = volumes, settings.csm.classification, rank
+    def __init__(self, volumes: SampleVolumes, settings: Configuration, places: range) -> None:
+        self.volumes, self.classification, self.places = volumes, settings.csm.classification, places
         self.seed = settings.csm.seed
 
     def __call__(self, epoch: int, step: int) -> Batch:
         batch_size = self.classification.schedule.batch_size
         chosen = self.order(epoch)[step * batch_size : (step + 1) * batch_size]
-        g = generator(key(self.seed, Purpose.TRAINING, epoch, step, self.rank))
-        regions = self.volumes.regions[chosen]
-        variation = draw_variation(g, batch_size, regions.shape[1], self.classification.patch_size)
-        return regions, variation, self.volumes.labels[chosen]
+        g = generator(key(self.seed, Purpose.TRAINING, epoch, step))
+        variation = draw_variation(g, batch_size, self.volumes.regions.shape[1], self.classification.patch_size)
+        mine = slice(self.places.start, self.places.stop)
+        return self.volumes.regions[chosen[mine]], variation[mine], self.volumes.labels[chosen[mine]]
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch, drawn under a step that no batch has."""
         schedule = self.classification.schedule
-        g = generator(key(self.seed, Purpose.TRAINING, epoch, schedule.iterations_per_epoch, self.rank))
+        g = generator(key(self.seed, Purpose.TRAINING, epoch, schedule.iterations_per_epoch))
         num_rounds = math.ceil(schedule.iterations_per_epoch * schedule.batch_size / len(self.volumes))
         return torch.cat([torch.randperm(len(self.volumes), generator=g) for _ in range(num_rounds)])
 
@@ -78,7 +77,6 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         self.classification = self.settings.csm.classification
         with exit_on_user_error():
             self.table, self.split = self.read_task()
-        self.grad_scaler = None  # bf16 needs none
         # the whole validation set
         self.num_val_iterations_per_epoch = 1
         log = self.logger.local_logger.my_fantastic_logging
@@ -126,7 +124,8 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         else:
             train, val = split(preprocessed / dataset, names, int(self.fold))
             sides = {"train": train, "val": val, "test": nnunet.read_splits(splits_file)[int(self.fold)].get("test", [])}
-            sides = {side: cases for side, cases in sides.items() if cases}
+            # not every split has a test side
+            sides = {side: cases for side, cases in sides.items() if cases or side != "test"}
             problems = split_problems(table, sides)
         if problems:
             raise UserError(
@@ -162,7 +161,6 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def initialize(self) -> None:
         super().initialize()
-        self.batch_size = self.schedule.batch_size
         self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), self.absent_series())
         if self.classification.freeze_encoder:
             self.encoder.requires_grad_(False)
@@ -173,10 +171,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             labels = torch.tensor([sample.class_index for sample in self.table.of(self.split["train"])])
             counts = torch.bincount(labels, minlength=len(self.table.classes))
             weight = (len(labels) / (len(counts) * counts)).to(self.device)
-        return nn.CrossEntropyLoss(weight, label_smoothing=self.classification.label_smoothing)
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """There is none."""
+        return nn.CrossEntropyLoss(weight, label_smoothing=self.classification.label_smoothing, reduction="none")
 
     def on_fresh_start(self) -> None:
         self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
@@ -189,6 +184,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         return {
             "encoder_source": self.encoder_source,
             "classes": list(self.table.classes),
+            "mask_labels": sorted({sample.mask_label for sample in self.table.samples if sample.mask_label is not None}),
             "by_mask_label": any(sample.mask_label is not None for sample in self.table.samples),
             "series": self.settings.architecture.series,
             "training_cases": [run_name(dataset, case) for case in self.split["train"]],
@@ -234,7 +230,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         with exit_on_user_error():
             self.val_volumes = self.read_side("val")
             training = self.val_volumes if self.fold == "all" else self.read_side("train")
-        make_batch = VariedSamples(training, self.settings, self.local_rank)
+        make_batch = VariedSamples(training, self.settings, self.places)
         pin = self.device.type == "cuda"
         # patches are in memory: worker processes would only copy them
         train = batches(make_batch, self.current_epoch, self.num_epochs, self.num_iterations_per_epoch, 0, pin)
@@ -245,20 +241,32 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         if self.classification.freeze_encoder:
             self.encoder.eval()
 
-    def train_step(self, batch: Batch) -> dict:
-        self.before_step()
+    def on_device(self, batch: Batch) -> Batch:
         regions, variation, labels = batch
-        patches = vary(regions.to(self.device, non_blocking=True).float(), variation, self.classification.patch_size)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.logits(patches), labels.to(self.device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        self.progress.step(loss.detach())
-        return {"loss": loss.detach().cpu().numpy()}
+        return regions.to(self.device, non_blocking=True), variation, labels.to(self.device, non_blocking=True)
+
+    def part(self, batch: Batch, places: slice) -> Batch:
+        regions, variation, labels = batch
+        return regions[places], variation[places], labels[places]
+
+    def weight(self, batch: Batch) -> Tensor:
+        return self.weight_of(batch[2])
+
+    def weight_of(self, labels: Tensor) -> Tensor:
+        """The weights of the samples' classes, summed."""
+        return (
+            torch.tensor(float(len(labels)), device=self.device) if self.loss.weight is None else self.loss.weight[labels].sum()
+        )
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        regions, variation, labels = batch
+        patches = vary(regions.float(), variation, self.classification.patch_size)
+        with self.autocast():
+            logits = self.learning_network(patches)
+        return self.loss(logits.float(), labels).sum()
 
     def logits(self, patches: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.autocast():
             return self.network(patches).float()
 
     def patches_of(self, volumes: SampleVolumes) -> Iterator[Tensor]:
@@ -268,7 +276,8 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def validation_step(self, batch: SampleVolumes) -> dict:
         logits = torch.cat([self.logits(patches) for patches in self.patches_of(batch)])
-        loss = self.loss(logits, batch.labels.to(self.device))
+        labels = batch.labels.to(self.device)
+        loss = self.loss(logits, labels).sum() / self.weight_of(labels)
         predicted = logits.softmax(1).cpu().numpy()
         metrics = evaluate(batch.labels.numpy(), predicted, self.table.classes, num_resamples=0).overall
         return {"val_losses": float(loss), **{name: metrics[name].value for name in self.logged if name in metrics}}
@@ -294,7 +303,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         last = self.current_epoch == self.num_epochs - 1
         if not last:
             self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        if last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES:
+        if self.ranks.rank == 0 and (last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES):
             self.save_progress()
             self.last_picture = time.monotonic()
         self.current_epoch += 1
@@ -314,6 +323,8 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the held-out samples, mirrored when the plans say so, and write what there is to know of them."""
+        if self.ranks.rank > 0:
+            return
         self.network.eval()
         for side, name in (("val", "validation"), ("test", "test")):
             if side in self.split:

@@ -5,7 +5,9 @@ And what fine-tuning needs: the pretrained encoder, and cases without the copies
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_csm import checkpoint
 from nnunet_csm.data.draws import Purpose, key, seed_everything
@@ -26,10 +30,37 @@ from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.progress import Progress
+from nnunet_csm.training.ranks import lost_rank_explained, running
 
 CUDA = torch.device("cuda")
 ENCODER_VARIABLE = "nnUNet_csm_encoder"
+ACCUMULATE_VARIABLE = "nnUNet_csm_accumulate"
 PRETRAINER = "nnUNetTrainerCSMPretrain"
+
+
+def accumulation(num_samples: int) -> int:
+    """Parts that a rank learns its share of a batch in, one after the other (`nnUNet_csm_accumulate`): memory for time.
+
+    Raises:
+        UserError: no such number of parts.
+    """
+    given = os.environ.get(ACCUMULATE_VARIABLE, "1")
+    if not given.isdigit() or not 1 <= int(given) <= num_samples:
+        raise UserError(f"{ACCUMULATE_VARIABLE} is {given!r}; a share of {num_samples} samples has 1 to {num_samples} parts")
+    return int(given)
+
+
+def slices(num: int, num_parts: int) -> list[slice]:
+    """`num` places in parts of nearly the same size."""
+    bounds = [part * num // num_parts for part in range(num_parts + 1)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
+
+
+def num_threads(num_local_ranks: int) -> int:
+    """Threads of the network on a CPU: `OMP_NUM_THREADS`, or this process's cores, shared by the ranks of the machine."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(given) if given.isdigit() else max(1, cores // num_local_ranks)
 
 
 def num_workers(device: torch.device) -> int:
@@ -43,6 +74,7 @@ class CSMTrainer(nnUNetTrainer):
     encoder_source: str = "-pretrained_weights"
     # parts of the plans that the run rests on: it does not go on when they changed
     rests_on: frozenset[str] = frozenset()
+    max_gradient_norm = 1.0
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
@@ -51,11 +83,19 @@ class CSMTrainer(nnUNetTrainer):
             source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
             self.settings = read_configuration(plans, configuration, source)
             self.schedule = self.choose_schedule(self.settings.csm)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                raise UserError(f"{type(self).__name__} runs on one GPU so far; leave out -num_gpus")
+            self.ranks = running()
+            self.places = self.ranks.share(self.schedule.batch_size)
+            self.num_parts = accumulation(len(self.places))
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise UserError("no CUDA device found; train on the CPU with -device cpu, or check the driver with nvidia-smi")
+        if device.type == "cpu":
+            # nnU-Net takes all cores for every process, whatever it was told
+            torch.set_num_threads(num_threads(self.ranks.num_local))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        # nnU-Net takes the rank for the number of a GPU and wraps the network in place, where prediction and checkpoints want
+        # it bare. It sees one process, unless a step of its own is to be shared
+        self.device, self.is_ddp = self.ranks.device(device), False
+        self.grad_scaler = None  # bf16 needs none
         self.num_epochs = self.schedule.num_epochs
         self.num_iterations_per_epoch = self.schedule.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.schedule.val_iterations_per_epoch
@@ -79,11 +119,21 @@ class CSMTrainer(nnUNetTrainer):
         return self.bare_network.encoder
 
     def key(self, purpose: Purpose, *numbers: int) -> int:
-        return key(self.settings.csm.seed, purpose, *numbers, self.local_rank)
+        return key(self.settings.csm.seed, purpose, *numbers)
+
+    @contextmanager
+    def shared_by_nnunet(self) -> Iterator[None]:
+        """nnU-Net sees all ranks, and shares the work or gathers what each has."""
+        self.is_ddp = self.ranks.num_ranks > 1
+        try:
+            yield
+        finally:
+            self.is_ddp = False
 
     def initialize(self) -> None:
         seed_everything(self.key(Purpose.NETWORK))
         super().initialize()
+        self.batch_size = len(self.places)
         self.untrained_embedding = self.encoder.embedding.weight.detach().cpu().clone()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
@@ -97,12 +147,18 @@ class CSMTrainer(nnUNetTrainer):
             with exit_on_user_error():
                 self.on_fresh_start()
         super().on_train_start()
-        if self.current_epoch == 0 and not self.disable_checkpointing:
+        if self.current_epoch == 0 and not self.disable_checkpointing and self.ranks.rank == 0:
             # only now, when nothing is left that could stop the run before its first step
             moved = checkpoint.move_away(self.output_folder)
             if moved is not None:
                 self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
-        self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.batch_size)
+        # parameters are frozen by now, if any
+        self.learning_network = self.ranks.shared(self.network, self.device)
+        self.ranks.wait()
+        self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.schedule.batch_size, self.ranks.rank == 0)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """There is none."""
 
     def plot_network_architecture(self) -> None:
         """nnU-Net draws with hiddenlayer, which is no longer to be had, and complains at every start."""
@@ -157,19 +213,92 @@ class CSMTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         self.progress.start_epoch(self.current_epoch)
 
+    def train_step(self, batch: Any) -> dict:
+        """Learn from this rank's share of a batch, in parts when memory asks for it.
+
+        The loss of a batch is its summed loss over its weight, each over all ranks and parts, whatever their sizes.
+        """
+        with exit_on_user_error(), lost_rank_explained(self.ranks):
+            self.before_step()
+            loss = self.learn(batch)
+        self.progress.step(loss)
+        return {"loss": loss}
+
     def before_step(self) -> None:
         """Set the learning rate of the coming iteration and key what the network draws (drop path)."""
-        seed_everything(self.key(Purpose.NETWORK, self.current_epoch, self.iteration))
+        seed_everything(self.key(Purpose.NETWORK, self.current_epoch, self.iteration, self.ranks.rank))
         self.iteration += 1
         self.lr_scheduler.step_update(self.iteration)
 
+    def learn(self, batch: Any) -> Tensor:
+        """One step of the optimiser.
+
+        Returns:
+            This rank's part of the loss, on the device; nothing here waits for it.
+        """
+        batch = self.on_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        weight = self.ranks.sum(self.weight(batch)).clamp(min=1)
+        parts = self.parts(batch)
+        loss = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts, start=1):
+            with self.exchange_gradients(number == len(parts)):
+                part_loss = self.summed_loss(part) / weight
+                # the exchange takes means over ranks
+                (part_loss * self.ranks.num_ranks).backward()
+            loss += part_loss.detach()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
+        self.optimizer.step()
+        return loss
+
+    @contextmanager
+    def exchange_gradients(self, now: bool) -> Iterator[None]:
+        """Of accumulated gradients, only once."""
+        if now or not isinstance(self.learning_network, DistributedDataParallel):
+            yield
+        else:
+            with self.learning_network.no_sync():
+                yield
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def parts(self, batch: Any) -> list[Any]:
+        """The batch in `num_parts` parts."""
+        return (
+            [batch] if self.num_parts == 1 else [self.part(batch, places) for places in slices(self.batch_size, self.num_parts)]
+        )
+
+    @abstractmethod
+    def on_device(self, batch: Any) -> Any:
+        """The batch, moved without waiting."""
+
+    @abstractmethod
+    def part(self, batch: Any, places: slice) -> Any:
+        """Some samples of a batch."""
+
+    @abstractmethod
+    def weight(self, batch: Any) -> Tensor:
+        """What the summed loss of this rank's share is to be divided by."""
+
+    @abstractmethod
+    def summed_loss(self, batch: Any) -> Tensor:
+        """Of a part of a batch, by `learning_network`."""
+
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        loss = torch.stack([output["loss"] for output in train_outputs])
+        with exit_on_user_error(), lost_rank_explained(self.ranks):
+            mean = float(self.ranks.sum(loss.mean()))
         self.progress.end_epoch()
-        super().on_train_epoch_end(train_outputs)
+        if not np.isfinite(mean):
+            raise RuntimeError(
+                f"the loss is {mean} in epoch {self.current_epoch}; lower its learning rate in the csm block of the plans"
+            )
+        super().on_train_epoch_end([{"loss": np.asarray(mean)}])
         self.print_to_log_file(f"{self.progress.crops_per_second:.1f} crops/s, {self.progress.left(1.0)} left")
 
     def save_checkpoint(self, filename: str) -> None:
-        if self.local_rank != 0:
+        if self.ranks.rank != 0:
             return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")

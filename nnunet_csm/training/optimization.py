@@ -1,6 +1,7 @@
 """Optimiser and learning rates of both stages."""
 
 import math
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -27,12 +28,22 @@ def build_optimizer(network: nn.Module, encoder: Encoder, schedule: Schedule) ->
         groups.setdefault((scale, schedule.weight_decay if decays else 0.0), []).append(parameter)
     # the largest rate first: nnU-Net prints and draws that of group 0
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
-    return torch.optim.AdamW(
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    optimizer = torch.optim.AdamW(
         [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in ordered],
         lr=schedule.learning_rate,
         betas=schedule.betas,
-        fused=next(network.parameters()).device.type == "cuda",
+        fused=on_gpu,
+        capturable=on_gpu,
     )
+
+    def keep_to_this_device(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group.update(fused=on_gpu, capturable=on_gpu, lr=float(group["lr"]))
+
+    # a checkpoint may come from a run on another device
+    optimizer.register_load_state_dict_pre_hook(keep_to_this_device)
+    return optimizer
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> CosineLRScheduler:

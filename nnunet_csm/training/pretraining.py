@@ -2,23 +2,24 @@
 
 import itertools
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
-from nnunetv2.utilities.collate_outputs import collate_outputs
+from jaxtyping import Float, Int
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.cases import Cases
+from nnunet_csm.data.bank import VARIABLE, Bank, CaseFile, open_bank
 from nnunet_csm.data.crops import draw_crops
-from nnunet_csm.data.draws import Purpose, batches, generator, key
+from nnunet_csm.data.draws import Draws, Purpose, What, ahead, key
 from nnunet_csm.data.sources import fold_files
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.evaluation.hidden import HiddenVoxelErrors, foreground_voxels
@@ -28,39 +29,54 @@ from nnunet_csm.figures.reconstructions import save_reconstruction
 from nnunet_csm.model.tokens import to_volume, to_voxels
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.plans import Configuration, Recipe, Schedule, parse_configuration
-from nnunet_csm.pretext.csm import CSM, Rebuilt
+from nnunet_csm.pretext.csm import CSM, Rebuilt, summed_error
 from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights
+from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer, num_workers
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SECONDS_BETWEEN_PICTURES = 60.0
-MAX_GRADIENT_NORM = 1.0
 # patches on which reconstructions are compared with the linear map
 NUM_COMPARED = 192
 
 
 class MaskedBatches:
-    """Batches of patches and their masks, each a function of (epoch, step).
+    """Some samples of batches and their masks, each a function of (epoch, step, place in the batch).
 
     All samples of a batch show the same number of series, so that the number of visible tokens is one. That number is
     drawn first, then cases by how likely each would have drawn it; every case and every k keep their probabilities.
+    Everything is drawn where the volumes are.
     """
 
-    def __init__(self, cases: Cases, settings: Configuration, purpose: Purpose, rank: int) -> None:
-        self.cases, self.settings, self.purpose, self.rank = cases, settings, purpose, rank
-        self.weights = shown_series_weights(cases.series_present, settings.csm.masking)
+    def __init__(self, bank: Bank, settings: Configuration, purpose: Purpose, places: range) -> None:
+        self.bank, self.settings, self.purpose = bank, settings, purpose
+        self.places = torch.arange(places.start, places.stop, device=bank.device)
+        self.weights = shown_series_weights(bank.series_present.cpu(), settings.csm.masking).double()
+        self.cumulative = self.weights.cumsum(0).to(bank.device)
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, Mask]:
         csm = self.settings.csm
         patch_size = csm.pretraining_patch_size
-        g = generator(key(csm.seed, self.purpose, epoch, step, self.rank))
-        num_shown = 1 + int(torch.multinomial(self.weights.mean(0), 1, generator=g))
-        weights = self.weights[:, num_shown - 1]
-        chosen = torch.multinomial(weights, csm.pretraining.batch_size, replacement=True, generator=g)
-        crops = draw_crops(g, self.cases.shapes[chosen], patch_size)
+        seed = key(csm.seed, self.purpose, epoch, step)
+        within = self.bank.reach(epoch * csm.pretraining.iterations_per_epoch + step)
+        weights = self.weights if within is None else self.weights[within]
+        cumulative = self.cumulative if within is None else weights.cumsum(0)
+        # one number for all samples, of all ranks; drawn on the CPU, since shapes depend on it
+        batch = Draws(seed, torch.zeros(1, dtype=torch.long))
+        num_shown = 1 + int(pick(weights.sum(0).cumsum(0), batch, What.NUM_SHOWN))
+        draws = Draws(seed, self.places)
+        chosen = pick(cumulative[:, num_shown - 1].contiguous(), draws, What.CASE)
+        if within is not None:
+            chosen = within[chosen]
+        crops = draw_crops(draws, self.bank.shapes[chosen], patch_size, self.bank.occupancy[chosen])
         num_tokens = math.prod(self.settings.pretraining_grid)
-        mask = draw_mask(g, self.cases.series_present[chosen], num_shown, num_tokens, csm.masking)
-        return self.cases.cut(chosen, crops, patch_size), mask
+        mask = draw_mask(draws, self.bank.series_present[chosen], num_shown, num_tokens, csm.masking)
+        return self.bank.cut(chosen, crops, patch_size), mask
+
+
+def pick(cumulative: Float[Tensor, " n"], draws: Draws, what: What) -> Int[Tensor, " b"]:
+    """For each sample the number of an entry, drawn by its weight, given running sums of weights; those of weight 0 never are."""
+    return torch.searchsorted(cumulative, draws.uniform(what, 1)[:, 0].double() * cumulative[-1], right=True)
 
 
 class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named so
@@ -74,7 +90,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.grad_scaler = None  # bf16 needs none
         for name in self.logged:
             self.logger.local_logger.my_fantastic_logging[name] = []
         self.last_picture = 0.0
@@ -95,12 +110,8 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         settings = parse_configuration(configuration_manager.configuration, plans_manager.plans_name)
         return CSM(settings.pretraining_architecture, settings.csm.reconstruction)
 
-    def initialize(self) -> None:
-        super().initialize()
-        self.batch_size = self.schedule.batch_size
-
     def provenance(self) -> dict[str, Any]:
-        return {"training_cases": self.train_batches.cases.names, "series": self.series}
+        return {"training_cases": self.train_batches.bank.names, "series": self.series}
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -109,9 +120,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def _build_loss(self) -> None:
         """The loss is part of the pretext, see `pretext/csm.py`."""
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """There is none."""
 
     def on_fresh_start(self) -> None:
         owner = self.settings.csm.sources[0].dataset
@@ -126,83 +134,114 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         rows = transfer(pretrained, segmenter.encoder, self.settings.architecture)
         self.print_to_log_file(f"Transfer to the segmenter, tried before the first step:\n{as_table(rows)}", add_timestamp=False)
 
-    def open_cases(self) -> None:
+    def open_banks(self) -> None:
         """Read the images of the fold, training and validation cases apart."""
         with exit_on_user_error():
             sources = self.settings.csm.sources
             training, validation = fold_files(sources, self.series, nnunet.folder("nnUNet_preprocessed"), self.fold)
-            train_cases = Cases(training)
-            val_cases = train_cases if validation == training else Cases(validation)
-        self.train_batches = MaskedBatches(train_cases, self.settings, Purpose.TRAINING, self.local_rank)
-        self.val_batches = MaskedBatches(val_cases, self.settings, Purpose.VALIDATION, self.local_rank)
-        self.print_to_log_file(f"Pretraining on {len(train_cases)} cases (read from {train_cases.where}), labels unread")
-        counted = Counter(name.split("/")[0] for name in train_cases.names)
-        share = {s: int(n) for s, n in zip(self.series, train_cases.series_present.sum(0), strict=True)}
+            bank = self.open_bank(training)
+            val_bank = bank if validation == training else self.open_bank(validation)
+        self.train_batches = MaskedBatches(bank, self.settings, Purpose.TRAINING, self.places)
+        self.val_batches = MaskedBatches(val_bank, self.settings, Purpose.VALIDATION, self.places)
+        self.print_to_log_file(f"Pretraining on {len(bank.names)} cases, labels unread; {bank.reason}")
+        counted = Counter(name.split("/")[0] for name in bank.names)
+        share = {s: int(n) for s, n in zip(self.series, bank.series_present.sum(0), strict=True)}
         self.print_to_log_file(f"of {dict(counted)}; with each series: {share}", add_timestamp=False)
-        for names in (train_cases.left_out, [] if val_cases is train_cases else val_cases.left_out):
+        for names in (bank.left_out, [] if val_bank is bank else val_bank.left_out):
             if names:
                 self.print_to_log_file(f"WARNING: left out, as all planned series are zero there: {', '.join(names)}")
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        self.open_cases()
-        voxels = math.prod(self.settings.csm.pretraining_patch_size) * len(self.series)
-        train = batches(
-            self.train_batches,
-            self.current_epoch,
-            self.num_epochs,
-            self.num_iterations_per_epoch,
-            num_workers(self.device),
-            pin_memory=self.device.type == "cuda",
-            batch_bytes=4 * voxels * self.schedule.batch_size,
+    def open_bank(self, files: Sequence[CaseFile]) -> Bank:
+        return open_bank(
+            files,
+            self.device,
+            os.environ.get(VARIABLE, "auto"),
+            batch_size=self.schedule.batch_size,
+            seed=self.settings.csm.seed,
+            num_ranks=self.ranks.num_local,
         )
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        self.open_banks()
+        num_steps = self.num_iterations_per_epoch
+        steps = ((epoch, step) for epoch in range(self.current_epoch, self.num_epochs) for step in range(num_steps))
+        # a bank on the GPU cuts there; beside a network on the same CPU cores, threads would only be in its way
+        threads = num_workers(self.device) if self.train_batches.bank.where != "gpu" else 0
+        voxels = len(self.series) * math.prod(self.settings.csm.pretraining_patch_size)
+        batch_bytes = 2 * self.batch_size * voxels
+        train = ahead(lambda at: self.train_batches(*at), steps, threads, self.device, batch_bytes)
         return train, self.fixed_validation()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.graphed: GraphedSteps | None = None
+        why_not = why_no_graphs(self.device, self.ranks.num_ranks, self.num_parts)
+        if not why_not:
+            self.rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
+            self.graphed = GraphedSteps(self.launched_step, self.print_to_log_file)
+        elif self.device.type == "cuda":
+            self.print_to_log_file(f"No CUDA graphs: {why_not}", add_timestamp=False)
+
+    def before_step(self) -> None:
+        super().before_step()
+        if self.graphed is not None:
+            # a graph reads the learning rate from where it was when captured
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate.fill_(group["lr"])
 
     def fixed_validation(self) -> Iterator[tuple[Tensor, Mask]]:
         """The same patches and masks in every epoch, so that epochs compare."""
         return (self.val_batches(0, step) for step in range(self.num_val_iterations_per_epoch))
 
-    def train_step(self, batch: tuple[Tensor, Mask]) -> dict:
-        self.before_step()
-        volume, mask = batch[0].to(self.device, non_blocking=True), batch[1].to(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.rebuild(volume, mask).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        self.progress.step(loss.detach())
-        return {"loss": loss.detach()}
+    def launched_step(self, volume: Tensor, *mask: Tensor) -> Tensor:
+        """A step launched from Python, kernel by kernel."""
+        return super().learn((volume, Mask(*mask)))
+
+    def learn(self, batch: tuple[Tensor, Mask]) -> Tensor:
+        if self.graphed is None:
+            return super().learn(batch)
+        volume, mask = self.on_device(batch)
+        return self.graphed((volume, mask.hidden, mask.rebuilt, mask.visible))
+
+    def on_device(self, batch: tuple[Tensor, Mask]) -> tuple[Tensor, Mask]:
+        return batch[0].to(self.device, non_blocking=True), batch[1].to(self.device)
+
+    def part(self, batch: tuple[Tensor, Mask], places: slice) -> tuple[Tensor, Mask]:
+        return batch[0][places], batch[1][places]
+
+    def weight(self, batch: tuple[Tensor, Mask]) -> Tensor:
+        """The number of tokens to be rebuilt."""
+        return batch[1].rebuilt.sum()
+
+    def summed_loss(self, batch: tuple[Tensor, Mask]) -> Tensor:
+        with self.autocast():
+            return summed_error(self.learning_network(*batch).error, batch[1])
 
     def rebuild(self, volume: Tensor, mask: Mask) -> Rebuilt:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.autocast():
             return self.network(volume, mask)
-
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        loss = torch.stack([output["loss"] for output in train_outputs]).mean().item()
-        if not np.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} in epoch {self.current_epoch}; lower csm.pretraining.learning_rate in the plans"
-            )
-        super().on_train_epoch_end([{"loss": np.asarray(loss)}])
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.dataloader_val = self.fixed_validation()
 
     def validation_step(self, batch: tuple[Tensor, Mask]) -> dict:
-        volume, mask = batch[0].to(self.device), batch[1].to(self.device)
+        volume, mask = self.on_device(batch)
         rebuilt = self.rebuild(volume, mask)
         whole = mask.rebuilt & mask.series_hidden[..., None]
         part = mask.rebuilt & ~mask.series_hidden[..., None]
         sums = [torch.where(m, rebuilt.error, 0.0).sum() for m in (part, whole)]
         counts = torch.stack([part.sum(), whole.sum()])
-        return {"loss": rebuilt.loss.cpu().numpy(), "sums": torch.stack(sums).cpu().numpy(), "counts": counts.cpu().numpy()}
+        return {"sums": torch.stack(sums), "counts": counts}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        outputs = collate_outputs(val_outputs)
-        counts = outputs["counts"].sum(0)
+        # of all ranks, batch by batch
+        outputs = {name: torch.stack([output[name].double() for output in val_outputs]) for name in ("sums", "counts")}
+        sums, counts = (self.ranks.sum(output).cpu().numpy() for output in outputs.values())
+        losses = sums.sum(1) / np.maximum(counts.sum(1), 1)
         # with one series, none is hidden whole
-        part, whole = np.where(counts > 0, outputs["sums"].sum(0) / np.maximum(counts, 1), np.nan)
-        self.logger.log("val_losses", float(np.mean(outputs["loss"])), self.current_epoch)
+        part, whole = np.where(counts.sum(0) > 0, sums.sum(0) / np.maximum(counts.sum(0), 1), np.nan)
+        self.logger.log("val_losses", float(losses.mean()), self.current_epoch)
         self.logger.log("error_part_hidden", float(part), self.current_epoch)
         self.logger.log("error_whole_hidden", float(whole), self.current_epoch)
         self.logger.log("crops_per_second", self.progress.crops_per_second, self.current_epoch)
@@ -220,7 +259,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
         if not last:
             self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        if last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES:
+        if self.ranks.rank == 0 and (last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES):
             self.save_pictures()
             self.last_picture = time.monotonic()
         self.current_epoch += 1
@@ -243,8 +282,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         for number, (volume, mask) in enumerate(itertools.islice(self.fixed_validation(), 2)):
             # the sample with most to see
             sample = slice(best := int(volume.flatten(1).std(1).argmax()), best + 1)
-            chosen = Mask(mask.hidden[sample], mask.rebuilt[sample], mask.visible[sample])
-            patch, hidden, filled = next(self.rebuilt_patches((volume[sample], chosen)))
+            patch, hidden, filled = next(self.rebuilt_patches((volume[sample], mask[sample])))
             save_reconstruction(
                 folder / f"epoch_{self.current_epoch:04d}_{number}.png",
                 patch,
@@ -259,7 +297,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def rebuilt_patches(self, batch: tuple[Tensor, Mask]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each sample of a batch: the patch, its hidden voxels, and what was rebuilt, each (s, z, y, x)."""
         self.network.eval()
-        volume, mask = batch[0].to(self.device), batch[1].to(self.device)
+        volume, mask = self.on_device(batch)
         grid, token_size = self.settings.pretraining_grid, self.settings.architecture.token_size
         rebuilt = to_volume(self.rebuild(volume, mask).tokens, grid, token_size)
         hidden = to_voxels(mask.hidden, grid, token_size)
@@ -270,13 +308,15 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
         The map is fitted on patches of training cases. Writes validation/summary.json and validation/reconstruction.csv.
         """
+        if self.ranks.rank > 0:
+            return
         if not hasattr(self, "val_batches"):
-            self.open_cases()
+            self.open_banks()
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
         num_batches = max(4, math.ceil(NUM_COMPARED / self.batch_size))
         self.print_to_log_file("Comparing reconstructions of validation cases with a voxel-wise linear map ...")
-        training = (patch.numpy() for step in range(num_batches) for patch in self.train_batches(0, step)[0])
+        training = (patch.cpu().numpy() for step in range(num_batches) for patch in self.train_batches(0, step)[0].float())
         try:
             baseline = RidgeBaseline().fit(foreground_voxels(patch) for patch in training)
         except UserError as error:

@@ -9,8 +9,9 @@ from tqdm import tqdm
 class Progress:
     """One bar an epoch, with the time left for the whole run; silent where the output is no terminal."""
 
-    def __init__(self, num_epochs: int, num_iterations: int, batch_size: int) -> None:
+    def __init__(self, num_epochs: int, num_iterations: int, batch_size: int, shown: bool = True) -> None:
         self.num_epochs, self.num_iterations, self.batch_size = num_epochs, num_iterations, batch_size
+        self.hidden = None if shown else True
         self.bar: tqdm | None = None
         self.run_started: float | None = None
         self.first_epoch = 0
@@ -21,7 +22,7 @@ class Progress:
             self.run_started, self.first_epoch = time.monotonic(), epoch
         self.epoch, self.epoch_started, self.shown = epoch, time.monotonic(), time.monotonic()
         self.bar = tqdm(
-            total=self.num_iterations, desc=f"epoch {epoch + 1}/{self.num_epochs}", unit="it", leave=False, disable=None
+            total=self.num_iterations, desc=f"epoch {epoch + 1}/{self.num_epochs}", unit="it", leave=False, disable=self.hidden
         )
 
     def step(self, loss: Tensor | float) -> None:

@@ -1,18 +1,20 @@
 """`nnUNetTrainerCSM`: fine-tune a segmenter from the pretrained encoder of the same plans and fold (paper III-C)."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from torch import Tensor, nn
 
-from nnunet_csm.data.draws import Purpose, batches, seed_everything
+from nnunet_csm.data.draws import Purpose, batches, key, seed_everything
 from nnunet_csm.errors import UserError
 from nnunet_csm.plans import Recipe, Schedule
 from nnunet_csm.training.host import ENCODER_VARIABLE, CSMTrainer, num_workers, without_copies
@@ -37,13 +39,24 @@ class KeepAbsentSeriesAbsent(BasicTransform):
 
 
 class AugmentedBatches:
-    """nnU-Net's batches, each a function of (epoch, step)."""
+    """Some samples of nnU-Net's batches, each a function of (epoch, step, place in the batch).
 
-    def __init__(self, loader: nnUNetDataLoader, make_key: Callable[..., int], purpose: Purpose) -> None:
-        self.loader, self.make_key, self.purpose = loader, make_key, purpose
+    nnU-Net's loader is asked for one sample at a time, so that ranks that share a batch make the samples one rank would.
+    """
+
+    def __init__(self, loader: nnUNetDataLoader, batch_size: int, places: range, seed: int, purpose: Purpose) -> None:
+        self.loader, self.places, self.seed, self.purpose = loader, places, seed, purpose
+        self.first_oversampled = round(batch_size * (1 - loader.oversample_foreground_percent))
+        loader.batch_size = 1
 
     def __call__(self, epoch: int, step: int) -> dict[str, Any]:
-        seed_everything(self.make_key(self.purpose, epoch, step))
+        samples = [self.sample(epoch, step, place) for place in self.places]
+        return {name: torch.cat([sample[name] for sample in samples]) for name in ("data", "target")}
+
+    def sample(self, epoch: int, step: int, place: int) -> dict[str, Any]:
+        seed_everything(key(self.seed, self.purpose, epoch, step, place))
+        # nnU-Net's rule: the last samples of a batch hold foreground
+        self.loader.get_do_oversample = lambda _: place >= self.first_oversampled
         return self.loader.generate_train_batch()
 
 
@@ -68,6 +81,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     """
 
     rests_on = frozenset({"patch_size", "finetuning_schedule"})
+    max_gradient_norm = 12.0  # nnU-Net's
 
     @staticmethod
     def choose_schedule(csm: Recipe) -> Schedule:
@@ -117,15 +131,38 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         pin = self.device.type == "cuda"
         num_train, num_val = self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         workers = num_workers(self.device)
-        make_train = AugmentedBatches(training.data_loader, self.key, Purpose.TRAINING)
-        make_val = AugmentedBatches(validation.data_loader, self.key, Purpose.VALIDATION)
+        shared = self.schedule.batch_size, self.places, self.settings.csm.seed
+        make_train = AugmentedBatches(training.data_loader, *shared, Purpose.TRAINING)
+        make_val = AugmentedBatches(validation.data_loader, *shared, Purpose.VALIDATION)
         return (
             batches(make_train, self.current_epoch, self.num_epochs, num_train, workers, pin),
             batches(make_val, self.current_epoch, self.num_epochs, num_val, workers // 2, pin),
         )
 
-    def train_step(self, batch: dict) -> dict:
-        self.before_step()
-        output = super().train_step(batch)
-        self.progress.step(float(output["loss"]))
-        return output
+    def _build_loss(self) -> nn.Module:
+        with self.shared_by_nnunet():
+            # Dice over the batch of all ranks, where nnU-Net planned one over batches
+            return super()._build_loss()
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def part(self, batch: dict[str, Tensor], places: slice) -> dict[str, Tensor]:
+        return {name: tensor[places] for name, tensor in batch.items()}
+
+    def weight(self, batch: dict[str, Tensor]) -> Tensor:
+        """The number of samples."""
+        return torch.tensor(float(len(batch["data"])), device=self.device)
+
+    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.autocast():
+            output = self.learning_network(batch["data"])
+            return self.loss(output.float(), batch["target"]) * len(batch["data"])
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        with self.shared_by_nnunet():
+            super().on_validation_epoch_end(val_outputs)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        with self.shared_by_nnunet():
+            super().perform_actual_validation(save_probabilities)

@@ -1,0 +1,303 @@
+"""Pretraining, from files to the optimiser's step: crops a second, peak memory, and the share of the matrix products' peak.
+
+Synthetic cases of BT-MSD's size are written as nnU-Net writes them, opened by the bank that pretraining would choose, and
+learned from by the trainer's own step (compiled and in CUDA graphs where there is a GPU). Beside it, with the same sizes and in
+the same run, MONAI's `MaskedAutoEncoderViT`, which takes series as channels: a quarter of the tokens at four series, random
+data that is already on the device, fp32 as it fails under bf16.
+
+Operations are counted by torch on the network's own code, forward and backward, as a mean over the numbers of hidden series;
+the peak is that of one large product measured in the same run.
+
+    python benchmarks/pretrain_speed.py -o speed            # table, speed.json, speed.png
+    python benchmarks/pretrain_speed.py --cpu               # small networks, where there is no GPU
+    pip install monai                                       # for MONAI's rows
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from steps import MASKING, architecture_of, bare_pretrainer, masked_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_csm.data.bank import CaseFile, open_bank
+from nnunet_csm.data.draws import ahead
+from nnunet_csm.planning.presets import read_preset
+from nnunet_csm.plans import Architecture, Reconstruction, Size
+from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.training.graphs import why_no_graphs
+from nnunet_csm.training.host import num_workers
+from nnunet_csm.training.pretraining import MaskedBatches
+
+NUM_CASES = 12
+MAX_SERIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is measured: a preset's network, or MONAI's of the same size, on some series, patch and batch."""
+
+    what: str
+    preset: str
+    num_series: int
+    edge: int
+    batch_size: int
+    shape: Size = (138, 170, 138)
+    token_edge: int = 16
+
+    @property
+    def patch_size(self) -> Size:
+        return (self.edge, self.edge, self.edge)
+
+    @property
+    def architecture(self) -> Architecture:
+        network = dataclasses.asdict(read_preset(self.preset).network)
+        return architecture_of(self.num_series, (self.token_edge,) * 3, **network)
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        return read_preset(self.preset).reconstruction
+
+
+def rows(cpu: bool, monai: bool) -> list[Row]:
+    if cpu:
+        small: dict[str, Any] = {"shape": (70, 85, 70), "token_edge": 8}
+        batches = [Row("CSM", "demo", 4, 32, batch, **small) for batch in (6, 32)]
+        series = [Row("CSM", "demo", num, 32, 16, **small) for num in (1, 2, 4, 8)]
+        patches = [Row("CSM", "demo", 4, edge, 16, **small) for edge in (16, 32, 48)]
+        others = [Row("MONAI", "demo", 4, 32, batch, **small) for batch in (6, 32)]
+    else:
+        batches = [Row("CSM", "B", 4, 96, batch) for batch in (6, 64, 256)]
+        series = [Row("CSM", "B", num, 96, 64) for num in range(1, MAX_SERIES + 1)]
+        patches = [Row("CSM", "B", 4, edge, 64) for edge in (48, 96, 128)]
+        patches += [Row("CSM", preset, 4, 96, 64) for preset in ("S", "B", "L")]
+        others = [Row("MONAI", "B", 4, 96, batch) for batch in (6, 64)]
+    # MONAI's first, so that the others' ratios are known when they are printed
+    return list(dict.fromkeys([*(others if monai else []), *batches, *series, *patches]))
+
+
+def write_cases(folder: Path, shape: Size) -> None:
+    """Brains of noise with a background that does not vary, all series, as nnU-Net's preprocessor stores them."""
+    z, y, x = np.ogrid[tuple(slice(-1, 1, complex(0, n)) for n in shape)]
+    inside = (z**2 + y**2 + x**2) < 0.9
+    random = np.random.default_rng(0)
+    for number in range(NUM_CASES):
+        volume = np.where(inside, random.standard_normal((MAX_SERIES, *shape), np.float32), np.float32(-1))
+        labels = np.zeros((1, *shape), np.int16)
+        sizes: dict[str, Any] = {}
+        for suffix, array in (("", volume), ("_seg", labels)):
+            sizes[f"blocks{suffix}"], sizes[f"chunks{suffix}"] = comp_blosc2_params(array.shape, (96, 96, 96))
+        nnUNetDatasetBlosc2.save_case(volume, labels, {}, str(folder / f"case{number}"), **sizes)
+
+
+def settings_of(row: Row, num_steps: int) -> Any:
+    """What `MaskedBatches` reads of a configuration."""
+    from types import SimpleNamespace
+
+    grid = tuple(p // row.token_edge for p in row.patch_size)
+    schedule = SimpleNamespace(iterations_per_epoch=num_steps)
+    csm = SimpleNamespace(seed=1, masking=MASKING, pretraining_patch_size=row.patch_size, pretraining=schedule)
+    return SimpleNamespace(csm=csm, pretraining_grid=grid)
+
+
+def measure(row: Row, folder: str, num_steps: int, device_name: str) -> dict[str, Any]:
+    """Crops a second over steps after those in which networks are compiled and graphs are captured."""
+    from nnunet_csm.data.draws import Purpose
+
+    begun = time.perf_counter()
+    device = torch.device(device_name)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True  # as nnU-Net's run_training does
+    step, where = (csm_steps if row.what == "CSM" else monai_steps)(row, Path(folder), num_steps, device, Purpose.TRAINING)
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    step()
+    synchronize()
+    first = time.perf_counter() - begun
+    # each number of visible tokens is compiled, and captured at its fourth time
+    for _ in range(8 * row.num_series if on_gpu else 2):
+        step()
+    synchronize()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    synchronize()
+    seconds = time.perf_counter() - begun
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"crops_per_second": num_steps * row.batch_size / seconds, "first_step": first, "peak": peak, "where": where}
+
+
+def csm_steps(row: Row, folder: Path, num_steps: int, device: torch.device, purpose: Any) -> tuple[Any, str]:
+    channels = tuple(range(row.num_series))
+    paths = [folder / f"case{number}.b2nd" for number in range(NUM_CASES)]
+    bank = open_bank(
+        [CaseFile(path.stem, path, MAX_SERIES, channels) for path in paths], device, batch_size=row.batch_size, seed=1
+    )
+    batches = MaskedBatches(bank, settings_of(row, num_steps), purpose, range(row.batch_size))
+    keys = ((0, number) for number in range(10**9))
+    threads = num_workers(device) if bank.where != "gpu" else 0
+    loader = ahead(lambda at: batches(*at), keys, threads, device)
+    graphs = not why_no_graphs(device, 1, 1)
+    trainer = bare_pretrainer(row.architecture, row.reconstruction, device, device.type == "cuda", graphs)
+    return lambda: trainer.learn(next(loader)), bank.where
+
+
+def monai_steps(row: Row, folder: Path, num_steps: int, device: torch.device, purpose: Any) -> tuple[Any, str]:
+    from monai.networks.nets import MaskedAutoEncoderViT
+
+    a, r = row.architecture, row.reconstruction
+    network = MaskedAutoEncoderViT(
+        in_channels=row.num_series,
+        img_size=row.patch_size,
+        patch_size=row.token_edge,
+        hidden_size=a.width,
+        mlp_dim=4 * a.width,
+        num_layers=a.depth,
+        num_heads=a.num_heads,
+        masking_ratio=MASKING.mask_ratio,
+        decoder_hidden_size=r.width,
+        decoder_mlp_dim=4 * r.width,
+        decoder_num_layers=r.depth,
+        decoder_num_heads=r.num_heads,
+        pos_embed_type="sincos",
+        decoder_pos_embed_type="sincos",
+    ).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=device.type == "cuda")
+    volume = torch.randn(row.batch_size, row.num_series, *row.patch_size, device=device)
+    target = volume.unfold(2, *(row.token_edge,) * 2).unfold(3, *(row.token_edge,) * 2).unfold(4, *(row.token_edge,) * 2)
+    target = target.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4).flatten(1, 3)
+
+    def step() -> None:
+        predicted, mask = network(volume)
+        loss = ((predicted - target).square().mean(-1) * mask).sum() / mask.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step, "on the device"
+
+
+@functools.cache
+def operations(row: Row) -> float:
+    """Floating-point operations of a crop's step, forward and backward, as a mean over k; MONAI's are not counted."""
+    network = CSM(row.architecture, row.reconstruction)
+    total = 0
+    shown = range(1, max(2, row.num_series))
+    for num_shown in shown:
+        volume, mask = masked_batch(row.architecture, row.patch_size, 1, num_shown)
+        with FlopCounterMode(display=False) as counter:
+            network(volume, mask).loss.backward()
+        total += counter.get_total_flops()
+    return total / len(shown)
+
+
+def peak_operations(device: torch.device) -> float:
+    """Operations a second of a large product, bf16 on a GPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(10):
+        begun = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - begun) / 4)
+    return 2 * n**3 / best
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Crops a second against batch, series and patch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    by_axis = (("batch_size", "batch"), ("num_series", "series"), ("edge", "patch edge in voxels"))
+    for axes, (field, label) in zip(figure.subplots(1, 3), by_axis, strict=True):
+        base = {"batch_size": 64, "num_series": 4, "edge": 96, "preset": "B"} if found[0]["preset"] == "B" else {}
+        base = base or {"batch_size": 16, "num_series": 4, "edge": 32, "preset": "demo"}
+        for what in dict.fromkeys(row["what"] for row in found):
+            fixed = [f for f in base if f != field]
+            chosen = [r for r in found if r["what"] == what and all(r[f] == base[f] for f in fixed)]
+            points = sorted((r[field], r["crops_per_second"]) for r in chosen)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=what)
+        axes.set(xlabel=label, ylabel="crops/s", ylim=(0, None))
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def to_monai(found: list[dict[str, Any]]) -> float:
+    """How many times as fast as MONAI's the last row is."""
+    last = found[-1]
+    same = [f for f in found if f["what"] == "MONAI" and all(f[k] == last[k] for k in ("edge", "batch_size", "num_series"))]
+    return last["crops_per_second"] / same[0]["crops_per_second"] if same else math.nan
+
+
+def line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['what'] + ' ' + row['preset']:<11}{row['num_series']:>7}{row['edge']:>6}{row['batch_size']:>6}"
+        f"{row['crops_per_second']:>10.1f}{row['operations'] / 1e9:>11.2f}{row['share_of_peak']:>9.1%}{row['peak'] / 2**30:>7.2f}"
+        f"{row['first_step']:>10.1f}s{row['where']:>14}{row['ratio']:>10.2f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="small networks on the CPU")
+    parser.add_argument("-n", type=int, default=100, help="steps measured (default: 100)")
+    parser.add_argument("-o", help="writes this name with .json and .png")
+    parser.add_argument("--only", default="", help="rows that begin so, such as 'CSM B 4'")
+    args = parser.parse_args()
+    if not args.cpu and not torch.cuda.is_available():
+        print("Error: no CUDA device; measure on a machine with one, or give --cpu for small networks", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if args.cpu else "cuda")
+    monai = importlib.util.find_spec("monai") is not None
+    peak = peak_operations(device)
+    name = platform.processor() or platform.machine() if args.cpu else torch.cuda.get_device_name()
+    machine = f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{machine}; one product: {peak / 1e12:.2f} TFLOP/s")
+    if not monai:
+        print("MONAI is not installed, so its rows are missing")
+    header = ("", "series", "patch", "batch", "crops/s", "GFLOP/crop", "of peak", "GiB", "first step", "volumes", "to MONAI")
+    print("{:<11}{:>7}{:>6}{:>6}{:>10}{:>11}{:>9}{:>7}{:>11}{:>14}{:>10}".format(*header))
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        table = rows(args.cpu, monai)
+        write_cases(Path(temporary), table[0].shape)
+        for row in table:
+            if not f"{row.what} {row.preset} {row.num_series} {row.edge} {row.batch_size}".startswith(args.only):
+                continue
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
+                measured = fresh_process.submit(measure, row, temporary, args.n, device.type).result()
+            flops = operations(row) if row.what == "CSM" else math.nan
+            measured |= {"operations": flops, "share_of_peak": measured["crops_per_second"] * flops / peak}
+            found.append(dataclasses.asdict(row) | measured)
+            found[-1]["ratio"] = to_monai(found)
+            print(line(found[-1]), flush=True)
+    if args.o:
+        Path(f"{args.o}.json").write_text(json.dumps({"machine": machine, "peak": peak, "rows": found}, indent=1))
+        draw(found, Path(f"{args.o}.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
