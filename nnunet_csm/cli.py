@@ -1,6 +1,7 @@
 """`nnunet_csm`: commands beside nnU-Net's, with nnU-Net's flags."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_csm import __version__, nnunet
-from nnunet_csm.errors import exit_on_user_error
+from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME
 
 if TYPE_CHECKING:
@@ -126,11 +127,24 @@ def plan_and_preprocess(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.preprocessing import check_plans
-    from nnunet_csm.training.segmentation import ENCODER_VARIABLE
+    from nnunet_csm.training.ranks import started
 
-    if getattr(args, "encoder", None):
-        os.environ[ENCODER_VARIABLE] = args.encoder
+    with started(args.device, args.num_gpus) as ranks, contextlib.ExitStack() as stack:
+        if ranks.rank:
+            # what all ranks print alike is printed once
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        return _train(args, ranks.num_ranks)
+
+
+def _train(args: argparse.Namespace, num_ranks: int) -> int:
+    from nnunet_csm.planning.preprocessing import check_plans
+
+    for name in ("encoder", "accumulate", "bank"):
+        if getattr(args, name, None) is not None:
+            # where nnU-Net's own commands take it from
+            os.environ[f"nnUNet_csm_{name}"] = str(getattr(args, name))
+    if num_ranks > 1 and len(args.f) > 1:
+        raise UserError(f"torchrun and srun train one fold a call, -f names {len(args.f)}; call once for each")
     datasets = [args.d] if isinstance(args.d, str) else args.d
     plans_name = args.p or (PLANS_NAME if len(datasets) == 1 else JOINT_PLANS_NAME)
     name = check_plans(datasets, plans_name, args.c, finetuning=args.tr != PRETRAINER)
@@ -147,15 +161,32 @@ def train(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.segmentation import check_before_prediction, complete_cases
+    from nnunet_csm.inference.segmentation import PredictRequest
+    from nnunet_csm.inference.segmentation import predict as run_segmenter
 
-    described, settings = check_before_prediction(args.d, args.tr, args.p, args.c, args.f, args.chk)
-    with complete_cases(Path(args.i), described, settings) as inputs:
-        flags = ["-d", args.d, "-i", str(inputs), "-o", args.o, "-f", *args.f, "-tr", args.tr, "-p", args.p, "-c", args.c]
-        flags += ["-device", args.device, "-chk", args.chk]
-        flags += ["--save_probabilities"] if args.save_probabilities else []
-        flags += ["--continue_prediction"] if args.continue_prediction else []
-        nnunet.run("nnunetv2.inference.predict_from_raw_data:predict_entry_point", flags)
+    run_segmenter(
+        PredictRequest(
+            dataset=args.d,
+            trainer=args.tr,
+            plans=args.p,
+            configuration=args.c,
+            folds=tuple(args.f),
+            checkpoint_name=args.chk,
+            images=Path(args.i),
+            output=Path(args.o),
+            device=args.device,
+            step_size=args.step_size,
+            mirroring=not args.disable_tta,
+            save_probabilities=args.save_probabilities,
+            continue_prediction=args.continue_prediction,
+            num_preprocessing=args.npp,
+            num_export=args.nps,
+            num_parts=args.num_parts,
+            part_id=args.part_id,
+            on_device=not args.not_on_device,
+            progress_bar=not args.disable_progress_bar,
+        )
+    )
     return 0
 
 
@@ -379,6 +410,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-d", nargs="+", required=True, help="dataset name or ID; several for joint plans")
     _add_training(p, PRETRAINER)
+    p.add_argument(
+        "-bank",
+        choices=("auto", "gpu", "memory", "disk"),
+        help="where the volumes are kept; default: the fastest place they fit in",
+    )
 
     p = add(
         "finetune",
@@ -393,7 +429,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = add(
         "predict",
         predict,
-        "Segment images; nnUNetv2_predict after a check of the inputs.",
+        "Segment images as nnUNetv2_predict does, in less time, with a check of the inputs; a case may lack series.",
         "nnunet_csm predict -d 21 -f 0 -i in -o out",
     )
     p.add_argument("-d", required=True, help="dataset name or ID")
@@ -407,6 +443,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
     p.add_argument("--save_probabilities", action="store_true", help="write probabilities beside the segmentations")
     p.add_argument("--continue_prediction", action="store_true", help="keep what is already there")
+    p.add_argument("-step_size", type=float, default=0.5, help="from tile to tile, as a share of the patch")
+    p.add_argument("--disable_tta", action="store_true", help="no mirrored passes: faster, less accurate")
+    npp, nps = (int(os.environ.get(variable) or 3) for variable in ("nnUNet_npp", "nnUNet_nps"))  # nnU-Net's own defaults
+    p.add_argument("-npp", type=int, default=npp, help="processes for preprocessing; 0, with -nps 0: all in one process")
+    p.add_argument("-nps", type=int, default=nps, help="processes for resampling and export")
+    p.add_argument("-num_parts", type=int, default=1, help="number of calls that share the cases")
+    p.add_argument("-part_id", type=int, default=0, help="number of this call, from 0")
+    p.add_argument("--not_on_device", action="store_true", help="keep image and results in the CPU's memory")
+    p.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
 
     p = add(
         "classify",
@@ -517,7 +562,8 @@ def _add_training(p: argparse.ArgumentParser, trainer: str) -> None:
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-p", help=f"plans; default: {PLANS_NAME}, for several datasets {JOINT_PLANS_NAME}")
     p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
-    p.add_argument("-num_gpus", type=int, default=1, help="number of GPUs")
+    p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine; for several machines use torchrun or srun")
+    p.add_argument("-accumulate", type=int, metavar="N", help="learn a batch in N parts, for less memory")
     p.add_argument("--c", dest="flag_c", action="store_true", help="continue from the latest checkpoint")
     p.add_argument("--val", dest="flag_val", action="store_true", help="only run the final validation")
     p.add_argument("--npz", dest="flag_npz", action="store_true", help="save probabilities of the final validation")

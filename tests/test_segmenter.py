@@ -76,6 +76,18 @@ def test_a_sample_with_an_absent_series_does_not_depend_on_its_batch():
     torch.testing.assert_close(logits(network, volume)[1:2], logits(network, volume[1:2]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("absent", [(), (1,), (0, 2)])
+def test_tokens_of_absent_series_left_out_or_masked_give_the_same_logits(absent):
+    network, volume = build(), random_volume(absent=absent)
+    shown = [number for number in range(3) if number not in absent]
+    encoded = []
+    network.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        dropped, masked = network(volume, shown), network(volume)
+    torch.testing.assert_close(dropped, masked, rtol=1e-4, atol=1e-5)
+    assert encoded[0] * 3 == encoded[1] * len(shown)
+
+
 def test_the_mean_is_over_the_series_that_are_present():
     features = torch.randn(2, 3, 5, 4)
     fused = mean_over_present(features, torch.tensor([[True, False, True], [False, True, False]]))

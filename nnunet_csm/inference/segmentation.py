@@ -1,47 +1,195 @@
-"""What is checked and completed before nnU-Net predicts: its own errors come late, after files were written."""
+"""Prediction: what is checked and completed before nnU-Net predicts (its own errors come late, after files were written), and
+nnU-Net's prediction with a faster sliding window.
+"""
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nnunet_csm import nnunet
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.inference.missing import fill_missing
-from nnunet_csm.model.transfer import read_encoder
+from nnunet_csm.inference.sliding_window import BatchedPredictor, keep_freed_memory
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.raw.check import check_inputs
 from nnunet_csm.raw.volumes import READABLE_ENDINGS
 
+TRAINER = "nnUNetTrainerCSM"
 
-def check_before_prediction(
-    dataset: str, trainer: str, plans: str, configuration: str, folds: Sequence[str], checkpoint_name: str
-) -> tuple[dict[str, Any], Configuration]:
-    """Look for the model's files.
 
-    Returns:
-        dataset.json of the model, and its settings.
+@dataclass(frozen=True)
+class PredictRequest:
+    """What is to be segmented by what; as the flags of `nnUNetv2_predict`.
+
+    Attributes:
+        dataset: name or ID; with trainer, plans and configuration, it names the folder of the model.
+        folds: whose logits are averaged.
+        images: folder with CASE_0000.nii.gz ..., as far as a case has the series.
+        output: folder to write to.
+        step_size: from tile to tile, as a share of the patch.
+        mirroring: average over mirrored passes, along the axes that training mirrored.
+        continue_prediction: keep what is already there.
+        num_preprocessing, num_export: processes beside the network; with 0 and 0 everything is done in this one.
+        num_parts, part_id: of every `num_parts` cases take the one with this number.
+        on_device: keep image and results in GPU memory.
+    """
+
+    dataset: str
+    trainer: str
+    plans: str
+    configuration: str
+    folds: tuple[str, ...]
+    checkpoint_name: str
+    images: Path
+    output: Path
+    device: str
+    step_size: float = 0.5
+    mirroring: bool = True
+    save_probabilities: bool = False
+    continue_prediction: bool = False
+    num_preprocessing: int = 3
+    num_export: int = 3
+    num_parts: int = 1
+    part_id: int = 0
+    on_device: bool = True
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_size <= 1:
+            raise UserError(
+                f"a step size of {self.step_size}; expected a share of the patch, above 0 and up to 1, with -step_size"
+            )
+        if not 0 <= self.part_id < self.num_parts:
+            raise UserError(f"part {self.part_id} of {self.num_parts}; -part_id counts from 0 to -num_parts - 1")
+        if min(self.num_preprocessing, self.num_export) < 0 or (self.num_preprocessing == 0) != (self.num_export == 0):
+            found = f"{self.num_preprocessing} processes for preprocessing and {self.num_export} for export"
+            raise UserError(f"{found}; give -npp and -nps at least 1 each, or 0 both to do without")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a folder of nnU-Net's results holds, and the checkpoints of the folds asked for."""
+
+    folder: Path
+    dataset_json: dict[str, Any]
+    plans: dict[str, Any]
+    settings: Configuration
+    checkpoints: tuple[dict[str, Any], ...]
+
+
+def predict(request: PredictRequest) -> None:
+    """Segment all cases of a folder, as `nnUNetv2_predict` would.
+
+    Raises:
+        UserError: no such model, or images that cannot be used; nothing has been written then.
+    """
+    model = load_model(request)
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device found; predict on the CPU with -device cpu, or check the driver with nvidia-smi")
+    with complete_cases(request.images, model.dataset_json, model.settings) as images:
+        predictor = build_predictor(request, model)
+        cases = create_lists_from_splitted_dataset_folder(str(images), model.dataset_json["file_ending"])
+        cases = cases[request.part_id :: request.num_parts]
+        request.output.mkdir(parents=True, exist_ok=True)
+        overwrite = not request.continue_prediction
+        # with a single case there is nothing to overlap, and starting processes takes longer than many a network
+        if request.num_preprocessing == 0 or len(cases) <= 1:
+            predictor.predict_from_files_sequential(cases, str(request.output), request.save_probabilities, overwrite)
+            return
+        predictor.predict_from_files(
+            str(images),
+            str(request.output),
+            save_probabilities=request.save_probabilities,
+            overwrite=overwrite,
+            num_processes_preprocessing=min(request.num_preprocessing, len(cases)),
+            num_processes_segmentation_export=min(request.num_export, len(cases)),
+            num_parts=request.num_parts,
+            part_id=request.part_id,
+        )
+
+
+def load_model(request: PredictRequest) -> Model:
+    """Read the checkpoints, without executing anything in them, and what stands beside them.
 
     Raises:
         UserError: a fold that was not trained, or with another network than the plans have.
     """
-    name = nnunet.dataset_name(dataset)
-    model = nnunet.folder("nnUNet_results") / name / f"{trainer}__{plans}__{configuration}"
-    remedy = f"train with `nnunet_csm finetune -d {dataset} -f {' '.join(folds)}`, or choose trained folds with -f"
-    paths = [model / f"fold_{fold}" / checkpoint_name for fold in folds]
+    name = nnunet.dataset_name(request.dataset)
+    folder = nnunet.folder("nnUNet_results") / name / f"{request.trainer}__{request.plans}__{request.configuration}"
+    folds = " ".join(request.folds)
+    remedy = f"train with `nnunet_csm finetune -d {request.dataset} -f {folds}`, or choose trained folds with -f"
+    paths = [folder / f"fold_{fold}" / request.checkpoint_name for fold in request.folds]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint; {remedy}")
-    plans_file = model / "plans.json"
-    expected = read_architecture(nnunet.read_json(plans_file, remedy), configuration, str(plans_file))
+    plans_file = folder / "plans.json"
+    plans = nnunet.read_json(plans_file, remedy)
+    expected = read_architecture(plans, request.configuration, str(plans_file))
+    checkpoints = []
     for path in paths:
-        found = read_encoder(str(path)).architecture
+        loaded = checkpoint.load(path)
+        trained = loaded["init_args"]
+        found = read_architecture(trained["plans"], trained["configuration"], str(path))
         if found != expected:
             raise UserError(f"{path}: a network with {found}, {plans_file} says {expected}; {remedy}")
-    settings = read_configuration(nnunet.read_json(plans_file, remedy), configuration, str(plans_file))
-    return nnunet.read_json(model / "dataset.json", remedy), settings
+        # without the moments of the optimiser, which are twice as large
+        checkpoints.append({key: loaded.get(key) for key in ("network_weights", "inference_allowed_mirroring_axes")})
+    settings = read_configuration(plans, request.configuration, str(plans_file))
+    return Model(folder, nnunet.read_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
+
+
+def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
+    """A predictor with the weights of all folds, on the device asked for.
+
+    Raises:
+        UserError: weights that are not those of the planned network.
+    """
+    device = torch.device(request.device)
+    if device.type == "cuda":
+        torch.set_num_threads(1)  # as stock: the CPU's other cores are for the other processes
+    elif device.type == "cpu":
+        keep_freed_memory()
+    predictor = BatchedPredictor(
+        tile_step_size=request.step_size,
+        use_mirroring=request.mirroring,
+        perform_everything_on_device=request.on_device,
+        device=device,
+        allow_tqdm=request.progress_bar,
+    )
+    if request.trainer != TRAINER:
+        # somebody's own, who may build another network: nnU-Net imports all its trainers to find it, which takes seconds
+        os.environ[nnunet.TRAINER_VARIABLE] = nnunet.trainer_path()
+        predictor.initialize_from_trained_model_folder(str(model.folder), request.folds, request.checkpoint_name)
+        return predictor
+    plans = PlansManager(model.plans)
+    configuration = plans.get_configuration(request.configuration)
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        len(nnunet.channel_names(model.dataset_json)),
+        plans.get_label_manager(model.dataset_json).num_segmentation_heads,
+        deep_supervision=False,
+    )
+    weights = [loaded["network_weights"] for loaded in model.checkpoints]
+    for fold, of_fold in zip(request.folds, weights, strict=True):
+        try:
+            network.load_state_dict(of_fold)
+        except RuntimeError as error:
+            raise UserError(f"fold {fold} of {model.folder} holds another network than its plans: {error}") from None
+    mirroring_axes = model.checkpoints[0]["inference_allowed_mirroring_axes"]
+    predictor.manual_initialization(network, plans, configuration, weights, model.dataset_json, request.trainer, mirroring_axes)
+    return predictor
 
 
 @contextmanager

@@ -133,28 +133,53 @@ class CSMSegmenter(nn.Module):
         )
         self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes)
 
-    def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c z y x"]:
-        """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero."""
+    def forward(self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None) -> Float[Tensor, "b c z y x"]:
+        """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
+
+        Args:
+            volume: patches.
+            shown: numbers of the planned series that are present in every sample, when no sample has any other, as
+                `series_present` counts: tokens of the others are then left out. When None, samples may differ; absent
+                tokens are masked in attention, which gives the same features up to rounding.
+        """
+        volume = self.planned_series(volume)
+        present = series_present(volume)
+        volume = volume * present[:, :, None, None, None].to(volume.dtype)
+        *taps, bottleneck = self.encode(volume, present, shown)
+        skips = [self.stem(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
+        return self.decoder(bottleneck, skips)
+
+    def planned_series(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b s z y x"]:
+        """The planned series, in their order, of patches with nnU-Net's channels.
+
+        Raises:
+            ValueError: another number of channels than the network was planned for.
+        """
         if volume.shape[1] != self.input_channels:
             raise ValueError(
                 f"the input has {volume.shape[1]} channels, the network was planned for {self.input_channels} "
                 f"({', '.join(self.encoder.series)} are used); give an all-zero volume for a series a patient does not have"
             )
-        if self.channels != list(range(self.input_channels)):
-            volume = torch.stack([volume[:, channel] for channel in self.channels], dim=1)
-        present = series_present(volume)
-        volume = volume * present[:, :, None, None, None].to(volume.dtype)
-        *taps, bottleneck = self.encode(volume, present)
-        skips = [self.stem(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
-        return self.decoder(bottleneck, skips)
+        if self.channels == list(range(self.input_channels)):
+            return volume
+        return torch.stack([volume[:, channel] for channel in self.channels], dim=1)
 
-    def encode(self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"]) -> list[Float[Tensor, "b e gz gy gx"]]:
+    def encode(
+        self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"], shown: Sequence[int] | None = None
+    ) -> list[Float[Tensor, "b e gz gy gx"]]:
         """Features of the encoder at its taps, fused over the present series to maps on the token grid."""
         b, s = present.shape
         grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
         index = all_tokens(s, grid, b, volume.device)
+        attend = None
+        if shown is not None:
+            # a stack of slices: a list as an index would be copied to the GPU
+            index = torch.cat([index.unflatten(1, (s, -1))[:, number] for number in shown], dim=1)
+            present = torch.stack([present[:, number] for number in shown], dim=1)
+        elif s > 1:
+            # masked, not left out, so that every sample of a batch has the same length
+            attend = present.repeat_interleave(math.prod(grid), dim=1)
         tokens = select(to_tokens(volume, self.token_size), index)
-        # absent tokens are masked, not dropped, so that every sample of a batch has the same length
-        attend = present.repeat_interleave(math.prod(grid), dim=1) if s > 1 else None
         features = self.encoder(tokens, coordinates(index, grid), attend, self.taps)
-        return [to_map(mean_over_present(f.unflatten(1, (s, -1)), present), grid) for f in features]
+        num_series = present.shape[1]
+        return [to_map(mean_over_present(f.unflatten(1, (num_series, -1)), present), grid) for f in features]
