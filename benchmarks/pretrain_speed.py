@@ -177,8 +177,8 @@ def monai_steps(row: Row, folder: Path, num_steps: int, device: torch.device, pu
         decoder_mlp_dim=4 * r.width,
         decoder_num_layers=r.depth,
         decoder_num_heads=r.num_heads,
-        pos_embed_type="sincos",
-        decoder_pos_embed_type="sincos",
+        pos_embed_type="learnable",
+        decoder_pos_embed_type="learnable",
     ).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), fused=device.type == "cuda")
     volume = torch.randn(row.batch_size, row.num_series, *row.patch_size, device=device)

@@ -19,7 +19,7 @@ from nnunet_folders import NnunetFolders, PlannedDataset
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.training.host import accumulation, slices
-from nnunet_csm.training.ranks import Ranks, lost_rank_explained, started
+from nnunet_csm.training.ranks import Ranks, lost_rank_explained, running, started
 
 PLANS = "nnUNetCSMPlansRanks"
 
@@ -59,6 +59,13 @@ def test_only_the_loss_of_a_rank_is_explained() -> None:
         raise RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="gloo"), lost_rank_explained(Ranks()):
         raise RuntimeError("gloo")
+
+
+def test_nnunets_own_command_under_torchrun_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process would train by itself, into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"torchrun .* nnunet_csm pretrain"):
+        running()
 
 
 def test_gpu_ranks_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,21 @@ class Ranks:
 
 
 def running() -> Ranks:
-    """The ranks of this process, whoever started them."""
+    """The ranks of this process, whoever started them.
+
+    Raises:
+        UserError: started by torchrun, but by a command that does not join the others.
+    """
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started > 1 and not dist.is_initialized():
+        raise UserError(
+            f"one of {num_started} processes that torchrun started, but nnU-Net's own command does not join them; "
+            f"use `torchrun ... -m nnunet_csm pretrain` or `finetune`"
+        )
+    return _joined()
+
+
+def _joined() -> Ranks:
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -103,7 +117,7 @@ def started(device: str, num_gpus: int = 1) -> Iterator[Ranks]:
     """
     _take_over_from_slurm()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield running()
+        yield _joined()
         return
     if num_gpus > 1:
         raise UserError("-num_gpus is for one call without torchrun or srun; leave it out, they start the ranks")
@@ -123,7 +137,7 @@ def started(device: str, num_gpus: int = 1) -> Iterator[Ranks]:
         raise UserError(f"the ranks did not find each other at {address} ({error}); start them with torchrun or srun") from None
     before = signal.signal(signal.SIGTERM, _stopped)
     try:
-        yield running()
+        yield _joined()
     finally:
         signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
