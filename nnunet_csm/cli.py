@@ -224,6 +224,13 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate_classes(args: argparse.Namespace) -> int:
+    from nnunet_csm.evaluation.repeats import evaluate_runs
+
+    evaluate_runs([Path(path) for path in args.pred], [Path(path) for path in args.against], Path(args.o) if args.o else None)
+    return 0
+
+
 def convert(args: argparse.Namespace) -> int:
     import importlib
 
@@ -518,6 +525,16 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-np", type=int, default=1, help="processes; worth it for many large cases")
     p.add_argument("-images", help="folder with the images, for overlay pictures")
     p.add_argument("-overlays", type=int, default=5, help="number of overlay pictures, with -images")
+
+    p = add(
+        "evaluate_classes",
+        evaluate_classes,
+        "Metrics of a classifier over folds or repeats, with intervals over patients, alone or against another training.",
+        "nnunet_csm evaluate_classes -pred fold_?/test/predictions.csv -against scratch/fold_?/test/predictions.csv",
+    )
+    p.add_argument("-pred", nargs="+", required=True, metavar="CSV", help="predictions.csv of each fold or repeat")
+    p.add_argument("-against", nargs="+", default=[], metavar="CSV", help="those of another training, in the same order")
+    p.add_argument("-o", help="folder for metrics.md, .csv, .json and curves.png")
     return parser
 
 

@@ -83,7 +83,7 @@ def test_the_help_of_the_program_names_every_command(capsys):
 
 
 def test_every_command_that_needs_a_dataset_is_tested_here():
-    assert set(COMMANDS) - set(ON_A_DATASET) == {"convert", "demo", "doctor", "env", "export_msd"}
+    assert set(COMMANDS) - set(ON_A_DATASET) == {"convert", "demo", "doctor", "env", "evaluate_classes", "export_msd"}
 
 
 # --- what a user got wrong ---------------------------------------------------------------------------------------------------

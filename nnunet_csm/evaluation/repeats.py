@@ -1,0 +1,109 @@
+"""`nnunet_csm evaluate_classes`: predictions of several folds or repeats as one table, alone or beside another training's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from nnunet_csm import nnunet
+from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.classification import compare, draw_classification, evaluate
+
+PROBABILITY = "p_"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Predictions of some runs, one after the other; a run is a fold or a repeat, with a network of its own.
+
+    Attributes:
+        names: sample of each row: its run's number, case and lesion.
+        classes: in the order of their indices, the last of two is positive.
+    """
+
+    names: tuple[tuple[int, str, str], ...]
+    classes: tuple[str, ...]
+    labels: Int[np.ndarray, " n"]
+    probabilities: Float[np.ndarray, "n c"]
+    patients: tuple[str, ...]
+    runs: tuple[int, ...]
+
+
+def read_runs(paths: Sequence[Path]) -> Runs:
+    """Read the `predictions.csv` of trainings, one a run, in their order.
+
+    Raises:
+        UserError: no such file, not a table of a classifier's validation, or other classes than in the first.
+    """
+    tables = [_read(path) for path in paths]
+    classes = tuple(name.removeprefix(PROBABILITY) for name in tables[0] if name.startswith(PROBABILITY))
+    for path, table in zip(paths, tables, strict=True):
+        found = tuple(name.removeprefix(PROBABILITY) for name in table if name.startswith(PROBABILITY))
+        if found != classes:
+            raise UserError(
+                f"{path}: probabilities of {', '.join(found)}, {paths[0]} has {', '.join(classes)}; give runs of one task"
+            )
+        if unknown := sorted(set(table["class"]) - set(classes)):
+            raise UserError(f"{path}: class {unknown[0]!r} has no column of probabilities; expected one of {', '.join(classes)}")
+    table = pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run")
+    return Runs(
+        names=tuple(zip(table["run"], table["case"], table["mask_label"].astype(str), strict=True)),
+        classes=classes,
+        labels=np.array([classes.index(name) for name in table["class"]]),
+        probabilities=table[[PROBABILITY + name for name in classes]].to_numpy(np.float64),
+        patients=tuple(table["patient"]),
+        runs=tuple(int(run) for run in table["run"]),
+    )
+
+
+def _read(path: Path) -> pd.DataFrame:
+    remedy = "give the predictions.csv that a classifier's training wrote into validation/ or test/"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        table = pd.read_csv(path, dtype={"case": str, "patient": str, "class": str, "mask_label": str}, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV ({error}); {remedy}") from None
+    missing = [name for name in ("case", "mask_label", "patient", "class") if name not in table]
+    if missing or not any(name.startswith(PROBABILITY) for name in table) or table.empty:
+        raise UserError(f"{path}: no column {missing[0] if missing else 'p_CLASS'} or no row; {remedy}")
+    return table
+
+
+def evaluate_runs(predictions: Sequence[Path], against: Sequence[Path], output: Path | None) -> None:
+    """Print metrics over all runs with intervals over patients; with `against`, both and their paired differences.
+
+    Writes, with `output`, metrics.json, metrics.csv, metrics.md and curves.png.
+
+    Raises:
+        UserError: files that cannot be read or compared.
+    """
+    runs = read_runs(predictions)
+    given = runs.labels, runs.probabilities, runs.classes, runs.patients
+    if not against:
+        found = evaluate(*given, runs=runs.runs)
+        text, table, result = found.to_markdown(), found.table(), found.to_dict()
+    else:
+        others = read_runs(against)
+        if others.names != runs.names or others.classes != runs.classes:
+            raise UserError(
+                f"{against[0]} ...: these {len(against)} runs do not predict the samples of {predictions[0]} ... in their order; "
+                f"give the same folds of both trainings, in the same order"
+            )
+        compared = compare(others.labels, others.probabilities, runs.probabilities, runs.classes, runs.patients, runs.runs)
+        counts = evaluate(*given, runs=runs.runs, num_resamples=0).to_markdown().splitlines()[0]
+        text = f"{counts}\n\n{compared.to_markdown(('against', 'predictions'))}"
+        table, result = compared.table(), compared.to_dict()
+    print(f"{len(predictions)} runs; {text}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in (("metrics.md", text + "\n"), ("metrics.csv", table.to_csv(index=False))):
+            temporary = output / f".{name}.tmp"
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(output / name)
+        draw_classification(output / "curves.png", *given, title=f"{len(predictions)} runs")
+        nnunet.save_json(result, output / "metrics.json")
+        print(f"written to {output}")
