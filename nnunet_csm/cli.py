@@ -153,11 +153,32 @@ def _train(args: argparse.Namespace, num_ranks: int) -> int:
         flags += [f"--{flag}" for flag in ("c", "val", "npz") if getattr(args, f"flag_{flag}")]
         entry_point = "nnunetv2.run.run_training:run_training_entry"
         if len(args.f) == 1:
-            nnunet.run(entry_point, flags)
+            _run_ranks(entry_point, flags)
         # nnU-Net's command can run once in a process: it sets the number of torch's threads
         elif code := nnunet.run_apart(entry_point, flags):
             return code
     return 0
+
+
+def _run_ranks(entry_point: str, flags: Sequence[str]) -> None:
+    """Run nnU-Net's command, which starts a process for each of several GPUs.
+
+    Raises:
+        UserError: one of them ended without a word.
+    """
+    from torch.multiprocessing import ProcessExitedException
+
+    try:
+        nnunet.run(entry_point, flags)
+    except ProcessExitedException as error:
+        if error.exit_code == 2:
+            # it has said why
+            raise SystemExit(2) from None
+        how = error.signal_name or f"exit code {error.exit_code}"
+        raise UserError(
+            f"rank {error.error_index} ended with {how}, and the others with it; see why, then go on from the latest checkpoint "
+            f"with --c, on any number of ranks"
+        ) from None
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -420,7 +441,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-bank",
         choices=("auto", "gpu", "memory", "disk"),
-        help="where the volumes are kept; default: the fastest place they fit in",
+        help="where the volumes are kept (nnUNet_csm_bank); default: the fastest place they fit in. nnUNet_csm_graphs=f: no "
+        "CUDA graphs",
     )
 
     p = add(
@@ -431,7 +453,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-d", required=True, help="dataset name or ID")
     _add_training(p, FINETUNER)
-    p.add_argument("-encoder", help="auto (same fold), all (fold all), scratch, or a checkpoint; default: what the plans say")
+    p.add_argument("-encoder", help="auto (same fold), all (fold all), scratch, or a checkpoint (nnUNet_csm_encoder); default: what the plans say")
 
     p = add(
         "predict",
@@ -580,7 +602,7 @@ def _add_training(p: argparse.ArgumentParser, trainer: str) -> None:
     p.add_argument("-p", help=f"plans; default: {PLANS_NAME}, for several datasets {JOINT_PLANS_NAME}")
     p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
     p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine; for several machines use torchrun or srun")
-    p.add_argument("-accumulate", type=int, metavar="N", help="learn a batch in N parts, for less memory")
+    p.add_argument("-accumulate", type=int, metavar="N", help="learn a batch in N parts, for less memory (nnUNet_csm_accumulate)")
     p.add_argument("--c", dest="flag_c", action="store_true", help="continue from the latest checkpoint")
     p.add_argument("--val", dest="flag_val", action="store_true", help="only run the final validation")
     p.add_argument("--npz", dest="flag_npz", action="store_true", help="save probabilities of the final validation")

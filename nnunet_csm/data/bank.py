@@ -320,6 +320,7 @@ def open_bank(
     batch_size: int,
     seed: int,
     num_ranks: int = 1,
+    agree: Callable[[int], int] = lambda number: number,
 ) -> Bank:
     """Read the cases and keep them in the fastest place that has room: the GPU, else memory, else their files.
 
@@ -329,6 +330,8 @@ def open_bank(
         where: "auto", or the place that the user insists on (`nnUNet_csm_bank`).
         batch_size: of all ranks; with `seed`, what the pools of a disk bank follow from.
         num_ranks: processes on this machine that open a bank at the same time, each on a GPU of its own.
+        agree: the least of the numbers that all ranks give. One whose neighbour was quicker finds less memory free, and with
+            another place or pool it would draw other cases.
 
     Raises:
         UserError: an unknown or too small place; no case; or one that was not preprocessed, has another number of channels than
@@ -338,9 +341,13 @@ def open_bank(
         raise UserError("no case to read; check splits_final.json and the preprocessed folder")
     size = sum(2 * sum(c is not None for c in f.channels) * math.prod(_open(f).shape[1:]) for f in files)
     place, reason = _choose(size, device, where, num_ranks)
+    slowest_first = get_args(Where)[::-1]
+    agreed = slowest_first[agree(slowest_first.index(place))]
+    if agreed != place:
+        place, reason = agreed, f"{reason}; but {agreed}, since another rank has less room"
     pinned, reason = _pinned(device, reason)
     if place == "disk":
-        cache_bytes = min(CACHE_BYTES, int(SHARE_OF_MEMORY * free_memory() / num_ranks))
+        cache_bytes = agree(min(CACHE_BYTES, int(SHARE_OF_MEMORY * free_memory() / num_ranks)))
         bank = DiskBank(read(files), cache_bytes, batch_size, seed, pinned)
         pools = f"pools of {bank.pools.pool_size} of {len(bank)} cases" if bank.pools else "which holds all cases"
         bank.reason = f"{reason}; cache of {_gib(cache_bytes)}, {pools}"

@@ -91,7 +91,7 @@ def _grid(num_columns: int, height_over_width: float, title: str) -> tuple[Figur
     """Two panels below each other for every column, placed by hand, in pixels."""
     panel_width = min(PANEL_WIDTH_MAX, (PICTURE_WIDTH - 2 * MARGIN) / num_columns - GAP)
     panel_height = panel_width * height_over_width
-    width = max(2 * MARGIN + num_columns * (panel_width + GAP), 2 * MARGIN + 7 * len(title))
+    width = max(2 * MARGIN + num_columns * (panel_width + GAP), 2 * MARGIN + 9 * len(title))
     height = TITLE_HEIGHT + HEADING_HEIGHT + 2 * (panel_height + GAP) + LEGEND_HEIGHT
     figure = new_figure(width, height)
     figure.text(MARGIN / width, 1 - 20 / height, title, fontsize=11, fontweight="bold", color=INK, va="center")

@@ -254,9 +254,10 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def weight_of(self, labels: Tensor) -> Tensor:
         """The weights of the samples' classes, summed."""
-        return (
-            torch.tensor(float(len(labels)), device=self.device) if self.loss.weight is None else self.loss.weight[labels].sum()
-        )
+        if self.loss.weight is not None:
+            return self.loss.weight[labels].sum()
+        # filled there: copied from here it would wait for the GPU
+        return torch.full((), float(len(labels)), device=self.device)
 
     def summed_loss(self, batch: Batch) -> Tensor:
         regions, variation, labels = batch

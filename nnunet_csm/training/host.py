@@ -140,6 +140,10 @@ class CSMTrainer(nnUNetTrainer):
         optimizer = build_optimizer(self.bare_network, self.encoder, self.schedule)
         return optimizer, build_scheduler(optimizer, self.schedule)
 
+    def run_training(self) -> None:
+        with exit_on_user_error(), lost_rank_explained(self.ranks):
+            super().run_training()
+
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
@@ -147,14 +151,14 @@ class CSMTrainer(nnUNetTrainer):
             with exit_on_user_error():
                 self.on_fresh_start()
         super().on_train_start()
-        if self.current_epoch == 0 and not self.disable_checkpointing and self.ranks.rank == 0:
-            # only now, when nothing is left that could stop the run before its first step
-            moved = checkpoint.move_away(self.output_folder)
-            if moved is not None:
-                self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
         # parameters are frozen by now, if any
         self.learning_network = self.ranks.shared(self.network, self.device)
         self.ranks.wait()
+        if self.current_epoch == 0 and not self.disable_checkpointing and self.ranks.rank == 0:
+            # only now, when all ranks are here and nothing is left that could stop the run before its first step
+            moved = checkpoint.move_away(self.output_folder)
+            if moved is not None:
+                self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
         self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.schedule.batch_size, self.ranks.rank == 0)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -218,10 +222,16 @@ class CSMTrainer(nnUNetTrainer):
 
         The loss of a batch is its summed loss over its weight, each over all ranks and parts, whatever their sizes.
         """
-        with exit_on_user_error(), lost_rank_explained(self.ranks):
-            self.before_step()
+        self.before_step()
+        try:
             loss = self.learn(batch)
-        self.progress.step(loss)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"no GPU memory for a step: {str(error).splitlines()[0]} Learn a batch in parts ({ACCUMULATE_VARIABLE}=2), keep "
+                f"the images of a pretraining elsewhere (nnUNet_csm_bank=memory), or plan with a smaller -gpu_memory_target"
+            ) from None
+        # as if this rank's places were all
+        self.progress.step(loss * self.ranks.num_ranks)
         return {"loss": loss}
 
     def before_step(self) -> None:
@@ -287,8 +297,7 @@ class CSMTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         loss = torch.stack([output["loss"] for output in train_outputs])
-        with exit_on_user_error(), lost_rank_explained(self.ranks):
-            mean = float(self.ranks.sum(loss.mean()))
+        mean = float(self.ranks.sum(loss.mean()))
         self.progress.end_epoch()
         if not np.isfinite(mean):
             raise RuntimeError(

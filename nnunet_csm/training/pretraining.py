@@ -159,6 +159,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             batch_size=self.schedule.batch_size,
             seed=self.settings.csm.seed,
             num_ranks=self.ranks.num_local,
+            agree=lambda number: min(self.ranks.gather(number)),
         )
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -308,10 +309,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
         The map is fitted on patches of training cases. Writes validation/summary.json and validation/reconstruction.csv.
         """
+        if not hasattr(self, "val_batches"):
+            # which ranks do together
+            self.open_banks()
         if self.ranks.rank > 0:
             return
-        if not hasattr(self, "val_batches"):
-            self.open_banks()
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
         num_batches = max(4, math.ceil(NUM_COMPARED / self.batch_size))

@@ -100,7 +100,9 @@ def _joined() -> Ranks:
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     rank, size = dist.get_rank(), dist.get_world_size()
-    # nnU-Net's own ranks are all on one machine
+    if os.environ.get("WORLD_SIZE") != str(size):
+        # nnU-Net's own ranks are all on one machine, whatever started the process that started them
+        return Ranks(rank, size, rank, size)
     return Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
@@ -113,10 +115,14 @@ def started(device: str, num_gpus: int = 1) -> Iterator[Ranks]:
         num_gpus: ranks that nnU-Net is asked to start itself.
 
     Raises:
-        UserError: no way to reach the others, or no NCCL.
+        UserError: no way to reach the others, fewer GPUs than ranks, or no NCCL.
     """
     _take_over_from_slurm()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        if num_gpus > 1 and device != "cuda":
+            raise UserError(f"-num_gpus {num_gpus} is for -device cuda; several ranks on {device} are started by torchrun or srun")
+        if num_gpus > 1 and (found := torch.cuda.device_count()) < num_gpus:
+            raise UserError(f"-num_gpus {num_gpus}, but this machine has {found} GPUs; lower it, or check with nvidia-smi")
         yield _joined()
         return
     if num_gpus > 1:
@@ -128,7 +134,10 @@ def started(device: str, num_gpus: int = 1) -> Iterator[Ranks]:
     if device == "cuda":
         local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= found:
-            raise UserError(f"rank {local_rank} of this machine has no GPU: {found} found; lower --nproc_per_node")
+            raise UserError(
+                f"rank {local_rank} of this machine has no GPU: {found} found; lower --nproc_per_node, or have srun show every "
+                f"task all GPUs of its machine (--gpus-per-node instead of --gpus-per-task, --gpu-bind=none)"
+            )
         torch.cuda.set_device(local_rank)
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Purpose, batches, key, seed_everything
-from nnunet_csm.errors import UserError
+from nnunet_csm.data.sources import split
+from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.plans import Recipe, Schedule
 from nnunet_csm.training.host import ENCODER_VARIABLE, CSMTrainer, num_workers, without_copies
+from nnunet_csm.training.ranks import lost_rank_explained
 
 
 class KeepAbsentSeriesAbsent(BasicTransform):
@@ -123,6 +126,11 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         if absent:
             # before anything of nnU-Net's opens a case
             self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), absent)
+        folder = Path(self.preprocessed_dataset_folder_base)
+        if self.fold != "all" and not (folder / "splits_final.json").is_file():
+            # whole or not at all, where nnU-Net's own would be half written while another rank reads it
+            cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
+            split(folder, cases, 0)
         return super().do_split()
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
@@ -152,7 +160,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         """The number of samples."""
-        return torch.tensor(float(len(batch["data"])), device=self.device)
+        # filled there: copied from here it would wait for the GPU
+        return torch.full((), float(len(batch["data"])), device=self.device)
 
     def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
         with self.autocast():
@@ -164,5 +173,5 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             super().on_validation_epoch_end(val_outputs)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with self.shared_by_nnunet():
+        with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet():
             super().perform_actual_validation(save_probabilities)
