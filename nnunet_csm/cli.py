@@ -453,7 +453,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-d", required=True, help="dataset name or ID")
     _add_training(p, FINETUNER)
-    p.add_argument("-encoder", help="auto (same fold), all (fold all), scratch, or a checkpoint (nnUNet_csm_encoder); default: what the plans say")
+    p.add_argument(
+        "-encoder",
+        help="auto (same fold), all (fold all), scratch, or a checkpoint (nnUNet_csm_encoder); default: what the plans say",
+    )
 
     p = add(
         "predict",

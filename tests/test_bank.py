@@ -478,6 +478,20 @@ def test_a_bank_that_was_asked_for_and_does_not_fit_is_an_error_with_sizes_and_t
         opened(case_files(folder), "ram")
 
 
+def test_ranks_agree_on_the_place_and_the_pool_of_the_one_with_least_room(folder):
+    """Or they would draw other cases for the same batch."""
+    given = []
+
+    def agree(number):
+        given.append(number)
+        return min(number, 0 if len(given) == 1 else 2**20)
+
+    bank = open_bank(case_files(folder), CPU, batch_size=4, seed=0, agree=agree)
+    assert bank.where == "disk" and "but disk, since another rank has less room" in bank.reason
+    assert isinstance(bank, DiskBank)
+    assert given[0] == 1 and given[1] > bank.cache.max_bytes == 2**20
+
+
 def test_free_memory_is_some_and_no_more_than_there_is():
     assert 2**20 < free_memory() <= memory_bytes()
 

@@ -247,6 +247,25 @@ def test_training_hands_nnunets_own_flags_to_nnunet(dataset, monkeypatch, capsys
     assert calls == [["Dataset001_Tiny", "3d_fullres", fold, *flags] for fold in ("0", "1")]
 
 
+def test_a_rank_that_nnunet_started_and_that_died_is_named_unless_it_said_why(dataset, monkeypatch, capsys):
+    from torch.multiprocessing import ProcessExitedException
+
+    assert cli.main(["plan", "-d", "1", "-preset", "demo"]) == 0
+    capsys.readouterr()
+    ended = ProcessExitedException("", error_index=1, error_pid=7, exit_code=-9, signal_name="SIGKILL")
+
+    def run(entry_point, arguments):
+        raise ended
+
+    monkeypatch.setattr(nnunet, "run", run)
+    command = ["finetune", "-d", "1", "-f", "0", "-device", "cpu"]
+    assert "rank 1 ended with SIGKILL" in refused(command, capsys)
+    ended = ProcessExitedException("", error_index=1, error_pid=7, exit_code=2)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command)
+    assert caught.value.code == 2 and not capsys.readouterr().err
+
+
 def test_doctor_names_what_is_missing_and_does_not_stop_there(nnunet_folders, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_results")
     nnunet_folders.raw.rmdir()

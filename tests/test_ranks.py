@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nnunet_folders import NnunetFolders, PlannedDataset
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.training.host import accumulation, slices
+from nnunet_csm.training.machine import accumulation, check_compiler_cache, slices
 from nnunet_csm.training.ranks import Ranks, lost_rank_explained, running, started
 
 PLANS = "nnUNetCSMPlansRanks"
@@ -45,6 +45,15 @@ def test_parts_are_disjoint_and_complete(num_parts: int, more: int) -> None:
     assert [place for part in parts for place in part] == places
 
 
+def test_a_compiler_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    check_compiler_cache()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"file: torch\.compile cannot write .*nnUNet_compile=f"):
+        check_compiler_cache()
+
+
 @pytest.mark.parametrize("given", ["0", "5", "two", "-1"])
 def test_an_impossible_number_of_parts_is_an_error(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("nnUNet_csm_accumulate", given)
@@ -68,6 +77,33 @@ def test_nnunets_own_command_under_torchrun_is_an_error(monkeypatch: pytest.Monk
         running()
 
 
+def test_more_gpus_than_there_are_is_an_error_before_any_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="-num_gpus 2, but this machine has 1 GPUs"), started("cuda", 2):
+        pass
+    with pytest.raises(UserError, match="several ranks on cpu are started by torchrun or srun"), started("cpu", 2):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("of_torchrun", "expected"), [("4", Ranks(3, 4, 1, 2)), ("1", Ranks(3, 4, 3, 4)), (None, Ranks(3, 4, 3, 4))]
+)
+def test_a_rank_of_nnunets_own_has_the_gpu_of_its_number(
+    monkeypatch: pytest.MonkeyPatch, of_torchrun: str | None, expected: Ranks
+) -> None:
+    """Whatever torchrun left in the environment of the process that started it."""
+    for name, value in {"WORLD_SIZE": of_torchrun, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    assert running() == expected
+
+
 def test_gpu_ranks_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
@@ -77,7 +113,9 @@ def test_gpu_ranks_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slurm_tasks_are_ranks_but_a_batch_script_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        # set first, or what is set below would stay for the tests after this one
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "0")
     with started("cpu") as ranks:

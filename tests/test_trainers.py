@@ -155,6 +155,41 @@ def test_a_fresh_run_moves_old_checkpoints_away(make_trainer: Callable[..., Any]
     assert [f.read_bytes() for f in moved] == [b"an earlier run"]
 
 
+def test_a_step_without_memory_ends_with_the_remedies(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(True)
+
+    def learn(_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(trainer, "learn", learn)
+    with pytest.raises(SystemExit) as stop:
+        trainer.run_training()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert said.startswith("Error: no GPU memory for a step: CUDA out of memory. Tried to allocate 2.00 GiB. Learn")
+    assert "nnUNet_csm_accumulate=2" in said and "nnUNet_csm_bank=memory" in said
+
+
+def test_missing_splits_are_those_of_nnunet(
+    make_trainer: Callable[..., Any], planned_dataset: PlannedDataset, tmp_path: Path
+) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    given = planned_dataset.folders.preprocessed / planned_dataset.name
+    found = []
+    for do_split in (type(make_trainer(False)).do_split, nnUNetTrainer.do_split):
+        trainer = make_trainer(False, fold=1)
+        folder = tmp_path / do_split.__qualname__
+        shutil.copytree(given / "nnUNetPlans_3d_fullres", folder / "nnUNetPlans_3d_fullres")
+        trainer.preprocessed_dataset_folder_base = str(folder)
+        trainer.preprocessed_dataset_folder = str(folder / "nnUNetPlans_3d_fullres")
+        sides = do_split(trainer)
+        found.append((tuple(map(list, sides)), json.loads((folder / "splits_final.json").read_text())))
+    assert found[0] == found[1]
+
+
 def test_resuming_with_other_plans_is_refused(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     trainer = make_trainer(True)
     trainer.run_training()

@@ -7,7 +7,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -28,44 +26,13 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
+from nnunet_csm.training.machine import ACCUMULATE_VARIABLE, accumulation, check_compiler_cache, num_threads, slices
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
+from nnunet_csm.training.pretrained import find_encoder
 from nnunet_csm.training.progress import Progress
 from nnunet_csm.training.ranks import lost_rank_explained, running
 
 CUDA = torch.device("cuda")
-ENCODER_VARIABLE = "nnUNet_csm_encoder"
-ACCUMULATE_VARIABLE = "nnUNet_csm_accumulate"
-PRETRAINER = "nnUNetTrainerCSMPretrain"
-
-
-def accumulation(num_samples: int) -> int:
-    """Parts that a rank learns its share of a batch in, one after the other (`nnUNet_csm_accumulate`): memory for time.
-
-    Raises:
-        UserError: no such number of parts.
-    """
-    given = os.environ.get(ACCUMULATE_VARIABLE, "1")
-    if not given.isdigit() or not 1 <= int(given) <= num_samples:
-        raise UserError(f"{ACCUMULATE_VARIABLE} is {given!r}; a share of {num_samples} samples has 1 to {num_samples} parts")
-    return int(given)
-
-
-def slices(num: int, num_parts: int) -> list[slice]:
-    """`num` places in parts of nearly the same size."""
-    bounds = [part * num // num_parts for part in range(num_parts + 1)]
-    return [slice(first, last) for first, last in pairwise(bounds)]
-
-
-def num_threads(num_local_ranks: int) -> int:
-    """Threads of the network on a CPU: `OMP_NUM_THREADS`, or this process's cores, shared by the ranks of the machine."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(given) if given.isdigit() else max(1, cores // num_local_ranks)
-
-
-def num_workers(device: torch.device) -> int:
-    """Processes that make batches ahead: nnU-Net's number (`nnUNet_n_proc_DA`); none beside a network on the same CPU cores."""
-    return get_allowed_n_proc_DA() if device.type == "cuda" or "nnUNet_n_proc_DA" in os.environ else 0
 
 
 class CSMTrainer(nnUNetTrainer):
@@ -88,6 +55,8 @@ class CSMTrainer(nnUNetTrainer):
             self.num_parts = accumulation(len(self.places))
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise UserError("no CUDA device found; train on the CPU with -device cpu, or check the driver with nvidia-smi")
+            if device.type == "cuda" and os.environ.get("nnUNet_compile", "t").lower() in ("true", "1", "t"):
+                check_compiler_cache()
         if device.type == "cpu":
             # nnU-Net takes all cores for every process, whatever it was told
             torch.set_num_threads(num_threads(self.ranks.num_local))
@@ -368,34 +337,3 @@ def without_copies(dataset_class: type[nnUNetBaseDataset], absent: Mapping[str, 
         return data, *others
 
     return type(dataset_class.__name__, (dataset_class,), {"load_case": load_case})
-
-
-def find_encoder(wanted: str, output_folder: Path, trainer: str, owner: str, fold: int | str) -> Path:
-    """The checkpoint that fine-tuning starts from.
-
-    Args:
-        wanted: auto (that of the same fold), all (that of fold all), or a path.
-        output_folder: where fine-tuning of these plans writes, above the fold.
-        trainer: the one that fine-tunes.
-        owner: the dataset that the pretraining belongs to, by joint plans another one than that of `output_folder`.
-        fold: the fold being fine-tuned.
-
-    Raises:
-        UserError: there is none; the message offers what there is.
-    """
-    pretraining = output_folder.parent.with_name(owner) / output_folder.name.replace(trainer, PRETRAINER, 1)
-    if wanted not in ("auto", "all"):
-        if not Path(wanted).is_file():
-            raise UserError(f"{wanted}: no such checkpoint; {ENCODER_VARIABLE} takes auto, all, scratch or a path")
-        return Path(wanted)
-    folder = pretraining / f"fold_{fold if wanted == 'auto' else 'all'}"
-    path = folder / "checkpoint_final.pth"
-    if path.is_file():
-        return path
-    remedies = [f"pretrain with `nnUNetv2_train ... {folder.name.removeprefix('fold_')} -tr {PRETRAINER}`"]
-    if (folder / "checkpoint_latest.pth").is_file():
-        remedies = [f"finish the pretraining that was begun there with `nnUNetv2_train ... -tr {PRETRAINER} --c`"]
-    if (pretraining / "fold_all" / "checkpoint_final.pth").is_file():
-        remedies.append(f"use that of fold all, which saw this fold's validation images, with {ENCODER_VARIABLE}=all")
-    remedies.append(f"train from scratch with {ENCODER_VARIABLE}=scratch")
-    raise UserError(f"{path}: no pretrained encoder; {'; or '.join(remedies)}")

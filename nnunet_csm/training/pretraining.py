@@ -32,7 +32,8 @@ from nnunet_csm.plans import Configuration, Recipe, Schedule, parse_configuratio
 from nnunet_csm.pretext.csm import CSM, Rebuilt, summed_error
 from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
-from nnunet_csm.training.host import CUDA, CSMTrainer, num_workers
+from nnunet_csm.training.host import CUDA, CSMTrainer
+from nnunet_csm.training.machine import num_workers
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SECONDS_BETWEEN_PICTURES = 60.0

@@ -120,7 +120,9 @@ def started(device: str, num_gpus: int = 1) -> Iterator[Ranks]:
     _take_over_from_slurm()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         if num_gpus > 1 and device != "cuda":
-            raise UserError(f"-num_gpus {num_gpus} is for -device cuda; several ranks on {device} are started by torchrun or srun")
+            raise UserError(
+                f"-num_gpus {num_gpus} is for -device cuda; several ranks on {device} are started by torchrun or srun"
+            )
         if num_gpus > 1 and (found := torch.cuda.device_count()) < num_gpus:
             raise UserError(f"-num_gpus {num_gpus}, but this machine has {found} GPUs; lower it, or check with nvidia-smi")
         yield _joined()

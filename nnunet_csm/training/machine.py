@@ -1,0 +1,67 @@
+"""What a process may take of its machine: threads, workers, memory a step, a place for compiled kernels."""
+
+import getpass
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunet_csm.errors import UserError
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+ACCUMULATE_VARIABLE = "nnUNet_csm_accumulate"
+
+
+def accumulation(num_samples: int) -> int:
+    """Parts that a rank learns its share of a batch in, one after the other (`nnUNet_csm_accumulate`): memory for time.
+
+    Raises:
+        UserError: no such number of parts.
+    """
+    given = os.environ.get(ACCUMULATE_VARIABLE, "1")
+    if not given.isdigit() or not 1 <= int(given) <= num_samples:
+        raise UserError(f"{ACCUMULATE_VARIABLE} is {given!r}; a share of {num_samples} samples has 1 to {num_samples} parts")
+    return int(given)
+
+
+def slices(num: int, num_parts: int) -> list[slice]:
+    """`num` places in parts of nearly the same size."""
+    bounds = [part * num // num_parts for part in range(num_parts + 1)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
+
+
+def check_compiler_cache() -> None:
+    """torch.compile writes its kernels before the first step.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # as torch names users that a container does not know
+        user = f"uid_{os.getuid()}"
+    folder = Path(os.environ.get(CACHE_VARIABLE) or Path(tempfile.gettempdir()) / f"torchinductor_{user}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: torch.compile cannot write its cache there ({error.strerror}); set {CACHE_VARIABLE} to a folder that can "
+            f"be written, or do without with nnUNet_compile=f"
+        ) from None
+
+
+def num_threads(num_local_ranks: int) -> int:
+    """Threads of the network on a CPU: `OMP_NUM_THREADS`, or this process's cores, shared by the ranks of the machine."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(given) if given.isdigit() else max(1, cores // num_local_ranks)
+
+
+def num_workers(device: torch.device) -> int:
+    """Processes that make batches ahead: nnU-Net's number (`nnUNet_n_proc_DA`); none beside a network on the same CPU cores."""
+    return get_allowed_n_proc_DA() if device.type == "cuda" or "nnUNet_n_proc_DA" in os.environ else 0
