@@ -149,7 +149,9 @@ def dataset(planned_dataset: PlannedDataset, tmp_path_factory: pytest.TempPathFa
     # long enough to be killed in the middle
     configuration["csm"]["pretraining"] |= {"num_epochs": 12, "learning_rate": 2e-4}
     (preprocessed / planned_dataset.name / f"{PLANS}.json").write_text(json.dumps(plans))
-    cases = sorted(f.name.removesuffix("_seg.b2nd") for f in preprocessed.rglob("*_seg.b2nd"))
+    # other tests have preprocessed the dataset in other ways
+    data = preprocessed / planned_dataset.name / configuration["data_identifier"]
+    cases = sorted(f.name.removesuffix("_seg.b2nd") for f in data.glob("*_seg.b2nd"))
     rows = [f"{case},{name}" for case, name in zip(cases, ("benign", "malignant") * 3, strict=True)]
     (preprocessed / planned_dataset.name / "classification.csv").write_text("\n".join(["case,class", *rows]) + "\n")
     splits = [{"train": cases[:4], "val": cases[4:]}]

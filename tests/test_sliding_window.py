@@ -318,13 +318,18 @@ def test_processes_beside_the_network_change_nothing(request_, tmp_path):
         ({"step_size": 0.0}, "-step_size"),
         ({"part_id": 1}, "-part_id"),
         ({"num_export": 3}, "-npp and -nps"),
-        ({"device": "cuda"}, "-device cpu"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(request_, change, complaint, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_flags_that_make_no_sense_are_refused(request_, change, complaint):
     with pytest.raises(UserError, match=complaint):
         replace(request_, **change)
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_written(request_, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="-device cpu"):
+        predict(replace(request_, device="cuda"))
+    assert not request_.output.exists()
 
 
 def test_a_model_that_is_not_there_or_another_one_is_refused_before_anything_is_written(request_):
