@@ -36,7 +36,7 @@ CUDA = torch.device("cuda")
 
 
 class CSMTrainer(nnUNetTrainer):
-    """A trainer that follows the `csm` block of its plans and whose every draw is a function of (seed, epoch, step, rank)."""
+    """A trainer that follows the `csm` block of its plans; its draws are functions of (seed, epoch, step, place in the batch)."""
 
     encoder_source: str = "-pretrained_weights"
     # parts of the plans that the run rests on: it does not go on when they changed
@@ -270,7 +270,7 @@ class CSMTrainer(nnUNetTrainer):
         self.progress.end_epoch()
         if not np.isfinite(mean):
             raise RuntimeError(
-                f"the loss is {mean} in epoch {self.current_epoch}; lower its learning rate in the csm block of the plans"
+                f"the loss is {mean} in epoch {self.current_epoch}; lower the stage's learning rate in the csm block of the plans"
             )
         super().on_train_epoch_end([{"loss": np.asarray(mean)}])
         self.print_to_log_file(f"{self.progress.crops_per_second:.1f} crops/s, {self.progress.left(1.0)} left")
