@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass
 from enum import IntEnum
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -64,11 +64,16 @@ class Draws:
     samples: Int[Tensor, " b"]
     """Places in the batch of all ranks. The numbers are drawn on this tensor's device."""
 
+    @cached_property
+    def _seeds(self) -> Int[Tensor, "b w"]:
+        """A seed for everything that is drawn for a sample."""
+        what = torch.arange(len(What), device=self.samples.device)
+        return _scrambled(_scrambled(self.samples[:, None] * len(What) + what) + self.key)
+
     def integers(self, what: What, num: int) -> Int[Tensor, "b n"]:
         """Uniform on [0, 2**63), by SplitMix64 with a counter instead of a state."""
-        sample = _scrambled(_scrambled(self.samples * len(What) + int(what)) + self.key)
-        numbers = torch.arange(1, num + 1, device=self.samples.device)
-        return _scrambled(sample[:, None] + numbers * GOLDEN) & (2**63 - 1)
+        steps = torch.arange(1, num + 1, device=self.samples.device) * GOLDEN
+        return _scrambled(self._seeds[:, int(what), None] + steps) & (2**63 - 1)
 
     def uniform(self, what: What, num: int) -> Float[Tensor, "b n"]:
         """Uniform on [0, 1), multiples of 2**-24, so that every float is exact."""
