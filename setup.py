@@ -25,6 +25,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8,<4",  # pictures
     "pillow>=10,<14",  # PNG with a small palette
     "jinja2>=3.1,<4",  # the self-contained HTML page
+    "scipy>=1.11,<2",  # tests of paired differences
     "scikit-learn>=1.4,<2",  # folds by patient; which of two equal series is the original
     "tqdm>=4.66,<5",  # progress of the longer steps
 ]
@@ -39,6 +40,9 @@ TEST_REQUIRES = [
     "import-linter>=2.3,<3",  # the order of the house, see pyproject.toml
     "pre-commit>=4,<5",  # the same checks before each commit
 ]
+
+
+SLURM = "submitit>=1.5,<2"  # runs of a study as jobs of a cluster
 
 
 def version() -> str:
@@ -68,6 +72,6 @@ if __name__ == "__main__":
         package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
-        extras_require={"test": TEST_REQUIRES},
+        extras_require={"test": [*TEST_REQUIRES, SLURM], "slurm": [SLURM]},
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},
     )

@@ -296,6 +296,37 @@ def export_msd(args: argparse.Namespace) -> int:
     return 0
 
 
+def study(args: argparse.Namespace) -> int:
+    from nnunet_csm.study.command import StudyRequest, list_studies, run_study
+
+    if args.file is None:
+        list_studies()
+        return 0
+    if args.d is None:
+        raise UserError("which dataset? give -d; `nnunet_csm study` alone lists the studies")
+    request = StudyRequest(
+        study=args.file,
+        preset=args.preset,
+        dataset=args.d,
+        configuration=args.c,
+        output=Path(args.o) if args.o else None,
+        device=args.device,
+        num_gpus=args.num_gpus,
+        jobs=args.jobs,
+        slurm=None if args.slurm is None else _parameters(args.slurm),
+    )
+    run_study(request, args.dry_run, args.report_only)
+    return 0
+
+
+def _parameters(given: Sequence[str]) -> dict[str, str | int]:
+    """NAME=VALUE, numbers as numbers."""
+    pairs = [one.partition("=") for one in given]
+    if wrong := [name for name, equals, value in pairs if not (equals and name and value)]:
+        raise UserError(f"-slurm {wrong[0]!r} is not of the form NAME=VALUE; write for example slurm_partition=gpu")
+    return {name: int(value) if value.isdigit() else value for name, _, value in pairs}
+
+
 def demo(args: argparse.Namespace) -> int:
     from nnunet_csm.demo import run_demo
 
@@ -560,6 +591,30 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-pred", nargs="+", required=True, metavar="CSV", help="predictions.csv of each fold or repeat")
     p.add_argument("-against", nargs="+", default=[], metavar="CSV", help="those of another training, in the same order")
     p.add_argument("-o", help="folder for metrics.md, .csv, .json and curves.png")
+
+    p = add(
+        "study",
+        study,
+        "Run a table of methods, label shares and repeats; write it with intervals, as LaTeX and a page; go on where it was.",
+        "nnunet_csm study table1 -d 1 -num_gpus 4 -dry_run",
+    )
+    p.add_argument("file", nargs="?", help="a shipped study, or the path of a JSON file; without it, the shipped ones are listed")
+    p.add_argument("-d", help="dataset name or ID")
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-o", help="folder of the study; default: study_NAME below the dataset's results")
+    p.add_argument("-preset", help="preset of all arms, instead of the study's: demo, S, B, L, or the path of a preset file")
+    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
+    p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine")
+    p.add_argument("-jobs", type=int, default=1, help="runs at once on each GPU; on a CPU, or on a cluster, in all")
+    p.add_argument(
+        "-slurm",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="every run is a job of SLURM (pip install 'nnunet_csm[slurm]'), with these parameters of submitit: "
+        "slurm_partition=gpu timeout_min=600 cpus_per_task=8 ...",
+    )
+    p.add_argument("-dry_run", action="store_true", help="print the runs and what they will cost")
+    p.add_argument("-report_only", action="store_true", help="tables and report of the runs that are done")
     return parser
 
 
@@ -580,7 +635,8 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-preset",
         default="auto",
-        help="auto (B, or S where memory asks for it), demo, S, B, L, paper (chosen by the series), or the path of a preset file",
+        help="auto (B, or S where memory asks for it), demo, S, B, L, mae3d, paper (chosen by the series), or the path "
+        "of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")

@@ -4,8 +4,10 @@ A CSM plans file is an nnU-Net plans file. In its configuration, `architecture.a
 key `csm` is a `Recipe`; everything else is nnU-Net's own.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ PLANS_NAME = "nnUNetCSMPlans"
 JOINT_PLANS_NAME = "nnUNetCSMJointPlans"
 NETWORK_CLASS = "nnunet_csm.model.segmenter.CSMSegmenter"
 VERSION = 2
+SPLITS = "splits_final.json"  # nnU-Net's
 
 Size = tuple[int, int, int]
 T = TypeVar("T")
@@ -27,6 +30,9 @@ class Architecture:
     """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`).
 
     `channels`: where each of the series stands in nnU-Net's tensor; channels of the dataset that are not named are not used.
+    `joint_tokens`: one token holds a cube's voxels of all series (MAE3D's network), not one token for each series.
+    `stem`: how raw voxels reach the segmenter's last block, past the encoder: in full, through a gate that starts almost closed,
+    or not at all.
     """
 
     series: tuple[str, ...]
@@ -37,15 +43,21 @@ class Architecture:
     num_heads: int
     features: int
     drop_path: float
+    joint_tokens: bool = False
+    stem: Literal["full", "gated", "none"] = "full"
 
 
 @dataclass(frozen=True)
 class Masking:
-    """What pretraining hides (paper III-B, tables VII and VIII)."""
+    """What pretraining hides (paper III-B, tables VII and VIII).
+
+    `background`: whether hidden tokens in which nothing varies are rebuilt or stay out of the loss.
+    """
 
     mask_ratio: float
     places: Literal["independent", "shared"]
     hidden_series: Literal["rebuilt", "ignored", "none"]
+    background: Literal["rebuilt", "ignored"] = "rebuilt"
 
 
 @dataclass(frozen=True)
@@ -81,12 +93,30 @@ class Schedule:
 class Finetuning:
     """What the segmentation trainer does beside its schedule.
 
-    `encoder` is auto (the pretrained encoder of the same plans and fold), all (that of fold all), scratch, or a path.
-    `mirroring` is nnU-Net's test-time augmentation by flips.
+    Attributes:
+        encoder: auto (the pretrained encoder of the same plans and fold), all (that of fold all), scratch, or a path.
+        mirroring: nnU-Net's test-time augmentation by flips.
+        frozen_share: of the iterations, the first, in which a pretrained encoder stays as it is and only the rest learns.
+        transferred_blocks: blocks that are loaded, counted from the input; the others start as drawn. None: all.
+        ema: decay by iteration of the average of the weights that validation and prediction use; 0: the last weights.
     """
 
     encoder: str
     mirroring: bool
+    frozen_share: float = 0.0
+    transferred_blocks: int | None = None
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The plans' key `csm_yardstick`: how long stock nnU-Net trains, and on which folds.
+
+    `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`.
+    """
+
+    minutes: float
+    splits: str
 
 
 @dataclass(frozen=True)
@@ -144,6 +174,7 @@ class Recipe:
     Attributes:
         sources: what pretraining draws on; the first is of the dataset whose results folder holds the pretrained encoder.
         reasons: for each decision, its value as text and why.
+        splits: file with the folds, in the preprocessed folder of each labelled dataset; a study brings its own.
     """
 
     version: int
@@ -158,6 +189,7 @@ class Recipe:
     finetuning: Finetuning
     classification: Classification
     reasons: dict[str, tuple[str, str]]
+    splits: str = SPLITS
 
 
 @dataclass(frozen=True)
@@ -198,6 +230,26 @@ def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Archi
         UserError: no such configuration, or not a network of ours.
     """
     return _architecture(_entry(plans, name, source), f"{source}: configurations.{name}")
+
+
+def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
+    """The key `csm_yardstick` at the top of nnU-Net plans; `source` is the path that errors name.
+
+    Raises:
+        UserError: no such key, an unknown or missing key in it, or a value that cannot be.
+    """
+    if "csm_yardstick" not in plans:
+        raise UserError(
+            f'{source} has no key csm_yardstick; add "csm_yardstick": {{"minutes": 60, "splits": "{SPLITS}"}} beside plans_name'
+        )
+    yardstick = from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
+    if not 0 < yardstick.minutes < math.inf:
+        raise UserError(f"{source}: csm_yardstick.minutes is {yardstick.minutes}, expected a number above 0")
+    if "/" in yardstick.splits or not yardstick.splits.endswith(".json"):
+        raise UserError(
+            f"{source}: csm_yardstick.splits is {yardstick.splits!r}, expected the name of a JSON file in the preprocessed folder"
+        )
+    return yardstick
 
 
 def _architecture(entry: Mapping[str, Any], where: str) -> Architecture:
@@ -266,23 +318,46 @@ def _check(configuration: Configuration, where: str) -> None:
             raise UserError(f"{where}: width {width} in {what} must be a multiple of num_heads {heads} and at least 6")
     if architecture.depth < max(token_size).bit_length() - 1:
         raise UserError(f"{where}: depth {architecture.depth} is too small for a decoder over token_size {token_size}")
+    if "/" in csm.splits or not csm.splits.endswith(".json"):
+        raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
     if not 0.0 <= csm.masking.mask_ratio < 1.0:
         raise UserError(f"{where}.csm.masking.mask_ratio is {csm.masking.mask_ratio}, expected 0 <= mask_ratio < 1")
+    for name in ("frozen_share", "ema"):
+        if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
+            raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
+    num_blocks = csm.finetuning.transferred_blocks
+    if num_blocks is not None and not 0 <= num_blocks <= architecture.depth:
+        raise UserError(
+            f"{where}.csm.finetuning.transferred_blocks is {num_blocks}, the encoder has {architecture.depth}; null is all"
+        )
+    places, hidden_series = csm.masking.places, csm.masking.hidden_series
+    if architecture.joint_tokens and (places, hidden_series) != ("shared", "none"):
+        raise UserError(
+            f"{where}.csm.masking has places {places!r} and hidden_series {hidden_series!r}, but a joint token is hidden in all "
+            f"series or in none: set them to 'shared' and 'none', or joint_tokens in arch_kwargs to false"
+        )
 
 
 def from_dict(cls: type[T], data: Any, where: str) -> T:
-    """Build a frozen dataclass from JSON data; unknown and missing keys, and values of the wrong type, are errors."""
+    """Build a frozen dataclass from JSON data; unknown and missing keys, and values of the wrong type, are errors.
+
+    A field with a default may be missing: it is newer than some of the files that are read.
+    """
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is {data!r}, expected a JSON object")
     hints = get_type_hints(cls)
-    unknown, missing = sorted(set(data) - set(hints)), sorted(set(hints) - set(data))
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    unknown, missing = sorted(set(data) - set(hints)), sorted(required - set(data))
     if unknown or missing:
         found = "; ".join(f"{what} {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
-        raise UserError(f"{where}: {found}; expected exactly {', '.join(hints)}; plan again with `nnunet_csm plan`")
-    return cls(**{key: _value(hint, data[key], f"{where}.{key}") for key, hint in hints.items()})
+        raise UserError(f"{where}: {found}; expected {', '.join(hints)}; correct it (plans: `nnunet_csm plan` writes them)")
+    return cls(**{key: _value(hint, data[key], f"{where}.{key}") for key, hint in hints.items() if key in data})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     origin, args = get_origin(hint), get_args(hint)
@@ -295,11 +370,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif origin is Literal and value in args:
         return value
     elif origin in (Union, types.UnionType):
-        for option in args:
-            if option is type(None) and value is None:
-                return None
-            if option is not type(None) and value is not None:
+        options = [option for option in args if option is not type(None)]
+        if value is None and len(options) < len(args):
+            return None
+        for option in options[:-1] if value is not None else ():
+            with contextlib.suppress(UserError):
                 return _value(option, value, where)
+        if value is not None:
+            # the one whose error is told
+            return _value(options[-1], value, where)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (

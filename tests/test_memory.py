@@ -31,7 +31,9 @@ from nnunet_csm.planning.memory import (
     pretraining_memory,
 )
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
+from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.mae3d import MAE3D
 from nnunet_csm.pretext.masking import draw_mask, shown_series_weights
 
 MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
@@ -127,6 +129,18 @@ def test_finetuning_takes_what_was_predicted(num_series, token_size, width, dept
     a = architecture(num_series, token_size, width, depth)
     predicted = finetuning_memory(a, NUM_CLASSES, patch_size, batch_size, None, FP32).total
     assert close_and_not_below(predicted, finetuning_step(a, patch_size, batch_size, FP32))
+
+
+@pytest.mark.parametrize("backend", [FP32, BF16], ids=["fp32", "bf16"])
+def test_joint_tokens_take_what_was_predicted_and_less_than_separate_ones(backend):
+    masking, a = Masking(0.75, "shared", "none"), architecture(3, (2, 4, 2))
+    joint, patch_size, batch_size = dataclasses.replace(a, joint_tokens=True), (8, 32, 32), 4
+    network = MAE3D(joint, DECODER)
+    mask = mae3d.draw_mask(Draws(0, torch.arange(batch_size)), torch.ones(batch_size, 3, dtype=torch.bool), 512, masking)
+    real = measured(network, lambda: network(torch.randn(batch_size, 3, *patch_size), mask).loss, backend)
+    assert close_and_not_below(pretraining_memory(joint, DECODER, masking, patch_size, batch_size, backend).total, real)
+    tuning, separate = (finetuning_memory(one, NUM_CLASSES, patch_size, batch_size) for one in (joint, a))
+    assert tuning.activations < separate.activations
 
 
 @pytest.mark.slow

@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_csm.model.tokens import all_tokens, coordinates, grid_size, select, to_map, to_tokens, to_volume, to_voxels
+from nnunet_csm.model.tokens import (
+    all_tokens,
+    coordinates,
+    grid_size,
+    join,
+    select,
+    separate,
+    to_map,
+    to_tokens,
+    to_volume,
+    to_voxels,
+)
 
 GRID, TOKEN = (2, 3, 5), (2, 4, 8)
 NUM_SERIES = 3
@@ -47,6 +58,25 @@ def test_coordinates_and_selection_name_the_voxels_of_a_token():
     for sample in range(2):
         for token, place in zip(selected[sample], coordinates(index, GRID)[sample].tolist(), strict=True):
             assert token.view(TOKEN).equal(block_of(volume[sample], place, TOKEN))
+
+
+@given(grids, token_sizes, st.integers(1, 2), st.integers(1, 4))
+def test_joint_tokens_round_trip(grid, token_size, b, s):
+    tokens = to_tokens(numbered_volume(b, s, grid, token_size), token_size)
+    joint = join(tokens)
+    assert joint.shape == (b, 1, tokens.shape[2], s * tokens.shape[3])
+    assert separate(joint, s).equal(tokens)
+
+
+def test_a_joint_token_holds_the_voxels_of_its_place_one_series_after_the_other():
+    volume = numbered_volume(2, NUM_SERIES, GRID, TOKEN)
+    index = all_tokens(1, GRID, 2, torch.device("cpu"))
+    selected = select(join(to_tokens(volume, TOKEN)), index)
+    for sample in range(2):
+        for token, (series, *place) in zip(selected[sample], coordinates(index, GRID)[sample].tolist(), strict=True):
+            assert series == 0
+            blocks = [block_of(volume[sample], (number, *place), TOKEN) for number in range(NUM_SERIES)]
+            assert token.view(NUM_SERIES, *TOKEN).equal(torch.stack(blocks))
 
 
 def test_tokens_are_numbered_by_series_then_z_y_x():

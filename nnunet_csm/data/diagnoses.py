@@ -112,7 +112,7 @@ def stratified_folds(table: ClassTable, num_folds: int = 5, seed: int = 12345) -
     Raises:
         UserError: fewer patients than folds.
     """
-    parts = _deal(table, num_folds, np.random.default_rng(seed))
+    parts = deal(table, num_folds, np.random.default_rng(seed))
     return [{"train": _all_but(parts, fold), "val": sorted(part)} for fold, part in enumerate(parts)]
 
 
@@ -128,7 +128,7 @@ def repeated_splits(table: ClassTable, num_repeats: int = 10, seed: int = 12345)
     splits = []
     for repeat in range(num_repeats):
         shuffle, test = divmod(repeat, NUM_TENTHS)
-        parts = _deal(table, NUM_TENTHS, np.random.default_rng((seed, shuffle)))
+        parts = deal(table, NUM_TENTHS, np.random.default_rng((seed, shuffle)))
         val = (test + 1) % NUM_TENTHS
         splits.append({"train": _all_but(parts, test, val), "val": sorted(parts[val]), "test": sorted(parts[test])})
     return splits
@@ -236,7 +236,7 @@ def _class_names(path: Path, found: Sequence[tuple[int, str]], classes: Sequence
     return given
 
 
-def _deal(table: ClassTable, num_parts: int, rng: np.random.Generator) -> list[list[str]]:
+def deal(table: ClassTable, num_parts: int, rng: np.random.Generator) -> list[list[str]]:
     """Cases in parts of equal size and equal shares of the classes, as far as patients, who stay whole, allow.
 
     Patients come in random order, those with most samples first. Each goes to the part that has least of the classes it

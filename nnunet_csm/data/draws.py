@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     VALIDATION = 1
     NETWORK = 2
     POOL = 3
+    PROBE = 4
 
 
 class What(IntEnum):

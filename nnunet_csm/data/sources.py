@@ -10,11 +10,11 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_csm.data.bank import CaseFile
 from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
-from nnunet_csm.plans import Source
+from nnunet_csm.plans import SPLITS, Source
 
 
 def fold_files(
-    sources: Sequence[Source], series: Sequence[str], preprocessed: Path, fold: int | str
+    sources: Sequence[Source], series: Sequence[str], preprocessed: Path, fold: int | str, splits: str = SPLITS
 ) -> tuple[list[CaseFile], list[CaseFile]]:
     """Training and validation cases of all sources.
 
@@ -26,6 +26,7 @@ def fold_files(
         series: of the run, in the order of the network's series embeddings.
         preprocessed: nnU-Net's folder.
         fold: number of the fold, or "all": then every case is on both sides.
+        splits: name of the file with the folds.
 
     Raises:
         UserError: a folder without cases, too few cases for folds, or a fold that a dataset does not have.
@@ -38,7 +39,7 @@ def fold_files(
         if fold == "all":
             train, val = names, names
         elif source.labelled or (splits_all and number == 0):
-            train, val = split(preprocessed / source.dataset, names, int(fold))
+            train, val = split(preprocessed / source.dataset, names, int(fold), splits)
         else:
             train, val = names, []
         for names_of_side, files in ((train, training), (val, validation)):
@@ -76,10 +77,12 @@ def expected_cases(source: Source, preprocessed: Path) -> set[str]:
     return {f.name.removesuffix(ending) for f in (folder / "gt_segmentations").glob(f"*{ending}")}
 
 
-def split(folder: Path, names: Sequence[str], fold: int) -> tuple[list[str], list[str]]:
-    """Training and validation cases of a fold by `splits_final.json`, which is written as nnU-Net does when there is none."""
-    path = folder / "splits_final.json"
+def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLITS) -> tuple[list[str], list[str]]:
+    """Training and validation cases of a fold; `splits_final.json` is written as nnU-Net does when there is none."""
+    path = folder / splits_file
     if not path.is_file():
+        if splits_file != SPLITS:
+            raise UserError(f"{path}: no such file, and the plans take their folds from it; start their study again")
         if len(names) < NUM_FOLDS:
             raise UserError(
                 f"{folder}: {len(names)} cases cannot be split into {NUM_FOLDS} folds; "

@@ -1,71 +1,65 @@
-"""Error on hidden voxels by what was left to rebuild them from, beside the best voxel-wise linear map."""
+"""Error on hidden tokens by what was left to rebuild them from: of a network, and of linear maps given the same tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
-
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
+from torch import Tensor
 
 HIDDEN_WHOLE = "series hidden whole, another visible there"
 HIDDEN_WHOLE_ALONE = "series hidden whole, nothing visible there"
 HIDDEN_PART = "series visible elsewhere"
+KINDS = (HIDDEN_WHOLE, HIDDEN_WHOLE_ALONE, HIDDEN_PART)
 
 
-def foreground(series: Float[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
-    """Voxels that are not background: nnU-Net leaves it 0 when it normalises within a mask, else it is the lowest value."""
-    return (series != 0) & (series > series.min())
+def foreground(tokens: Float[Tensor, "b s l v"]) -> Bool[Tensor, "b s l v"]:
+    """Voxels that are not background: nnU-Net leaves it 0 when it normalises within a mask, else it is a patch's lowest value."""
+    return (tokens != 0) & (tokens > tokens.amin((2, 3), keepdim=True))
 
 
-def foreground_voxels(patch: Float[np.ndarray, "s z y x"]) -> Float[np.ndarray, "s n 1 1"]:
-    """The voxels of a patch that are foreground in any series, for `RidgeBaseline.fit`."""
-    inside = np.any([foreground(series) for series in patch], axis=0)
-    return patch[:, inside][:, :, None, None]
+def kinds_of(hidden: Bool[Tensor, "b s l"], present: Bool[Tensor, "b s"]) -> Bool[Tensor, "c b s l"]:
+    """The hidden tokens of present series, apart by `KINDS`: every one is of one kind."""
+    visible = ~hidden
+    elsewhere = (visible.sum(1, keepdim=True) - visible.long()) > 0
+    whole = hidden.all(2, keepdim=True)
+    scored = hidden & present[..., None]
+    return torch.stack([scored & whole & elsewhere, scored & whole & ~elsewhere, scored & ~whole])
 
 
-class HiddenVoxelErrors:
-    """Sums of squared errors over foreground voxels, by series and by what was visible.
+def squared_errors(
+    truth: Float[Tensor, "b s l v"],
+    estimate: Float[Tensor, "b s l v"] | Float[Tensor, "s 1 1"],
+    inside: Bool[Tensor, "b s l v"],
+    kinds: Bool[Tensor, "c b s l"],
+) -> Float[Tensor, "c s"]:
+    """Sums over the voxels that are `inside`, by kind and series."""
+    error = torch.where(inside, (truth - estimate).square(), 0.0).sum(-1)
+    return torch.where(kinds, error, 0.0).double().sum((1, 3))
 
-    The network and the linear map see the same visible tokens. The map is the ridge regression of the hidden series on
-    the series visible at the same voxel.
+
+def num_voxels(inside: Bool[Tensor, "b s l v"], kinds: Bool[Tensor, "c b s l"]) -> Float[Tensor, "c s"]:
+    """What those sums are to be divided by."""
+    return torch.where(kinds, inside.sum(-1), 0).sum((1, 3)).double()
+
+
+def error_table(series: Sequence[str], counts: Float[Tensor, "c s"], sums: Mapping[str, Float[Tensor, "c s"]]) -> pd.DataFrame:
+    """Mean squared errors of several estimates.
+
+    Args:
+        series: their names.
+        counts: `num_voxels` of all patches.
+        sums: `squared_errors` of all patches, by estimate.
+
+    Returns:
+        Columns left_visible, series, voxels and one for every estimate; a row "all" for every kind.
     """
-
-    def __init__(self, series: Sequence[str], baseline: RidgeBaseline) -> None:
-        self.series, self.baseline = tuple(series), baseline
-        self.rows: list[tuple[str, str, int, float, float, float]] = []
-
-    def add(
-        self, patch: Float[np.ndarray, "s z y x"], rebuilt: Float[np.ndarray, "s z y x"], hidden: Bool[np.ndarray, "s z y x"]
-    ) -> None:
-        """Score one patch; series that are all zero are absent and left out."""
-        visible = ~hidden
-        for number, name in enumerate(self.series):
-            if not patch[number].any():
-                continue
-            inside = foreground(patch[number])
-            elsewhere = np.delete(visible, number, axis=0).any(axis=0)
-            if hidden[number].all():
-                kinds = {HIDDEN_WHOLE: elsewhere, HIDDEN_WHOLE_ALONE: ~elsewhere}
-            else:
-                kinds = {HIDDEN_PART: np.ones_like(elsewhere)}
-            linear = self.baseline.predict(patch, visible, number)
-            for kind, where in kinds.items():
-                voxels = where & hidden[number] & inside
-                true = patch[number][voxels]
-                network, ridge, mean = (
-                    float(np.square(true - estimate).sum())
-                    for estimate in (rebuilt[number][voxels], linear[voxels], self.baseline.mean[number])
-                )
-                self.rows.append((kind, name, len(true), network, ridge, mean))
-
-    def table(self) -> pd.DataFrame:
-        """Mean squared errors; columns left_visible, series, voxels, network, linear, mean; a row "all" per kind."""
-        rows = pd.DataFrame(self.rows, columns=["left_visible", "series", "voxels", "network", "linear", "mean"])
-        sums = rows.groupby(["left_visible", "series"], sort=False).sum().reset_index()
-        overall = rows.drop(columns="series").groupby("left_visible", sort=False).sum().reset_index().assign(series="all")
-        table = pd.concat([sums, overall[sums.columns]], ignore_index=True)
-        table = table[table["voxels"] > 0].copy()
-        for column in ("network", "linear", "mean"):
-            table[column] /= table["voxels"]
-        return table.sort_values(["left_visible", "series"], ignore_index=True)
+    rows = []
+    for kind, name in enumerate(KINDS):
+        for one in [*series, "all"]:
+            of = list(range(len(series))) if one == "all" else [series.index(one)]
+            count = float(counts[kind, of].sum())
+            errors = {estimate: float(values[kind, of].sum()) / max(count, 1) for estimate, values in sums.items()}
+            rows.append({"left_visible": name, "series": one, "voxels": int(count), **errors})
+    table = pd.DataFrame(rows)
+    return table[table["voxels"] > 0].sort_values(["left_visible", "series"], ignore_index=True)

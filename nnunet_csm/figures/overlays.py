@@ -1,5 +1,6 @@
 """Segmentations drawn over the series they belong to."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,10 @@ PANEL_WIDTH_MAX = 250
 TITLE_HEIGHT = 62
 LEGEND_HEIGHT = 44
 GAP = 4
+
+# Pixels that a method needs beside others, and letters of its name that fit there.
+METHOD_WIDTH = 160
+METHOD_NAME_LENGTH = 22
 
 FILL_OPACITY = 0.4
 
@@ -76,6 +81,65 @@ def save_overlay(
             _enlarge(row[3], np.isin(reference_slice, labels) | np.isin(predicted_slice, labels))
     _draw_legend(figure, labels, label_names, with_lines=reference is not None)
     save_figure(figure, path)
+
+
+def save_methods(
+    path: str | Path,
+    series: Float[np.ndarray, "z y x"],
+    reference: Int[np.ndarray, "z y x"],
+    predictions: Mapping[str, Int[np.ndarray, "z y x"]],
+    label_names: Mapping[int, str],
+    title: str,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """One case under several methods: image, reference and every prediction by name, whole and enlarged around the labels.
+
+    All show the axial slice with most foreground in the reference. `notes` are words under a prediction, such as its Dice.
+    """
+    assert all(prediction.shape == reference.shape == series.shape for prediction in predictions.values())
+    labels = [label for label in sorted(label_names) if label != 0]
+    z = _fullest_slice(reference, labels)
+    segmentations = {"reference": reference, **predictions}
+    anywhere = np.any([np.isin(one[z], labels) for one in segmentations.values()], axis=0)
+    shown = _bounding_box((series[z] != 0) | anywhere)
+    aspect = spacing[1] / spacing[2]
+    height, width = series[z][shown].shape
+    columns = ["image", *(textwrap.fill(name, METHOD_NAME_LENGTH) for name in segmentations)]
+    heading = f"{title}, axial slice {z + 1} of {len(reference)}"
+    picture_width = max(PICTURE_WIDTH, METHOD_WIDTH * len(columns))
+    figure, panels = _grid(2, columns, ("whole", "enlarged"), aspect * height / width, heading, picture_width)
+    for row in panels:
+        for axes in row:
+            draw_grey(axes, series[z][shown], grey_window(series), aspect)
+        for axes, segmentation in zip(row[1:], segmentations.values(), strict=True):
+            _draw_outlines(axes, segmentation[z][shown], labels, "solid")
+    for axes in panels[1]:
+        _enlarge(axes, anywhere[shown])
+    for axes, segmentation in zip(panels[0][1:], segmentations.values(), strict=True):
+        _draw_labels(axes, segmentation[z][shown], labels)
+    for axes, name in zip(panels[0][2:], predictions, strict=True):
+        note = (notes or {}).get(name, "")
+        axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
+    _draw_legend(figure, labels, label_names, with_lines=False)
+    save_figure(figure, path)
+
+
+def save_methods_of_case(
+    path: str | Path,
+    image_file: Path,
+    reference_file: Path,
+    prediction_files: Mapping[str, Path],
+    label_names: Mapping[int, str],
+    title: str,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """`save_methods` of files, turned to LPS. Raises UserError when one is missing or its grid is not that of the image."""
+    image = _read_upright(image_file)
+    reference, *predictions = (_read_on_grid(file, image, image_file) for file in (reference_file, *prediction_files.values()))
+    x, y, z = image.GetSpacing()
+    named = dict(zip(prediction_files, predictions, strict=True))
+    save_methods(path, sitk.GetArrayFromImage(image), reference, named, label_names, title, (z, y, x), notes)
 
 
 def save_overlays_of_folder(
@@ -146,11 +210,16 @@ def _bounding_box(wanted: Bool[np.ndarray, "y x"], margin: int = 2) -> tuple[sli
 
 
 def _grid(
-    num_rows: int, columns: Sequence[str], row_names: Sequence[str], height_over_width: float, title: str
+    num_rows: int,
+    columns: Sequence[str],
+    row_names: Sequence[str],
+    height_over_width: float,
+    title: str,
+    picture_width: float = PICTURE_WIDTH,
 ) -> tuple[Figure, list[list[Axes]]]:
     """Panels placed by hand, in pixels: matplotlib's own layouts leave wide gaps between images of a fixed aspect."""
     names_width = row_names_width(row_names)
-    panel_width = min(PANEL_WIDTH_MAX, (PICTURE_WIDTH - names_width) / len(columns) - GAP)
+    panel_width = min(PANEL_WIDTH_MAX, (picture_width - names_width) / len(columns) - GAP)
     panel_height = panel_width * height_over_width
     width = names_width + len(columns) * (panel_width + GAP)
     height = TITLE_HEIGHT + num_rows * (panel_height + GAP) + LEGEND_HEIGHT

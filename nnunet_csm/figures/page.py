@@ -38,6 +38,7 @@ caption { padding-bottom: .4rem; color: #4b535d; text-align: left; }
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #e6e8eb; text-align: left; vertical-align: top; }
 th { font-weight: 600; }
 .number { text-align: right; white-space: nowrap; }
+.best { font-weight: 650; }
 figure { margin: 0 0 1.5rem; }
 img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: .4rem; color: #4b535d; font-size: .92rem; max-width: 44rem; }
@@ -62,8 +63,9 @@ figcaption { margin-top: .4rem; color: #4b535d; font-size: .92rem; max-width: 44
 {%- for name in table.header %}<th{% if table.is_number(loop.index0) %} class="number"{% endif %}>{{ name }}</th>{% endfor -%}
 </tr></thead>
 <tbody>
-{% for row in table.rows %}<tr>
-{%- for cell in row %}<td{% if table.is_number(loop.index0) %} class="number"{% endif %}>{{ cell|cell }}</td>{% endfor -%}
+{% for row in table.rows %}{% set place = loop.index0 %}<tr>
+{%- for cell in row %}<td{% if table.is_number(loop.index0) %} class="number"{% endif %}
+{%- if (place, loop.index0) in table.best %} class="best"{% endif %}>{{ cell|cell }}</td>{% endfor -%}
 </tr>
 {% endfor %}</tbody>
 </table></div>
@@ -79,11 +81,15 @@ figcaption { margin-top: .4rem; color: #4b535d; font-size: .92rem; max-width: 44
 
 @dataclass(frozen=True)
 class Table:
-    """Header and rows of text and numbers. Floats get three decimals, NaN is a dash, columns of numbers stand to the right."""
+    """Header and rows of text and numbers. Floats get three decimals, NaN is a dash, columns of numbers stand to the right.
+
+    `best` are the (row, column) of cells of text that are drawn bold.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
     caption: str = ""
+    best: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.header) for row in self.rows), f"rows of {self.header} differ in length"

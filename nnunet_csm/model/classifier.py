@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.segmenter import series_present
-from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, select, to_tokens
+from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, join, select, to_tokens
 from nnunet_csm.plans import Configuration, to_dict
 
 # all classes equally likely before the first step, and yet a gradient for the encoder
@@ -58,7 +58,7 @@ class CSMClassifier(nn.Module):
     """Classify a patch from any subset of its series.
 
     Args are nnU-Net's `input_channels`, the number of classes, the fields of `plans.Architecture` (of which `features`
-    belongs to the segmenter's decoder and has no effect here), and `pooling` of `plans.Classification`.
+    and `stem` belong to the segmenter's decoder and have no effect here), and `pooling` of `plans.Classification`.
 
     Raises:
         ValueError: channels that are not the planned series.
@@ -76,6 +76,8 @@ class CSMClassifier(nn.Module):
         num_heads: int,
         features: int,
         drop_path: float,
+        joint_tokens: bool = False,
+        stem: str = "full",
         pooling: Literal["attentive", "mean"] = "attentive",
     ) -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class CSMClassifier(nn.Module):
         self.input_channels, self.channels = input_channels, list(channels)
         tz, ty, tx = token_size
         self.token_size: Size = (tz, ty, tx)
-        self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path)
+        self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path, joint_tokens)
         self.pooling = AttentivePooling(width, num_heads) if pooling == "attentive" else MeanPooling()
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
@@ -98,7 +100,10 @@ class CSMClassifier(nn.Module):
         return self.classify(*self.forward_features(volume))
 
     def forward_features(self, volume: Float[Tensor, "b n z y x"]) -> tuple[Float[Tensor, "b s l e"], Bool[Tensor, "b s"]]:
-        """Features of all tokens, and which series are present: the features of an absent one mean nothing."""
+        """Features of all tokens, and which series are present: the features of an absent one mean nothing.
+
+        Joint tokens are those of one series (s = 1), which is present.
+        """
         if volume.shape[1] != self.input_channels:
             raise ValueError(
                 f"the input has {volume.shape[1]} channels, the network was planned for {self.input_channels} "
@@ -108,8 +113,11 @@ class CSMClassifier(nn.Module):
         present = series_present(volume)
         b, s = present.shape
         grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
+        tokens = to_tokens(volume, self.token_size)
+        if self.encoder.joint_tokens:
+            tokens, present, s = join(tokens), present.any(1, keepdim=True), 1
         index = all_tokens(s, grid, b, volume.device)
-        tokens = select(to_tokens(volume, self.token_size), index)
+        tokens = select(tokens, index)
         # absent tokens are masked, not dropped, so that every sample of a batch has the same length
         attend = present.repeat_interleave(math.prod(grid), dim=1) if s > 1 else None
         features = self.encoder(tokens, coordinates(index, grid), attend)[-1]

@@ -69,16 +69,28 @@ class Encoder(nn.Module):
 
     The token embedding is shared by all series; an embedding per series name tells them apart, so that the encoder can
     be carried to other series, or another order, by name.
+
+    With `joint_tokens`, the series of a place are one token (see `tokens.join`): the embedding has columns for every series, and
+    the tokens are those of one series, number 0.
     """
 
     def __init__(
-        self, series: Sequence[str], token_size: Sequence[int], width: int, depth: int, num_heads: int, drop_path: float = 0.0
+        self,
+        series: Sequence[str],
+        token_size: Sequence[int],
+        width: int,
+        depth: int,
+        num_heads: int,
+        drop_path: float = 0.0,
+        joint_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.series = tuple(series)
         self.width, self.depth = width, depth
-        self.embedding = nn.Linear(math.prod(token_size), width)
-        self.series_embedding = nn.Parameter(torch.empty(len(self.series), width))
+        self.joint_tokens = joint_tokens
+        num_joined, num_rows = (len(self.series), 1) if joint_tokens else (1, len(self.series))
+        self.embedding = nn.Linear(num_joined * math.prod(token_size), width)
+        self.series_embedding = nn.Parameter(torch.empty(num_rows, width))
         self.blocks = blocks(width, depth, num_heads, drop_path)
         self.norm = nn.LayerNorm(width)
         self.apply(draw_weights)

@@ -1,7 +1,6 @@
 """The light decoder of pretraining: from the encoding of what was visible to the voxels of every token (paper Eq. 1)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +15,11 @@ class ReconstructionDecoder(nn.Module):
 
     Every token attends to the visible ones only: the others hold nothing that it does not know. So tokens of absent
     series, which are never visible, influence nothing.
+
+    `num_voxels` is that of a token; with joint tokens, which are those of one series, of all series.
     """
 
-    def __init__(
-        self, num_series: int, token_size: Sequence[int], encoder_width: int, width: int, depth: int, num_heads: int
-    ) -> None:
+    def __init__(self, num_series: int, num_voxels: int, encoder_width: int, width: int, depth: int, num_heads: int) -> None:
         super().__init__()
         self.width = width
         self.embedding = nn.Linear(encoder_width, width)
@@ -28,7 +27,7 @@ class ReconstructionDecoder(nn.Module):
         self.series_embedding = nn.Parameter(torch.empty(num_series, width))
         self.blocks = blocks(width, depth, num_heads)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, math.prod(token_size))
+        self.head = nn.Linear(width, num_voxels)
         self.apply(draw_weights)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.normal_(self.series_embedding, std=SERIES_EMBEDDING_STD)

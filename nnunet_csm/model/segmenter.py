@@ -6,6 +6,7 @@ A short token edge is halved at the coarse levels only, as nnU-Net treats thick 
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.fusion import mean_over_present
-from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, select, to_map, to_tokens
+from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, join, select, to_map, to_tokens
+
+# where the gate of the raw voxels starts: the encoder's features come first, and the stem still gets a gradient
+GATE = 1e-5
 
 
 def series_present(volume: Float[Tensor, "b s z y x"]) -> Bool[Tensor, "b s"]:
@@ -70,22 +74,33 @@ class Skip(nn.Module):
 class UNETRDecoder(nn.Module):
     """Upsample, concatenate with the skip of that level, convolve; logits at full resolution.
 
-    `seg_layers` is nnU-Net's name: `-pretrained_weights` leaves these out, so that other class counts load.
+    `seg_layers` is nnU-Net's name: `-pretrained_weights` leaves these out, so that other class counts load. Without
+    `finest_skip`, the last block convolves the upsampled map alone.
     """
 
     def __init__(
-        self, width: int, channels: Sequence[int], strides: Sequence[Size], kernel_sizes: Sequence[Size], num_classes: int
+        self,
+        width: int,
+        channels: Sequence[int],
+        strides: Sequence[Size],
+        kernel_sizes: Sequence[Size],
+        num_classes: int,
+        finest_skip: bool = True,
     ):
         super().__init__()
         inputs = [*channels[1:], width]
         levels = list(zip(inputs, channels, strides, kernel_sizes, strict=True))[::-1]
         self.upsamplings = nn.ModuleList(nn.ConvTranspose3d(i, c, stride, stride) for i, c, stride, _ in levels)
-        self.blocks = nn.ModuleList(conv_block(2 * c, c, kernel_size) for _, c, _, kernel_size in levels)
+        num_maps = [2] * (len(levels) - 1) + [2 if finest_skip else 1]
+        self.blocks = nn.ModuleList(
+            conv_block(n * c, c, kernel_size) for n, (_, c, _, kernel_size) in zip(num_maps, levels, strict=True)
+        )
         self.seg_layers = nn.ModuleList([nn.Conv3d(channels[0], num_classes, 1)])
 
-    def forward(self, x: Tensor, skips: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor:
         for upsampling, block, skip in zip(self.upsamplings, self.blocks, reversed(skips), strict=True):
-            x = block(torch.cat([upsampling(x), skip], dim=1))
+            x = upsampling(x)
+            x = block(x if skip is None else torch.cat([x, skip], dim=1))
         return self.seg_layers[0](x)
 
 
@@ -110,6 +125,8 @@ class CSMSegmenter(nn.Module):
         num_heads: int,
         features: int,
         drop_path: float,
+        joint_tokens: bool = False,
+        stem: Literal["full", "gated", "none"] = "full",
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
@@ -125,13 +142,16 @@ class CSMSegmenter(nn.Module):
         tz, ty, tx = token_size
         self.token_size: Size = (tz, ty, tx)
         self.taps = [round(depth * (level + 1) / len(strides)) for level in range(len(strides))]
-        self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path)
-        # the first layer holds all weights that belong to a series
-        self.stem = nn.Sequential(nn.Conv3d(len(series), features, 1), conv_block(features, features, kernel_sizes[0]))
+        self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path, joint_tokens)
+        self.stem: nn.Module | None = None
+        if stem != "none":
+            # the first layer holds all weights that belong to a series
+            self.stem = nn.Sequential(nn.Conv3d(len(series), features, 1), conv_block(features, features, kernel_sizes[0]))
+        self.stem_gate = nn.Parameter(torch.full((1,), GATE)) if stem == "gated" else None
         self.skips = nn.ModuleList(
             Skip(width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
         )
-        self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes)
+        self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes, finest_skip=stem != "none")
 
     def forward(self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None) -> Float[Tensor, "b c z y x"]:
         """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
@@ -140,14 +160,23 @@ class CSMSegmenter(nn.Module):
             volume: patches.
             shown: numbers of the planned series that are present in every sample, when no sample has any other, as
                 `series_present` counts: tokens of the others are then left out. When None, samples may differ; absent
-                tokens are masked in attention, which gives the same features up to rounding.
+                tokens are masked in attention, which gives the same features up to rounding. Joint tokens hold all series
+                in any case.
         """
         volume = self.planned_series(volume)
         present = series_present(volume)
         volume = volume * present[:, :, None, None, None].to(volume.dtype)
         *taps, bottleneck = self.encode(volume, present, shown)
-        skips = [self.stem(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
+        skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
         return self.decoder(bottleneck, skips)
+
+    def from_voxels(self, volume: Float[Tensor, "b s z y x"]) -> Float[Tensor, "b c z y x"] | None:
+        """The skip at full resolution, the only way past the encoder; None when there is none."""
+        if self.stem is None:
+            return None
+        x = self.stem(volume)
+        # in the precision of the map, which autocast would otherwise raise to that of the gate
+        return x if self.stem_gate is None else x * self.stem_gate.to(x.dtype)
 
     def planned_series(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b s z y x"]:
         """The planned series, in their order, of patches with nnU-Net's channels.
@@ -167,9 +196,16 @@ class CSMSegmenter(nn.Module):
     def encode(
         self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"], shown: Sequence[int] | None = None
     ) -> list[Float[Tensor, "b e gz gy gx"]]:
-        """Features of the encoder at its taps, fused over the present series to maps on the token grid."""
+        """Features of the encoder at its taps, fused over the present series to maps on the token grid.
+
+        With joint tokens there is nothing to mask and nothing to fuse: absent series are the zeros they are in `volume`.
+        """
         b, s = present.shape
         grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
+        if self.encoder.joint_tokens:
+            index = all_tokens(1, grid, b, volume.device)
+            tokens = select(join(to_tokens(volume, self.token_size)), index)
+            return [to_map(f, grid) for f in self.encoder(tokens, coordinates(index, grid), None, self.taps)]
         index = all_tokens(s, grid, b, volume.device)
         attend = None
         if shown is not None:

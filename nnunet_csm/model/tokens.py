@@ -1,6 +1,7 @@
 """Voxels to tokens and back: the only place that knows the order of tokens.
 
-Tokens of a patch are numbered series first, then z, y, x. Legend: b batch, s series, l tokens of a series,
+Tokens of a patch are numbered series first, then z, y, x. A joint token holds those of all series at one place, one series after
+the other; joint tokens are numbered as those of one series. Legend: b batch, s series, l tokens of a series,
 k selected tokens, e embedding, v voxels of a token, z y x voxels.
 """
 
@@ -33,6 +34,16 @@ def to_volume(tokens: Shaped[Tensor, "b s l v"], grid: Size, token_size: Size) -
     (gz, gy, gx), (tz, ty, tx) = grid, token_size
     pattern = "b s (gz gy gx) (tz ty tx) -> b s (gz tz) (gy ty) (gx tx)"
     return rearrange(tokens, pattern, gz=gz, gy=gy, gx=gx, tz=tz, ty=ty, tx=tx)
+
+
+def join(tokens: Float[Tensor, "b s l v"]) -> Float[Tensor, "b 1 l s*v"]:
+    """The joint tokens of a patch."""
+    return rearrange(tokens, "b s l v -> b 1 l (s v)")
+
+
+def separate(joint: Float[Tensor, "b 1 l w"], num_series: int) -> Float[Tensor, "b s l v"]:
+    """The inverse of `join`."""
+    return rearrange(joint, "b 1 l (s v) -> b s l v", s=num_series)
 
 
 def to_voxels(per_token: Bool[Tensor, "b s l"], grid: Size, token_size: Size) -> Bool[Tensor, "b s z y x"]:

@@ -3,5 +3,6 @@
 from nnunet_csm.training.classification import nnUNetTrainerCSMClassifier
 from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+from nnunet_csm.training.yardstick import nnUNetTrainerCSMYardstick
 
-__all__ = ["nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier", "nnUNetTrainerCSMPretrain"]
+__all__ = ["nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier", "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSMYardstick"]

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
 from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.mae3d import MAE3D
 from nnunet_csm.pretext.masking import Mask, num_visible
 
 MIB, GIB = 2**20, 2**30
@@ -138,7 +139,9 @@ def pretraining_memory(
     """
     num_series = len(architecture.series)
     num_tokens = math.prod(p // t for p, t in zip(patch_size, architecture.token_size, strict=True))
-    num_visible_tokens = max_shown_series(num_series, masking) * num_visible(num_tokens, masking)
+    num_shown = 1 if architecture.joint_tokens else max_shown_series(num_series, masking)
+    num_visible_tokens = num_shown * num_visible(num_tokens, masking)
+    pretext = MAE3D if architecture.joint_tokens else CSM
 
     def make_batch() -> tuple[Tensor, Mask]:
         hidden, rebuilt = torch.empty(2, batch_size, num_series, num_tokens, dtype=torch.bool)
@@ -151,7 +154,7 @@ def pretraining_memory(
         ledger.write(rebuilt.loss, rebuilt.error, rebuilt.tokens)
         return rebuilt.loss
 
-    return _step(lambda: CSM(architecture, reconstruction), make_batch, loss, backend)
+    return _step(lambda: pretext(architecture, reconstruction), make_batch, loss, backend)
 
 
 def max_shown_series(num_series: int, masking: Masking) -> int:

@@ -160,6 +160,7 @@ def plan(
     decisions += mask_decisions(preset, facts, len(sized.pretraining_architecture.series), sized.num_pretraining_tokens)
     r = preset.reconstruction
     target = "each token by its own mean and deviation" if r.normalize_targets else "z-scored voxels"
+    target += "" if preset.masking.background == "rebuilt" else ", background left out"
     decisions.append(
         Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}")
     )
@@ -187,7 +188,7 @@ def plan(
         reconstruction=preset.reconstruction,
         pretraining=pretraining,
         finetuning_schedule=finetuning,
-        finetuning=Finetuning(encoder=preset.encoder, mirroring=preset.mirroring),
+        finetuning=Finetuning(preset.encoder, preset.mirroring, preset.frozen_share, preset.transferred_blocks, preset.ema),
         classification=classification,
         reasons={d.name: (d.value, d.reason) for d in decisions},
     )
@@ -273,8 +274,7 @@ def _sized(
     token, why_token = choose_token_size(preset, shape, spacing)
     if wishes.token_size is not None:
         token, why_token = wishes.token_size, wishes.why
-    n = preset.network
-    architecture = Architecture(series, channels, token, n.width, n.depth, n.num_heads, n.features, n.drop_path)
+    architecture = Architecture(series, channels, token, **vars(preset.network))
     union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
     pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
 
@@ -287,6 +287,7 @@ def _sized(
         )
 
     wanted = preset.finetuning.batch_size
+    # of separate tokens also when they are joint: strategies are compared on one patch
     patch, why_patch = choose_patch_size(preset, shape, spacing, token, len(union))
     squeezed = False
     if wishes.patch_size is not None:
@@ -310,7 +311,7 @@ def _sized(
     decisions = [
         Decision("token size", as_text(token), why_token),
         Decision("patch size", as_text(patch), why_patch),
-        Decision("tokens", f"{_num_tokens(patch, token)} a series", f"{as_text(patch)} voxels / {as_text(token)}"),
+        Decision("tokens", tokens_text(architecture, patch), f"{as_text(patch)} voxels / {as_text(token)}"),
         Decision("pretraining patch", as_text(pretraining_patch), why_pretraining_patch),
         Decision("batch size, pretraining", str(pretraining_batch), why_pretraining),
         Decision("batch size, fine-tuning", str(finetuning_batch), why_finetuning),
@@ -346,6 +347,11 @@ def memory_decisions(needs: Mapping[str, Memory], target: float | None) -> list[
     return decisions
 
 
+def tokens_text(architecture: Architecture, patch_size: Size) -> str:
+    of_which = f", each of all {len(architecture.series)} series" if architecture.joint_tokens else " a series"
+    return f"{_num_tokens(patch_size, architecture.token_size)}{of_which}"
+
+
 def _num_tokens(patch_size: Size, token_size: Size) -> int:
     return math.prod(p // t for p, t in zip(patch_size, token_size, strict=True))
 
@@ -368,6 +374,9 @@ def mask_decisions(preset: Preset, facts: Facts, num_series: int, num_tokens: in
     masking = preset.masking
     ratio, visible = masking.mask_ratio, num_visible(num_tokens, masking)
     places = "each series at its own places" if masking.places == "independent" else "all series at the same places"
+    if preset.network.joint_tokens:
+        rows = [Decision("mask ratio", f"{ratio:g}", f"{visible} of {num_tokens} joint tokens stay visible")]
+        return [*rows, Decision("series hidden whole", "none", f"a joint token holds all {num_series} series")]
     rows = [Decision("mask ratio", f"{ratio:g}", f"{visible} of {num_tokens} tokens of a series stay visible, {places}")]
     if num_series == 1:
         return [*rows, Decision("series hidden whole", "none", "there is one series")]

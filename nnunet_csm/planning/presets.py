@@ -18,6 +18,8 @@ class PresetNetwork:
     num_heads: int
     features: int
     drop_path: float
+    joint_tokens: bool = False
+    stem: Literal["full", "gated", "none"] = "full"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Preset:
     """Sizes that are null are left to the planner.
 
     `series`: those of the dataset this preset was made for, or null. `token_edge`: of a token where spacing is finest.
-    `pretraining_grid`: tokens of a patch in pretraining, when it is not to be the patch of fine-tuning.
+    `pretraining_grid`: tokens of a patch in pretraining, when it is not to be the patch of fine-tuning. The last fields, from
+    `encoder` on, are those of `plans.Finetuning`.
     """
 
     description: str
@@ -74,6 +77,9 @@ class Preset:
     classification: PresetClassification
     encoder: str
     mirroring: bool
+    frozen_share: float = 0.0
+    transferred_blocks: int | None = None
+    ema: float = 0.0
 
 
 def preset_names() -> list[str]:

@@ -1,5 +1,6 @@
 """Cross-series masked pretraining: encode what is visible, rebuild what is hidden (paper III-B, Eq. 1 and 2)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class CSM(nn.Module):
         self.normalize_targets = r.normalize_targets
         # no drop path: the decoder is to tell what is visible, and ranks learn what one process would
         self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads)
-        self.decoder = ReconstructionDecoder(len(a.series), a.token_size, a.width, r.width, r.depth, r.num_heads)
+        self.decoder = ReconstructionDecoder(len(a.series), math.prod(a.token_size), a.width, r.width, r.depth, r.num_heads)
 
     def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
         """Rebuild a batch of patches from their visible tokens and compare with what was hidden.

@@ -1,12 +1,14 @@
 """Cross-series masking: what is hidden of each sample (paper III-B, figure 3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nnunet_csm.data.crops import MIN_SPAN
 from nnunet_csm.data.draws import Draws, What
+from nnunet_csm.model.tokens import Size, to_tokens
 from nnunet_csm.plans import Masking
 
 # beyond every drawn integer
@@ -84,11 +86,11 @@ def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_shown: int,
     count = num_visible(num_tokens, masking)
 
     preference = draws.integers(What.SERIES, s).masked_fill(~series_present, LAST)
-    shown = _smallest(preference, num_shown)
+    shown = smallest(preference, num_shown)
     places = draws.integers(What.TOKENS, s * num_tokens).view(b, s, num_tokens)
     if masking.places == "shared":
         places = places[:, :1]
-    chosen = _smallest(places, count).expand(b, s, num_tokens)
+    chosen = smallest(places, count).expand(b, s, num_tokens)
 
     hidden = ~(chosen & shown[..., None])
     # a stable sort leaves the visible ones in front, in rising order
@@ -97,6 +99,22 @@ def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_shown: int,
     return Mask(hidden, hidden & in_loss[..., None], visible)
 
 
-def _smallest(values: Int[Tensor, "... n"], num: int) -> Bool[Tensor, "... n"]:
+def without_background(mask: Mask, volume: Float[Tensor, "b s z y x"], token_size: Size) -> Mask:
+    """The mask with hidden tokens in which nothing varies left out of the loss.
+
+    A sample of which nothing would be left keeps all: alone, so that ranks and parts of a batch agree.
+
+    Args:
+        mask: as drawn.
+        volume: the patches.
+        token_size: of a token of one series.
+    """
+    tokens = to_tokens(volume, token_size)
+    # a z-scored series has a deviation of 1
+    varies = mask.rebuilt & (tokens.amax(-1) - tokens.amin(-1) > MIN_SPAN)
+    return replace(mask, rebuilt=torch.where(varies.flatten(1).any(1)[:, None, None], varies, mask.rebuilt))
+
+
+def smallest(values: Int[Tensor, "... n"], num: int) -> Bool[Tensor, "... n"]:
     """True at the `num` smallest of the last axis; drawn 63-bit integers do not tie."""
     return values <= values.sort(-1).values[..., num - 1 : num]

@@ -102,7 +102,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             UserError: no class table, one that names unknown cases, or a split that cannot serve classification.
         """
         preprocessed, dataset = nnunet.folder("nnUNet_preprocessed"), self.plans_manager.dataset_name
-        path, splits_file = preprocessed / dataset / FILE_NAME, preprocessed / dataset / "splits_final.json"
+        path, splits_file = preprocessed / dataset / FILE_NAME, preprocessed / dataset / self.settings.csm.splits
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; write {FILE_NAME} (case,class[,mask_label,patient]) into the raw dataset folder "
@@ -123,7 +123,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             problems = split_problems(table, {"train": names})
             sides = {"train": names, "val": names}
         else:
-            train, val = split(preprocessed / dataset, names, int(self.fold))
+            train, val = split(preprocessed / dataset, names, int(self.fold), splits_file.name)
             sides = {"train": train, "val": val, "test": nnunet.read_splits(splits_file)[int(self.fold)].get("test", [])}
             # not every split has a test side
             sides = {side: cases for side, cases in sides.items() if cases or side != "test"}

@@ -26,6 +26,7 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
+from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.machine import ACCUMULATE_VARIABLE, accumulation, check_compiler_cache, num_threads, slices
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.pretrained import find_encoder
@@ -42,6 +43,9 @@ class CSMTrainer(nnUNetTrainer):
     # parts of the plans that the run rests on: it does not go on when they changed
     rests_on: frozenset[str] = frozenset()
     max_gradient_norm = 1.0
+    # share of the iterations in which a pretrained encoder does not learn; None: no average of the weights is kept
+    frozen_share = 0.0
+    average: WeightAverage | None = None
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
@@ -119,6 +123,8 @@ class CSMTrainer(nnUNetTrainer):
         if self.current_epoch == 0:
             with exit_on_user_error():
                 self.on_fresh_start()
+            if self.average is not None:
+                self.average.start()
         super().on_train_start()
         # parameters are frozen by now, if any
         self.learning_network = self.ranks.shared(self.network, self.device)
@@ -139,11 +145,12 @@ class CSMTrainer(nnUNetTrainer):
     def on_fresh_start(self) -> None:
         """What a run does before its first step and a resumed run does not."""
 
-    def start_from_pretrained(self, wanted: str) -> None:
+    def start_from_pretrained(self, wanted: str, num_blocks: int | None = None) -> None:
         """Load the pretrained encoder and say where it comes from, unless weights were given with -pretrained_weights.
 
         Args:
             wanted: auto, all, scratch, or a path, see `find_encoder`.
+            num_blocks: see `transfer`.
         """
         if not self.untrained_embedding.equal(self.encoder.embedding.weight.detach().cpu()):
             self.print_to_log_file("Weights were given with -pretrained_weights; no pretrained encoder is looked for")
@@ -163,7 +170,7 @@ class CSMTrainer(nnUNetTrainer):
                     f"WARNING: {path} saw the images (never the labels) of {len(seen)} held-out cases of fold {self.fold}; "
                     f"scores of this run are too good"
                 )
-        rows = transfer(pretrained, self.encoder, self.settings.architecture)
+        rows = transfer(pretrained, self.encoder, self.settings.architecture, num_blocks)
         self.encoder_source = str(path)
         self.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
 
@@ -226,9 +233,22 @@ class CSMTrainer(nnUNetTrainer):
                 # the exchange takes means over ranks
                 (part_loss * self.ranks.num_ranks).backward()
             loss += part_loss.detach()
+        if self.encoder_is_frozen:
+            # the optimiser passes over what has no gradient: no step, no weight decay, no moments. With requires_grad, ranks
+            # would have to be joined anew when the encoder begins to learn; with a learning rate of 0, its gradient would count
+            # where gradients are clipped
+            for parameter in self.encoder.parameters():
+                parameter.grad = None
         nn.utils.clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.iteration)
         return loss
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """In the iteration that runs now, counted from 1. There is nothing to keep in an encoder that starts from scratch."""
+        return self.encoder_source != "scratch" and self.iteration <= round(self.frozen_share * self.schedule.num_iterations)
 
     @contextmanager
     def exchange_gradients(self, now: bool) -> Iterator[None]:
@@ -282,8 +302,12 @@ class CSMTrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         # nnU-Net's keys, so that its own commands read the file, and what tells where it comes from
+        weights = self.bare_network.state_dict()
+        # what prediction uses; with an average of the weights, those that learning goes on from stand beside it
+        used = weights if self.average is None else self.average.state_dict()
         saved = {
-            "network_weights": self.bare_network.state_dict(),
+            "network_weights": used,
+            **({} if self.average is None else {"learning_weights": weights}),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
@@ -313,8 +337,11 @@ class CSMTrainer(nnUNetTrainer):
             loaded = checkpoint.load(filename_or_checkpoint)
             init_args = loaded["init_args"]
             saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
-            parts = [{"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm)} for one in (saved, self.settings)]
-            for field in sorted(self.rests_on | {"seed", *vars(saved.architecture)}):
+            parts = [
+                {"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm), **vars(one.csm.finetuning)}
+                for one in (saved, self.settings)
+            ]
+            for field in sorted(self.rests_on | {"seed", "splits", *vars(saved.architecture)}):
                 found, expected = (part[field] for part in parts)
                 if found != expected:
                     raise UserError(
@@ -323,6 +350,9 @@ class CSMTrainer(nnUNetTrainer):
                     )
             self.check_saved(loaded, str(filename_or_checkpoint))
         super().load_checkpoint(str(filename_or_checkpoint))
+        if self.average is not None:
+            self.average.load(loaded["network_weights"])
+            self.bare_network.load_state_dict(loaded["learning_weights"])
         self.restore_provenance(loaded)
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,30 @@ from nnunet_csm.data.crops import draw_crops
 from nnunet_csm.data.draws import Draws, Purpose, What, ahead, key
 from nnunet_csm.data.sources import fold_files
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.evaluation.hidden import HiddenVoxelErrors, foreground_voxels
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
+from nnunet_csm.evaluation.hidden import KINDS
+from nnunet_csm.evaluation.token_regression import TokenRidge
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.reconstructions import save_reconstruction
+from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.tokens import to_volume, to_voxels
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.plans import Configuration, Recipe, Schedule, parse_configuration
+from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM, Rebuilt, summed_error
-from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights
+from nnunet_csm.pretext.mae3d import MAE3D
+from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights, without_background
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer
 from nnunet_csm.training.machine import num_workers
+from nnunet_csm.training.probe import (
+    LOGGED_ERRORS,
+    LOGGED_PRECISION,
+    HiddenErrors,
+    Probe,
+    draw_linear_probe,
+    fit_linear_maps,
+    validation_sums,
+)
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SECONDS_BETWEEN_PICTURES = 60.0
@@ -45,14 +58,18 @@ class MaskedBatches:
     """Some samples of batches and their masks, each a function of (epoch, step, place in the batch).
 
     All samples of a batch show the same number of series, so that the number of visible tokens is one. That number is
-    drawn first, then cases by how likely each would have drawn it; every case and every k keep their probabilities.
+    drawn first, then cases by how likely each would have drawn it; every case and every k keep their probabilities. Joint
+    tokens are as many whatever series a sample has, and cases are drawn alike.
     Everything is drawn where the volumes are.
     """
 
     def __init__(self, bank: Bank, settings: Configuration, purpose: Purpose, places: range) -> None:
         self.bank, self.settings, self.purpose = bank, settings, purpose
         self.places = torch.arange(places.start, places.stop, device=bank.device)
-        self.weights = shown_series_weights(bank.series_present.cpu(), settings.csm.masking).double()
+        present = bank.series_present.cpu()
+        # joint tokens are those of one series, which every case has
+        present = present.any(1, keepdim=True) if settings.architecture.joint_tokens else present
+        self.weights = shown_series_weights(present, settings.csm.masking).double()
         self.cumulative = self.weights.cumsum(0).to(bank.device)
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, Mask]:
@@ -70,9 +87,15 @@ class MaskedBatches:
         if within is not None:
             chosen = within[chosen]
         crops = draw_crops(draws, self.bank.shapes[chosen], patch_size, self.bank.occupancy[chosen])
-        num_tokens = math.prod(self.settings.pretraining_grid)
-        mask = draw_mask(draws, self.bank.series_present[chosen], num_shown, num_tokens, csm.masking)
-        return self.bank.cut(chosen, crops, patch_size), mask
+        present, num_tokens = self.bank.series_present[chosen], math.prod(self.settings.pretraining_grid)
+        if self.settings.architecture.joint_tokens:
+            mask = mae3d.draw_mask(draws, present, num_tokens, csm.masking)
+        else:
+            mask = draw_mask(draws, present, num_shown, num_tokens, csm.masking)
+        volume = self.bank.cut(chosen, crops, patch_size)
+        if csm.masking.background == "ignored":
+            mask = without_background(mask, volume, self.settings.architecture.token_size)
+        return volume, mask
 
 
 def pick(cumulative: Float[Tensor, " n"], draws: Draws, what: What) -> Int[Tensor, " b"]:
@@ -83,11 +106,12 @@ def pick(cumulative: Float[Tensor, " n"], draws: Draws, what: What) -> Int[Tenso
 class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named so
     """Pretrain on the training cases of a fold; the images of its validation cases are only looked at, never learned from.
 
-    Writes beside nnU-Net's files: reconstructions/*.png, progress.png, validation/summary.json.
+    Labels are read for the linear probe only (`training/probe.py`). Writes beside nnU-Net's files: reconstructions/*.png,
+    progress.png, probe.csv, validation/summary.json.
     """
 
     rests_on = frozenset({"sources", "pretraining_patch_size", "masking", "reconstruction", "pretraining"})
-    logged = ("error_part_hidden", "error_whole_hidden", "crops_per_second")
+    logged = ("error_part_hidden", "error_whole_hidden", "crops_per_second", *LOGGED_ERRORS, LOGGED_PRECISION)
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -109,10 +133,17 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
         settings = parse_configuration(configuration_manager.configuration, plans_manager.plans_name)
-        return CSM(settings.pretraining_architecture, settings.csm.reconstruction)
+        pretext = MAE3D if settings.architecture.joint_tokens else CSM
+        return pretext(settings.pretraining_architecture, settings.csm.reconstruction)
 
     def provenance(self) -> dict[str, Any]:
         return {"training_cases": self.train_batches.bank.names, "series": self.series}
+
+    def restore_provenance(self, saved: dict[str, Any]) -> None:
+        log = self.logger.local_logger.my_fantastic_logging
+        for name in self.logged:
+            # of a run begun before there were probes
+            log.setdefault(name, [float("nan")] * self.current_epoch)
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -138,13 +169,13 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def open_banks(self) -> None:
         """Read the images of the fold, training and validation cases apart."""
         with exit_on_user_error():
-            sources = self.settings.csm.sources
-            training, validation = fold_files(sources, self.series, nnunet.folder("nnUNet_preprocessed"), self.fold)
+            csm, preprocessed = self.settings.csm, nnunet.folder("nnUNet_preprocessed")
+            training, validation = fold_files(csm.sources, self.series, preprocessed, self.fold, csm.splits)
             bank = self.open_bank(training)
             val_bank = bank if validation == training else self.open_bank(validation)
         self.train_batches = MaskedBatches(bank, self.settings, Purpose.TRAINING, self.places)
         self.val_batches = MaskedBatches(val_bank, self.settings, Purpose.VALIDATION, self.places)
-        self.print_to_log_file(f"Pretraining on {len(bank.names)} cases, labels unread; {bank.reason}")
+        self.print_to_log_file(f"Pretraining on {len(bank.names)} cases, nothing learned from labels; {bank.reason}")
         counted = Counter(name.split("/")[0] for name in bank.names)
         share = {s: int(n) for s, n in zip(self.series, bank.series_present.sum(0), strict=True)}
         self.print_to_log_file(f"of {dict(counted)}; with each series: {share}", add_timestamp=False)
@@ -183,6 +214,48 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             self.graphed = GraphedSteps(self.launched_step, self.print_to_log_file)
         elif self.device.type == "cuda":
             self.print_to_log_file(f"No CUDA graphs: {why_not}", add_timestamp=False)
+        self.probe = self.start_probe() if self.ranks.rank == 0 else None
+
+    def start_probe(self) -> Probe:
+        """Fit what the run is compared with; on rank 0, on the patches of all ranks."""
+        started = time.monotonic()
+        validation = MaskedBatches(self.val_batches.bank, self.settings, Purpose.VALIDATION, range(self.schedule.batch_size))
+        batches = (self.on_device(validation(0, step)) for step in range(self.num_val_iterations_per_epoch))
+        probe = Probe(self.settings, self.linear_maps, batches)
+        try:
+            probe.linear_probe = draw_linear_probe(
+                self.train_batches.bank,
+                self.val_batches.bank,
+                self.settings,
+                nnunet.folder("nnUNet_preprocessed"),
+                self.label_manager.ignore_label,
+                self.autocast,
+                self.batch_size,
+            )
+            probe.linear_probe.untrained = probe.linear_probe.of(self.untrained_encoder())
+        except UserError as error:
+            self.print_to_log_file(f"No linear probe: {error}")
+        self.print_to_log_file(f"Probe ready after {time.monotonic() - started:.0f} s")
+        return probe
+
+    def untrained_encoder(self) -> Encoder:
+        """As `initialize` made it, whatever has been learned since."""
+        state = torch.get_rng_state()
+        # the CPU's only, where networks are made
+        torch.default_generator.manual_seed(self.key(Purpose.NETWORK))
+        network: Any = self.build_network_architecture(self.plans_manager, self.configuration_manager, self.num_input_channels, 1)
+        torch.set_rng_state(state)
+        return network.encoder.to(self.device)
+
+    @cached_property
+    def linear_maps(self) -> TokenRidge | None:
+        """Fitted on patches of training cases; None when none of them holds every series."""
+        batches = MaskedBatches(self.train_batches.bank, self.settings, Purpose.TRAINING, range(self.schedule.batch_size))
+        try:
+            return fit_linear_maps(lambda step: self.on_device(batches(0, step))[0], self.settings)
+        except UserError as error:
+            self.print_to_log_file(f"No comparison with linear maps: {error}")
+            return None
 
     def before_step(self) -> None:
         super().before_step()
@@ -229,23 +302,20 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def validation_step(self, batch: tuple[Tensor, Mask]) -> dict:
         volume, mask = self.on_device(batch)
-        rebuilt = self.rebuild(volume, mask)
-        whole = mask.rebuilt & mask.series_hidden[..., None]
-        part = mask.rebuilt & ~mask.series_hidden[..., None]
-        sums = [torch.where(m, rebuilt.error, 0.0).sum() for m in (part, whole)]
-        counts = torch.stack([part.sum(), whole.sum()])
-        return {"sums": torch.stack(sums), "counts": counts}
+        return validation_sums(volume, mask, self.rebuild(volume, mask), self.settings)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         # of all ranks, batch by batch
         outputs = {name: torch.stack([output[name].double() for output in val_outputs]) for name in ("sums", "counts")}
         sums, counts = (self.ranks.sum(output).cpu().numpy() for output in outputs.values())
-        losses = sums.sum(1) / np.maximum(counts.sum(1), 1)
+        losses = sums[:, :2].sum(1) / np.maximum(counts[:, :2].sum(1), 1)
+        kinds = [total.sum(0)[2:].reshape(len(KINDS), -1).sum(1) for total in (sums, counts)]
+        errors, num = (np.append(total.sum(0)[:2], by_kind) for total, by_kind in zip((sums, counts), kinds, strict=True))
         # with one series, none is hidden whole
-        part, whole = np.where(counts.sum(0) > 0, sums.sum(0) / np.maximum(counts.sum(0), 1), np.nan)
+        means = np.where(num > 0, errors / np.maximum(num, 1), np.nan)
         self.logger.log("val_losses", float(losses.mean()), self.current_epoch)
-        self.logger.log("error_part_hidden", float(part), self.current_epoch)
-        self.logger.log("error_whole_hidden", float(whole), self.current_epoch)
+        for name, value in zip(("error_part_hidden", "error_whole_hidden", *LOGGED_ERRORS), means, strict=True):
+            self.logger.log(name, float(value), self.current_epoch)
         self.logger.log("crops_per_second", self.progress.crops_per_second, self.current_epoch)
 
     def on_epoch_end(self) -> None:
@@ -256,6 +326,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             f"(series visible elsewhere {log['error_part_hidden'][-1]:.4f}, hidden whole {log['error_whole_hidden'][-1]:.4f})"
         )
         last = self.current_epoch == self.num_epochs - 1
+        precision = float("nan") if self.probe is None else self.probe.precision(self.encoder, self.current_epoch)
+        self.logger.log(LOGGED_PRECISION, precision, self.current_epoch)
+        if self.probe is not None:
+            self.print_to_log_file(self.probe.said(log), add_timestamp=False)
+            self.probe.save(log, Path(self.output_folder) / "probe.csv")
         if self._best_ema is None or log["val_losses"][-1] < self._best_ema:
             self._best_ema = log["val_losses"][-1]
             self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
@@ -269,12 +344,14 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def save_pictures(self) -> None:
         """progress.png, and reconstructions of two patches of validation cases (unseen in training unless fold is all)."""
         log = self.logger.local_logger.my_fantastic_logging
+        assert self.probe is not None, "rank 0 only"
         errors = {"series visible elsewhere": log["error_part_hidden"], "series hidden whole": log["error_whole_hidden"]}
         save_curves(
             Path(self.output_folder) / "progress.png",
             [
                 Panel("Loss", {"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "mean squared error"),
                 Panel("Validation error", errors, "epoch", "mean squared error"),
+                *self.probe.panels(log),
                 Panel("Learning rate", {"at the start of the epoch": log["lrs"]}, "epoch", ""),
                 Panel("Speed", {"training": log["crops_per_second"]}, "epoch", "crops/s"),
             ],
@@ -306,9 +383,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         yield from zip(*(t.cpu().numpy() for t in (volume, hidden, rebuilt.float())), strict=True)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Rebuild patches of the validation cases and write the errors beside those of the best linear map.
+        """Rebuild patches of the validation cases and write the errors beside those of the linear maps.
 
-        The map is fitted on patches of training cases. Writes validation/summary.json and validation/reconstruction.csv.
+        Writes validation/summary.json and validation/reconstruction.csv.
         """
         if not hasattr(self, "val_batches"):
             # which ranks do together
@@ -317,20 +394,14 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             return
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
-        num_batches = max(4, math.ceil(NUM_COMPARED / self.batch_size))
-        self.print_to_log_file("Comparing reconstructions of validation cases with a voxel-wise linear map ...")
-        training = (patch.cpu().numpy() for step in range(num_batches) for patch in self.train_batches(0, step)[0].float())
-        try:
-            baseline = RidgeBaseline().fit(foreground_voxels(patch) for patch in training)
-        except UserError as error:
-            self.print_to_log_file(f"No comparison: {error}")
-            save_json({}, str(folder / "summary.json"))
-            return
-        errors = HiddenVoxelErrors(self.series, baseline)
-        for step in range(num_batches):
-            # epoch 1: other draws than those the epochs were judged by
-            for patch, hidden, rebuilt in self.rebuilt_patches(self.val_batches(1, step)):
-                errors.add(patch, rebuilt, hidden)
+        self.print_to_log_file("Comparing reconstructions of validation cases with linear maps ...")
+        errors = HiddenErrors(self.settings, self.linear_maps)
+        self.network.eval()
+        with torch.no_grad():
+            for step in range(max(4, math.ceil(NUM_COMPARED / self.batch_size))):
+                # epoch 1: other draws than those the epochs were judged by
+                volume, mask = self.on_device(self.val_batches(1, step))
+                errors.add(volume, mask, self.rebuild(volume, mask).tokens)
         table = errors.table()
         table.to_csv(folder / "reconstruction.csv", index=False)
         save_json({"hidden_voxels": table.to_dict("records")}, str(folder / "summary.json"))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from nnunet_csm.data.draws import Purpose, batches, key, seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.plans import Recipe, Schedule
+from nnunet_csm.plans import SPLITS, Recipe, Schedule
+from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.host import CSMTrainer, without_copies
 from nnunet_csm.training.machine import num_workers
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE
@@ -85,18 +86,26 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     `nnUNet_csm_encoder`: auto, all, scratch, or a path.
     """
 
-    rests_on = frozenset({"patch_size", "finetuning_schedule"})
+    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "ema"})
     max_gradient_norm = 12.0  # nnU-Net's
 
     @staticmethod
     def choose_schedule(csm: Recipe) -> Schedule:
         return csm.finetuning_schedule
 
+    def initialize(self) -> None:
+        super().initialize()
+        finetuning = self.settings.csm.finetuning
+        self.frozen_share = finetuning.frozen_share
+        if finetuning.ema > 0:
+            self.average = WeightAverage(self.bare_network, finetuning.ema)
+
     def on_fresh_start(self) -> None:
         name = self.plans_manager.dataset_name
         if not any(source.labelled for source in self.settings.csm.sources if source.dataset == name):
             raise UserError(f"{name} has no labels to fine-tune on; fine-tune another dataset from its encoder")
-        self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, self.settings.csm.finetuning.encoder))
+        finetuning = self.settings.csm.finetuning
+        self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
 
     def provenance(self) -> dict[str, Any]:
         return {"encoder_source": self.encoder_source}
@@ -128,11 +137,16 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         if absent:
             # before anything of nnU-Net's opens a case
             self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), absent)
-        folder = Path(self.preprocessed_dataset_folder_base)
-        if self.fold != "all" and not (folder / "splits_final.json").is_file():
-            # whole or not at all, where nnU-Net's own would be half written while another rank reads it
+        folder, splits = Path(self.preprocessed_dataset_folder_base), self.settings.csm.splits
+        if self.fold != "all" and (splits != SPLITS or not (folder / SPLITS).is_file()):
+            # nnU-Net knows one file only, and writes it under its name while another rank may read it
             cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
-            split(folder, cases, 0)
+            with exit_on_user_error():
+                found = split(folder, cases, int(self.fold), splits)
+            if splits != SPLITS:
+                numbers = f"{len(found[0])} training and {len(found[1])} validation cases"
+                self.print_to_log_file(f"Fold {self.fold} of {splits}: {numbers}")
+                return found
         return super().do_split()
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
@@ -170,10 +184,18 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             output = self.learning_network(batch["data"])
             return self.loss(output.float(), batch["target"]) * len(batch["data"])
 
+    def validation_step(self, batch: dict) -> dict:
+        with self.averaged():
+            return super().validation_step(batch)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The network has the averaged weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.in_charge()
+
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         with self.shared_by_nnunet():
             super().on_validation_epoch_end(val_outputs)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet():
+        with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet(), self.averaged():
             super().perform_actual_validation(save_probabilities)

@@ -1,0 +1,92 @@
+"""What a study needs to know of its dataset: patients, series, and plans for any preset."""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_csm import nnunet
+from nnunet_csm.data.diagnoses import ClassTable
+from nnunet_csm.errors import UserError
+from nnunet_csm.planning.classification import take_class_table, training_cases
+from nnunet_csm.planning.command import Found, look_at, planned
+from nnunet_csm.planning.planner import Wishes
+from nnunet_csm.planning.request import PlanRequest
+from nnunet_csm.plans import PLANS_NAME, Configuration, parse_configuration
+from nnunet_csm.study.divisions import one_class
+
+# of a hash, in names
+HASH_LENGTH = 8
+
+
+class Dataset:
+    """What a study needs to know of its dataset."""
+
+    def __init__(self, dataset: str, configuration: str, folder: Path) -> None:
+        self.name, self.configuration, self.folder = nnunet.dataset_name(dataset), configuration, folder
+        self.request = PlanRequest(configuration, "nnUNetPlans", PLANS_NAME)
+        self.known: dict[str, dict[str, Any]] = {}
+
+    @cached_property
+    def found(self) -> Found:
+        raw = nnunet.folder("nnUNet_raw") / self.name
+        if not (raw / "dataset.json").is_file():
+            raise UserError(f"{raw / 'dataset.json'}: no such file; a study tests on raw images, put the dataset there")
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = look_at(self.name, [self.name], self.request)
+        if not found.labelled:
+            raise UserError(f"{self.name} has no labels; a study fine-tunes and tests")
+        return found
+
+    @cached_property
+    def table(self) -> ClassTable:
+        """Classes and patients; without a class table, every case is a patient."""
+        table = take_class_table(self.name, self.found.dataset_json)
+        return one_class(training_cases(self.name)) if table is None else table
+
+    @cached_property
+    def present(self) -> dict[str, tuple[str, ...]]:
+        """Series that each case has."""
+        assert self.found.fingerprint is not None
+        return {
+            case: tuple(name for name, one in record.series.items() if one.absent is None)
+            for case, record in self.found.fingerprint.cases.items()
+        }
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        return tuple(self.found.channels)
+
+    @property
+    def num_classes(self) -> int:
+        """Output channels of a segmenter."""
+        manager = PlansManager(dict(self.found.base_plans)).get_label_manager(dict(self.found.dataset_json))
+        return int(manager.num_segmentation_heads)
+
+    def plans(self, preset: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What `nnunet_csm plan` would write for a preset with changes; a copy to be changed further."""
+        content = {"inherits_from": preset, **changes}
+        digest = hashed(content)
+        if digest not in self.known:
+            path = self.folder / "presets" / f"{digest}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nnunet.save_json(content, path)
+            ((_, plans, _),) = planned([self.found], self.request, Wishes(preset=str(path)))
+            # the folder of a study may be moved
+            self.known[digest] = json.loads(json.dumps(plans).replace(str(path), f"{preset}, changed ({digest})"))
+        return deepcopy(self.known[digest])
+
+    def settings(self, plans: Mapping[str, Any]) -> Configuration:
+        return parse_configuration(plans["configurations"][self.configuration], plans["plans_name"])
+
+
+def hashed(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]

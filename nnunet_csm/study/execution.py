@@ -1,0 +1,244 @@
+"""Doing a run: train, predict the test cases, score them; and doing many, on the GPUs of a machine or on a cluster."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.segmentation import evaluate_folder
+from nnunet_csm.inference.missing import fill_missing
+from nnunet_csm.raw.check import load_dataset_json
+from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Run, Test
+
+RECORD = "record.json"
+TRAIN = "nnunetv2.run.run_training:run_training_entry"
+PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is done.
+
+    `gpu`: number of one of several GPUs; None for a CPU, or when the machine has set which is to be seen.
+    """
+
+    device: str
+    gpu: int | None = None
+    num_threads: int | None = None
+
+
+def read_records(folder: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What is known of the runs that are done."""
+    paths = {one: folder / "runs" / one / RECORD for one in ids}
+    return {one: nnunet.read_json(path, "delete it, and the run is done again") for one, path in paths.items() if path.is_file()}
+
+
+def execute(run: Run, study: Path, place: Place) -> None:
+    """Do what is left to do of a run. The record is written last: a run is done when it has one.
+
+    Raises:
+        UserError: a step failed; its messages are in log.txt of the run.
+    """
+    folder = study / "runs" / run.id
+    folder.mkdir(parents=True, exist_ok=True)
+    train(run, folder, place)
+    record: dict[str, Any] = {
+        **nnunet.read_json(folder / "train.json", ""),
+        "kind": run.kind,
+        "plans": run.plans_name,
+        "fold": run.fold,
+        "results": str(run.folder),
+        "software": checkpoint.software(),
+    }
+    if run.kind == "fine-tuning":
+        record["validation"] = validation_score(run)
+    tables = [test(run, one, folder, place) for one in run.tests]
+    if tables:
+        scores = pd.concat(tables, ignore_index=True)
+        scores.to_csv(folder / ".scores.tmp", index=False)
+        (folder / ".scores.tmp").replace(folder / "scores.csv")
+        record["prediction_seconds"] = sum(nnunet.read_json(path, "")["seconds"] for path in folder.glob("predict_*.json"))
+    nnunet.save_json({**record, "seconds": trained_seconds(run, record["seconds"])}, folder / RECORD)
+
+
+def train(run: Run, folder: Path, place: Place) -> None:
+    begun = any(run.folder.glob("checkpoint_*.pth"))
+    flags = ["-p", run.plans_name, "-device", place.device, *(["--c"] if begun else [])]
+    if run.trainer == YARDSTICK:
+        step(folder, "train", place, TRAIN, run.dataset, run.configuration, str(run.fold), "-tr", run.trainer, *flags)
+        return
+    command = "pretrain" if run.trainer == PRETRAINER else "finetune"
+    common = ["-d", run.dataset, "-c", run.configuration, "-f", str(run.fold), "-tr", run.trainer]
+    encoder = ["-encoder", str(run.encoder)] if run.encoder is not None else []
+    step(folder, "train", place, command, *common, *encoder, *flags)
+
+
+def step(folder: Path, name: str, place: Place, *command: str) -> None:
+    """One command in a process of its own; nothing when it was done before."""
+    path = folder / f"{name}.json"
+    if path.is_file():
+        return
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    if place.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+    if place.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(place.num_threads)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(f"\n$ {' '.join(command)}\n")
+        log.flush()
+        arguments = [sys.executable, "-m", "nnunet_csm.study.measured", str(path), *command]
+        done = subprocess.run(arguments, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode or not path.is_file():
+        raise UserError(
+            f"run {folder.name}: {name} ended with exit code {done.returncode}, see {folder / 'log.txt'}; mend that, and start "
+            f"the study again to go on"
+        )
+
+
+def test(run: Run, one: Test, folder: Path, place: Place) -> pd.DataFrame:
+    """Predict and score the test cases with the series given; columns tested, and those of an evaluation."""
+    raw = nnunet.folder("nnUNet_raw") / run.dataset
+    dataset_json = load_dataset_json(raw)
+    predictions = folder / "predictions" / one.name
+    with TemporaryDirectory(prefix="nnunet_csm_study_") as temporary:
+        images, references = (Path(temporary) / name for name in ("images", "references"))
+        link_cases(raw, dataset_json, one, images, references)
+        command = "predict"
+        if run.trainer == YARDSTICK:
+            command, given, images = PREDICT, images, Path(temporary) / "filled"
+            fill_missing(given, images, nnunet.channel_names(dataset_json), dataset_json["file_ending"])
+        model = ["-d", run.dataset, "-c", run.configuration, "-p", run.plans_name, "-tr", run.trainer, "-f", str(run.fold)]
+        # on a CPU the network takes all cores, and processes beside it take long to start
+        processes = ["-npp", "0", "-nps", "0"] if place.device == "cpu" and command == "predict" else []
+        io = ["-i", str(images), "-o", str(predictions), "-device", place.device, "--continue_prediction"]
+        step(folder, f"predict_{one.name}", place, command, *model, *io, *processes)
+        table = evaluate_folder(references, predictions, dataset_json).table
+    return table.assign(tested=one.name)
+
+
+def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Test, images: Path, references: Path) -> None:
+    """Links to the images of the test cases, of the given series only, and to their reference segmentations."""
+    images.mkdir()
+    references.mkdir()
+    ending = dataset_json["file_ending"]
+    files = get_filenames_of_train_images_and_targets(str(raw), dict(dataset_json))
+    for case, channels in one.channels.items():
+        for channel in channels:
+            path = Path(files[case]["images"][channel])
+            (images / f"{case}_{channel:04d}{ending}").symlink_to(path.resolve())
+        (references / f"{case}{ending}").symlink_to(Path(files[case]["label"]).resolve())
+
+
+def validation_score(run: Run) -> float:
+    """Mean Dice of the validation cases, or AUC: what settings are chosen by. Never of test cases."""
+    summary = nnunet.read_json(run.folder / "validation" / "summary.json", "delete the folder of the run, and it is done again")
+    if run.trainer == CLASSIFIER:
+        return float(summary["metrics"]["auc"]["value"])
+    return float(np.nan_to_num(summary["foreground_mean"]["Dice"]))
+
+
+def trained_seconds(run: Run, seconds: float) -> float:
+    """What the epochs took, of all starts of a training that was interrupted; `seconds` for stock nnU-Net."""
+    if run.trainer == YARDSTICK:
+        return seconds
+    log = checkpoint.load(run.folder / "checkpoint_final.pth")["logging"]
+    ends, starts = log["epoch_end_timestamps"], log["epoch_start_timestamps"]
+    return float(sum(end - start for start, end in zip(starts, ends, strict=True)))
+
+
+Launch = Callable[[Run], None]
+
+
+def local(study: Path, device: str, num_gpus: int, jobs: int) -> tuple[Launch, int]:
+    """Runs on this machine, `jobs` at once on each GPU, or on the CPU; and how many go at once."""
+    free: Queue[Place] = Queue()
+    if device == "cuda":
+        places = [Place(device, gpu) for _ in range(jobs) for gpu in range(num_gpus)]
+    else:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        places = [Place(device, num_threads=threads) for _ in range(jobs)]
+    for place in places:
+        free.put(place)
+
+    def launch(run: Run) -> None:
+        place = free.get()
+        try:
+            execute(run, study, place)
+        finally:
+            free.put(place)
+
+    return launch, len(places)
+
+
+def cluster(study: Path, device: str, parameters: Mapping[str, Any], jobs: int, kind: str | None = None) -> tuple[Launch, int]:
+    """Runs as jobs of SLURM, through submitit, `jobs` queued at once.
+
+    Args:
+        study: folder that all nodes see, as nnU-Net's folders are.
+        device: of the nodes.
+        parameters: of submitit's executor, such as slurm_partition, timeout_min, cpus_per_task.
+        kind: of submitit's executor; "slurm" when None, "local" to try it.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("a study on SLURM needs submitit: pip install 'nnunet_csm[slurm]'") from None
+    try:
+        executor = submitit.AutoExecutor(folder=study / "slurm" / "%j", cluster=kind or "slurm")
+    except RuntimeError as error:
+        raise UserError(f"no SLURM here ({error}); start the study where sbatch is found, or leave out -slurm") from None
+    given = {"gpus_per_node": 1 if device == "cuda" else 0, **parameters}
+    try:
+        executor.update_parameters(**given)
+    except (NameError, NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"submitit does not take {given}: {str(error).splitlines()[0]} Correct -slurm.") from None
+
+    def launch(run: Run) -> None:
+        job = executor.submit(execute, run, study, Place(device))
+        try:
+            job.result()
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(f"{run.id}: {str(error).splitlines()[0]}; see {job.paths.stderr}") from None
+
+    return launch, jobs
+
+
+def perform(runs: Sequence[Run], done: Iterable[str], launch: Launch, num_at_once: int) -> Iterator[tuple[Run, UserError | None]]:
+    """Do runs, each after the one it needs; those that need one that failed are left out.
+
+    Returns:
+        Runs as they end, and why they failed if they did.
+    """
+    finished, failed = set(done), set[str]()
+    left = [run for run in runs if run.id not in finished]
+    under_way: dict[Future[None], Run] = {}
+    with ThreadPoolExecutor(num_at_once, thread_name_prefix="run") as threads:
+        while left or under_way:
+            left = [run for run in left if run.needs not in failed]
+            ready = [run for run in left if run.needs is None or run.needs in finished][: num_at_once - len(under_way)]
+            left = [run for run in left if run not in ready]
+            under_way |= {threads.submit(launch, run): run for run in ready}
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                run = under_way.pop(future)
+                try:
+                    future.result()
+                except UserError as error:
+                    failed.add(run.id)
+                    yield run, error
+                else:
+                    finished.add(run.id)
+                    yield run, None

@@ -1,0 +1,339 @@
+"""From a study to its runs: what is to be trained, with which plans and patients, and which rows of the table it serves."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nnunet_csm import nnunet
+from nnunet_csm.errors import UserError
+from nnunet_csm.planning.presets import merged
+from nnunet_csm.plans import PLANS_NAME, Configuration
+from nnunet_csm.pretext.masking import num_visible, shown_series_weights
+from nnunet_csm.study.dataset import Dataset, hashed
+from nnunet_csm.study.divisions import SEED, divide, labelled, taken_away
+from nnunet_csm.study.spec import Arm, Study, pretraining_changes
+
+PRETRAINER, SEGMENTER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
+YARDSTICK = "nnUNetTrainerCSMYardstick"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Test:
+    """Test cases, and the channels of each that the network is given."""
+
+    name: str
+    channels: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, and what its network is tested on.
+
+    Attributes:
+        id: unique in a study; also the name of its folder.
+        needs: the pretraining it starts from.
+        encoder: that one's checkpoint.
+        tests: none for pretraining, and for classification, whose trainer tests by itself.
+        num_crops: that it learns from.
+        visible_tokens: of a crop, by the encoder, on average.
+    """
+
+    id: str
+    kind: Literal["pretraining", "fine-tuning"]
+    dataset: str
+    configuration: str
+    plans_name: str
+    trainer: str
+    fold: int
+    needs: str | None
+    encoder: Path | None
+    tests: tuple[Test, ...]
+    num_crops: int
+    visible_tokens: float
+
+    @property
+    def folder(self) -> Path:
+        """Where nnU-Net's trainer writes."""
+        name = f"{self.trainer}__{self.plans_name}__{self.configuration}"
+        return nnunet.folder("nnUNet_results") / self.dataset / name / f"fold_{self.fold}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a run stands for in the table."""
+
+    run: str
+    arm: str
+    labels: float
+    num_labelled: int
+    repeat: int
+    finetuned: str
+
+
+@dataclass
+class Runs:
+    """Runs in an order in which they can be done, and rows. `search` runs only choose settings and are in no row."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
+    splits: dict[str, list[dict[str, list[str]]]] = field(default_factory=dict)
+    waiting: list[str] = field(default_factory=list)
+    """What cannot be told before others are done: settings that are searched for, and times."""
+    chosen: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
+
+
+class Expansion:
+    """Makes the runs of a study, as far as what is done tells which they are."""
+
+    def __init__(self, study: Study, name: str, dataset: Dataset, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """
+        Args:
+            study: what to do.
+            name: of the study, part of the names of plans and splits.
+            dataset: to do it on.
+            records: of the runs that are done, by id.
+        """
+        self.study, self.name, self.dataset, self.records = study, name, dataset, records
+        self.divisions = divide(dataset.table, study.repeats)
+        self.result = Runs()
+        self.own = [arm for arm in study.arms if arm.nnunet is None]
+
+    def expand(self) -> Runs:
+        for arm, share in itertools.product(self.own, self.study.labels):
+            changes = self.searched(arm, share)
+            if changes is not None:
+                for fold, seed, series in itertools.product(*self.axes):
+                    self.add_row(arm, share, fold, seed, series, changes)
+        for arm in self.study.arms:
+            if arm.nnunet is not None:
+                for share in self.study.labels:
+                    self.add_yardstick(arm, share)
+        return self.result
+
+    @property
+    def axes(self) -> tuple[range, range, Sequence[str]]:
+        alone = () if self.study.finetuned == "all" else self.dataset.series
+        together = () if self.study.finetuned == "each" else (ALL,)
+        return range(len(self.divisions)), range(self.study.repeats.seeds), (*together, *alone)
+
+    def searched(self, arm: Arm, share: float) -> dict[str, Any] | None:
+        """The arm's changes with the values that are best on the validation patients of the first repeat.
+
+        Returns:
+            None as long as not all of them were tried; then runs that try them have been added.
+        """
+        changes = dict(merged(self.study.changes, arm.changes))
+        if not self.study.search:
+            return changes
+        tried = []
+        for values in itertools.product(*self.study.search.values()):
+            candidate = merged(changes, nested(dict(zip(self.study.search, values, strict=True))))
+            run = self.add_finetuning(arm, share, 0, 0, self.axes[2][0], candidate)
+            tried.append((self.records.get(run.id), candidate, values))
+        if any(record is None for record, _, _ in tried):
+            self.result.waiting.append(f"{arm.name} with {share:.0%} of the labels: best of {len(tried)} settings")
+            return None
+        # the first of equals
+        best = max(range(len(tried)), key=lambda i: (tried[i][0] or {})["validation"])
+        self.result.chosen[arm.name, share] = dict(zip(self.study.search, tried[best][2], strict=True))
+        return tried[best][1]
+
+    def add_row(self, arm: Arm, share: float, fold: int, seed: int, series: str, changes: Mapping[str, Any]) -> None:
+        run = self.add_finetuning(arm, share, fold, seed, series, changes)
+        self.result.rows.append(self.row(run, arm, share, fold, seed, series))
+
+    def row(self, run: Run, arm: Arm, share: float, fold: int, seed: int, series: str) -> Row:
+        num = len(labelled(self.dataset.table, self.divisions[fold], share, seed))
+        # folds are parts of one repeat, each patient is in one of them
+        repeat = seed if self.study.repeats.kind == "folds" else fold * self.study.repeats.seeds + seed
+        return Row(run.id, arm.name, share, num, repeat, series)
+
+    def add_finetuning(self, arm: Arm, share: float, fold: int, seed: int, series: str, changes: Mapping[str, Any]) -> Run:
+        needs = self.add_pretraining(arm, fold, changes).id if arm.pretrained else None
+        plans = self.dataset.plans(self.study.preset, changes)
+        entry = plans["configurations"][self.dataset.configuration]
+        csm = entry["csm"]
+        csm |= {"seed": SEED + seed, "splits": self.splits(share, seed)}
+        if series != ALL:
+            entry["architecture"]["arch_kwargs"] |= {"series": [series], "channels": [self.dataset.found.channels[series]]}
+        removed = self.removed(arm)
+        absent = csm["sources"][0]["absent_series"]
+        csm["sources"][0]["absent_series"] = {
+            case: sorted({*absent.get(case, ()), *removed.get(case, ())}) for case in sorted({*absent, *removed})
+        }
+        classifies = self.study.task == "classification"
+        # which one it is, each run is told
+        csm["classification" if classifies else "finetuning"]["encoder"] = "auto" if needs else "scratch"
+        settings = self.dataset.settings({**plans, "plans_name": self.name})
+        schedule = settings.csm.classification.schedule if classifies else settings.csm.finetuning_schedule
+        patch = settings.csm.classification.patch_size if classifies else settings.patch_size
+        network = settings.architecture
+        num_tokens = np.prod(patch) // np.prod(network.token_size) * (1 if network.joint_tokens else len(network.series))
+        return self.add(
+            "fine-tuning",
+            plans,
+            CLASSIFIER if classifies else SEGMENTER,
+            fold,
+            needs=needs,
+            tests=() if classifies else self.tests(fold, network.series, removed),
+            num_crops=schedule.num_iterations * schedule.batch_size,
+            visible_tokens=float(num_tokens),
+        )
+
+    def add_pretraining(self, arm: Arm, fold: int, changes: Mapping[str, Any]) -> Run:
+        plans = self.dataset.plans(self.study.preset, pretraining_changes(changes))
+        csm = plans["configurations"][self.dataset.configuration]["csm"]
+        csm |= {"seed": SEED, "splits": self.splits(1.0, 0)}
+        wanted = self.pretraining_series(arm)
+        for source in csm["sources"]:
+            source["channels"] = {name: channel for name, channel in source["channels"].items() if name in wanted}
+        settings = self.dataset.settings({**plans, "plans_name": self.name})
+        schedule = settings.csm.pretraining
+        return self.add(
+            "pretraining",
+            plans,
+            PRETRAINER,
+            fold,
+            num_crops=schedule.num_iterations * schedule.batch_size,
+            visible_tokens=mean_visible_tokens(settings, self.dataset.present, wanted),
+        )
+
+    def pretraining_series(self, arm: Arm) -> tuple[str, ...]:
+        wanted = arm.pretraining_series
+        if isinstance(wanted, int):
+            wanted = self.dataset.series[:wanted]
+        if wanted is not None and (unknown := sorted(set(wanted) - set(self.dataset.series))):
+            raise UserError(
+                f"study {self.name}: arm {arm.name!r}: pretraining_series {', '.join(unknown)}: {self.dataset.name} has "
+                f"{', '.join(self.dataset.series)}"
+            )
+        return self.dataset.series if wanted is None else tuple(wanted)
+
+    def add_yardstick(self, arm: Arm, share: float) -> None:
+        """Stock nnU-Net, once the times of the arm it is beside are known."""
+        assert arm.nnunet is not None
+        like = [row for row in self.result.rows if (row.arm, row.labels) == (arm.nnunet.minutes_of, share)]
+        seconds: list[float] = []
+        for row in like:
+            run = self.result.runs[row.run]
+            stages = [run.id, *([run.needs] if arm.nnunet.with_pretraining and run.needs else [])]
+            if not all(stage in self.records for stage in stages):
+                seconds = []
+                break
+            seconds.append(sum(self.records[stage]["seconds"] for stage in stages))
+        if not seconds:
+            self.result.waiting.append(f"{arm.name} with {share:.0%} of the labels: the time of {arm.nnunet.minutes_of}")
+            return
+        minutes = round(float(np.mean(seconds)) / 60, 1)
+        base = nnunet.folder("nnUNet_preprocessed") / self.dataset.name / f"{arm.nnunet.plans}.json"
+        for fold, seed in itertools.product(*self.axes[:2]):
+            plans = nnunet.read_json(base, f"plan and preprocess with nnU-Net's {arm.nnunet.plans} first")
+            plans["csm_yardstick"] = {"minutes": max(0.1, minutes), "splits": self.splits(share, seed)}
+            removed = self.removed(arm)
+            run = self.add("fine-tuning", plans, YARDSTICK, fold, tests=self.tests(fold, self.dataset.series, removed))
+            self.result.rows.append(self.row(run, arm, share, fold, seed, ALL))
+
+    def add(
+        self,
+        kind: Literal["pretraining", "fine-tuning"],
+        plans: dict[str, Any],
+        trainer: str,
+        fold: int,
+        needs: str | None = None,
+        tests: tuple[Test, ...] = (),
+        num_crops: int = 0,
+        visible_tokens: float = 0.0,
+    ) -> Run:
+        del plans["plans_name"]
+        pretraining = self.result.runs[needs].plans_name if needs else None
+        digest = hashed([trainer, pretraining, plans])
+        plans_name = f"{PLANS_NAME}_{self.name}_{digest}"
+        run = Run(
+            id=f"{digest}_{fold}",
+            kind=kind,
+            dataset=self.dataset.name,
+            configuration=self.dataset.configuration,
+            plans_name=plans_name,
+            trainer=trainer,
+            fold=fold,
+            needs=needs,
+            encoder=self.result.runs[needs].folder / "checkpoint_final.pth" if needs else None,
+            tests=tests,
+            num_crops=num_crops,
+            visible_tokens=visible_tokens,
+        )
+        self.result.plans[plans_name] = {**plans, "plans_name": plans_name}
+        return self.result.runs.setdefault(run.id, run)
+
+    def splits(self, share: float, seed: int) -> str:
+        """The name of the file with the labelled cases of every division."""
+        # all are all, whatever the seed
+        seed = 0 if share == 1.0 else seed
+        content = [
+            {
+                "train": list(labelled(self.dataset.table, division, share, seed)),
+                "val": list(division.val),
+                "test": list(division.test),
+            }
+            for division in self.divisions
+        ]
+        name = f"splits_{self.name}_{hashed(content)}.json"
+        self.result.splits[name] = content
+        return name
+
+    def removed(self, arm: Arm) -> dict[str, tuple[str, ...]]:
+        """Case to the series that an arm with incomplete series does without, the same for all of its runs."""
+        if arm.incomplete is None:
+            return {}
+        found = {}
+        for number, (case, present) in enumerate(sorted(self.dataset.present.items())):
+            rng = np.random.default_rng((SEED, number))
+            if lost := taken_away(present, arm.incomplete.share, arm.incomplete.remove, rng):
+                found[case] = lost
+        return found
+
+    def tests(self, fold: int, series: Sequence[str], removed: Mapping[str, tuple[str, ...]]) -> tuple[Test, ...]:
+        """The test cases of a division with all their series, or with every subset; cases that have none of it are left out."""
+        channels, present = self.dataset.found.channels, self.dataset.present
+        subsets = [tuple(series)]
+        if self.study.tested == "subsets":
+            subsets = [s for n in range(1, len(series) + 1) for s in itertools.combinations(series, n)]
+        tests = []
+        for subset in subsets:
+            given = {
+                case: tuple(channels[name] for name in subset if name in present[case] and name not in removed.get(case, ()))
+                for case in self.divisions[fold].test
+            }
+            name = ALL if len(subset) == len(series) else "+".join(subset)
+            tests.append(Test(name, {case: numbers for case, numbers in given.items() if numbers}))
+        return tuple(tests)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        here = result
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = value
+    return result
+
+
+def mean_visible_tokens(settings: Configuration, present: Mapping[str, Sequence[str]], series: Sequence[str]) -> float:
+    """Of a pretraining crop, over cases and draws."""
+    num_tokens, masking = int(np.prod(settings.pretraining_grid)), settings.csm.masking
+    if settings.architecture.joint_tokens:
+        return float(num_visible(num_tokens, masking))
+    has = torch.tensor([[name in names for name in series] for names in present.values()])
+    weights = shown_series_weights(has[has.any(1)], masking).double()
+    shown = (weights * torch.arange(1, len(series) + 1)).sum(1).mean()
+    return float(shown) * num_visible(num_tokens, masking)

@@ -1,0 +1,214 @@
+"""What a study compares: a JSON file that names arms, label shares and repeats. The files are in `plans/studies/`."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from nnunet_csm.errors import UserError
+from nnunet_csm.plans import from_dict
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How often everything is done again, each time on other training patients or with other seeds.
+
+    Attributes:
+        kind: "splits" are random divisions 8:1:1 by patient, as in the paper, the first ten of which test every patient once;
+            "folds" test every patient once, in `number` folds, and take a tenth of the others to validate.
+        number: of splits or folds. Each has a pretraining of its own, on its training patients only.
+        seeds: of each of them, from one pretraining: other labelled patients, other initial weights of the decoder, other
+            batches.
+    """
+
+    kind: Literal["splits", "folds"]
+    number: int
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """Series taken away at random from fine-tuning and test cases: `remove` of each of a `share` of the cases."""
+
+    share: float
+    remove: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Stock nnU-Net for the time that another arm took.
+
+    Attributes:
+        plans: nnU-Net's, such as nnUNetPlans or nnUNetResEncUNetMPlans.
+        minutes_of: the arm whose mean time of fine-tuning it gets.
+        with_pretraining: and that of its pretraining.
+    """
+
+    plans: str
+    minutes_of: str
+    with_pretraining: bool
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+        name: what the row is called.
+        changes: to the study's preset, as a preset file has them; what concerns pretraining tells pretrainings apart.
+        pretrained: False for initial weights.
+        pretraining_series: names of the series that pretraining sees, or how many of the dataset's first; all when None.
+        incomplete: fine-tune and test with series missing.
+        nnunet: stock nnU-Net instead.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    pretrained: bool = True
+    pretraining_series: tuple[str, ...] | int | None = None
+    incomplete: Incomplete | None = None
+    nnunet: Yardstick | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table.
+
+    Attributes:
+        description: said above the tables.
+        task: which fine-tuning.
+        preset: of all arms.
+        changes: to it, for all arms.
+        repeats: see there.
+        labels: shares of the training patients that are labelled; the smaller hold patients of the larger.
+        arms: rows.
+        baseline: the arm that all others are compared with; the first when empty.
+        finetuned: "all" series, "each" by itself and their mean, or "both".
+        tested: the series given at test time: "all", or "subsets": every non-empty subset from one network.
+        search: path in the preset (`finetuning.learning_rate`) to values: every arm and label share takes the values that are
+            best on validation patients of the first repeat; every arm tries as many.
+        structures: labels or regions to report, as far as the dataset has them; when none, the regions that the labels imply,
+            else the labels.
+    """
+
+    description: str
+    task: Literal["segmentation", "classification"]
+    preset: str
+    changes: dict[str, Any]
+    repeats: Repeats
+    labels: tuple[float, ...]
+    arms: tuple[Arm, ...]
+    baseline: str = ""
+    finetuned: Literal["all", "each", "both"] = "all"
+    tested: Literal["all", "subsets"] = "all"
+    search: dict[str, Any] = field(default_factory=dict)
+    structures: tuple[str, ...] = ()
+
+    @property
+    def baseline_arm(self) -> str:
+        return self.baseline or self.arms[0].name
+
+
+def study_names() -> list[str]:
+    """Studies that come with the package."""
+    folder = files("nnunet_csm.presets") / "studies"
+    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
+
+
+def read_study(name: str) -> Study:
+    """A shipped study by name, or a study file by path.
+
+    Raises:
+        UserError: no such file, not JSON, unknown keys, or settings that contradict each other.
+    """
+    return parse_study(_read(name), f"study {name}")
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".json") else None
+    if path is None and name in study_names():
+        text = (files("nnunet_csm.presets") / "studies" / f"{name}.json").read_text()
+    elif path is not None and path.is_file():
+        text = path.read_text()
+    else:
+        raise UserError(f"no study {name!r}; expected one of {', '.join(study_names())}, or the path of a JSON file")
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"study {name}: not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"study {name}: expected a JSON object, found {type(data).__name__}")
+    parent = data.pop("inherits_from", None)
+    if parent is None:
+        return data
+    beside = path is not None and parent.endswith(".json")
+    # key by key; arms are replaced as a whole
+    return {**_read(str(path.with_name(parent)) if beside and path else parent), **data}
+
+
+def parse_study(data: Mapping[str, Any], where: str) -> Study:
+    """As `read_study`, for what stands in the file."""
+    arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in data.get("arms") or []]
+    study = from_dict(Study, {"changes": {}, **data, "arms": arms}, where)
+    _check(study, where)
+    return study
+
+
+def _check(study: Study, where: str) -> None:
+    names = [arm.name for arm in study.arms]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{where}: arms {', '.join(names) or 'none'}; expected at least one, each with a name of its own")
+    if study.baseline_arm not in names:
+        raise UserError(f"{where}: baseline {study.baseline!r} is none of the arms {', '.join(names)}")
+    if not study.labels or any(not 0 < share <= 1 for share in study.labels) or len(set(study.labels)) < len(study.labels):
+        raise UserError(f"{where}: labels {study.labels}; expected shares above 0 and up to 1, each once")
+    if study.repeats.number < (2 if study.repeats.kind == "folds" else 1) or study.repeats.seeds < 1:
+        raise UserError(f"{where}: repeats {study.repeats}; expected at least 1 split or 2 folds, and at least 1 seed")
+    for path, values in study.search.items():
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise UserError(f"{where}: search.{path} is {values!r}, expected a list of values to try")
+        if path.split(".")[0] in PRETRAINING_KEYS:
+            raise UserError(f"{where}: search.{path} concerns pretraining; make arms of its values, so that each is shown")
+    for arm in study.arms:
+        _check_arm(study, arm, f"{where}: arm {arm.name!r}")
+    if study.task == "classification":
+        if study.tested != "all":
+            raise UserError(f"{where}: tested is {study.tested!r}; classifiers are tested on all series they were trained on")
+        if wrong := [arm.name for arm in study.arms if arm.nnunet is not None or arm.incomplete is not None]:
+            raise UserError(f"{where}: arms {', '.join(wrong)}: stock nnU-Net and incomplete series are for segmentation")
+
+
+def _check_arm(study: Study, arm: Arm, where: str) -> None:
+    if arm.nnunet is not None:
+        others = [one.name for one in study.arms if one.nnunet is None]
+        if arm.nnunet.minutes_of not in others:
+            raise UserError(f"{where}: minutes_of is {arm.nnunet.minutes_of!r}, expected one of the arms {', '.join(others)}")
+        if study.finetuned != "all" or study.tested != "all":
+            raise UserError(f"{where}: stock nnU-Net is trained and tested on all series; leave out finetuned and tested")
+    lost = arm.incomplete
+    if lost is not None and not (0 < lost.share <= 1 and lost.remove and min(lost.remove) > 0):
+        raise UserError(f"{where}: incomplete is {lost}; expected a share above 0 and up to 1, and numbers of series to remove")
+    if isinstance(arm.pretraining_series, int) and arm.pretraining_series < 1:
+        raise UserError(f"{where}: pretraining_series is {arm.pretraining_series}, expected at least one")
+
+
+# of a preset: what the pretrained weights depend on; within `network`, the rest belongs to the segmenter
+PRETRAINING_KEYS = frozenset(
+    {"pretraining", "pretraining_grid", "masking", "reconstruction", "token_edge", "token_size", "patch_size", "max_patch_voxels"}
+)
+ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "joint_tokens"})
+
+
+def pretraining_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an arm's changes that its pretraining depends on: arms that agree in it share their pretrainings."""
+    kept = {key: value for key, value in changes.items() if key in PRETRAINING_KEYS}
+    network = {key: value for key, value in changes.get("network", {}).items() if key in ENCODER_KEYS}
+    return kept | ({"network": network} if network else {})
+
+
+def num_labelled(share: float, num_training: int) -> int:
+    """Labelled patients of a share; 0.1 of 52 is 5."""
+    return max(1, math.floor(share * num_training + 0.5))

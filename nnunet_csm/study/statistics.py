@@ -1,0 +1,448 @@
+"""What a study's results say: means over repeats, and arms compared on the same patients.
+
+Results have a row a tested case and structure: `SETTING`, num_labelled, repeat, case, patient, structure, dice, and prediction, a
+path. Predictions of classes have a row a sample: `SETTING`, num_labelled, repeat, case, mask_label, patient, class, p_CLASS.
+`finetuned` and `tested` name series: "all", "FLAIR", "T1w+T2w"; `labels` is the share of training patients that are labelled.
+
+A setting is what one row of a paper's table is about. A repeat is a training with a split, a seed or a fold of its
+own; it may test all patients or some. Dice is NaN where it is not defined (evaluation/segmentation.py) and then counts nowhere.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Real
+from scipy.stats import wilcoxon
+
+SETTING = ["table", "arm", "labels", "finetuned", "tested"]
+ALL_SERIES, JOIN = "all", "+"
+# fine-tuned and tested on one series, the mean over the series
+SINGLE_MEAN = "mean of single series"
+AVERAGE = "Average"
+AUC = "AUC"
+PROBABILITY = "p_"
+
+# Dice below which a structure counts as missed
+FAILURE = 0.1
+NUM_RESAMPLES = 5000
+CONFIDENCE = 0.95
+SEED = 12345
+
+SUMMARY = [
+    *SETTING,
+    "num_labelled_min",
+    "num_labelled_max",
+    "structure",
+    "mean",
+    "sd",
+    "num_repeats",
+    "num_cases",
+    "num_patients",
+    "median",
+    "share_failed",
+]
+COMPARISONS = [
+    "table",
+    "arm",
+    "baseline",
+    "labels",
+    "baseline_labels",
+    "finetuned",
+    "tested",
+    "structure",
+    "num_patients",
+    "num_repeats",
+    "num_pairs",
+    "num_unpaired",
+    "difference",
+    "low",
+    "high",
+    "test",
+    "p_value",
+    "p_holm",
+    "note",
+]
+PAIR = ["patient", "case", "repeat"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """`arm` minus `baseline`. Without shares of labels: at every share that both have; else `arm` at `labels`, `baseline` at
+    `baseline_labels` (the same where it is None)."""
+
+    arm: str
+    baseline: str
+    labels: float | None = None
+    baseline_labels: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of two arms to be compared; `names` holds the first columns of a comparison, up to `tested`."""
+
+    names: Mapping[str, Any]
+    arm: pd.DataFrame
+    baseline: pd.DataFrame
+
+
+def with_single_mean(results: pd.DataFrame) -> pd.DataFrame:
+    """Add, where networks were fine-tuned and tested on one series each, their mean over the series as a setting of its own.
+
+    Only runs that have all single series of their table: means over different series are not to be compared.
+    """
+    single = _single(results)
+    run = ["table", "arm", "labels", "repeat"]
+    num_series = single.groupby("table")["tested"].nunique()
+    complete = single.groupby(run)["tested"].transform("nunique") == single["table"].map(num_series)
+    single = single[complete & (single["table"].map(num_series) > 1)]
+    if single.empty:
+        return results
+    keys = [*run, "num_labelled", "case", "patient", "structure"]
+    mean = single.groupby(keys, sort=False)["dice"].mean().reset_index().assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
+    return pd.concat([results, mean], ignore_index=True)
+
+
+def _single(table: pd.DataFrame) -> pd.DataFrame:
+    one = ~table["tested"].str.contains(JOIN, regex=False) & (table["tested"] != ALL_SERIES)
+    return table[one & (table["tested"] == table["finetuned"])]
+
+
+def summarize(results: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting and structure, and the average over structures where there are several: `SUMMARY`.
+
+    mean and sd (n - 1): over repeats, of the mean over cases within each, as the paper's tables have them. The average is the
+    mean over structures of these means; a repeat in which a structure is nowhere defined has none. median: over patients, of a
+    patient's mean over repeats. share_failed: of tested cases, those with Dice below 0.1. For the latter two, a case's average is
+    over the structures defined in it. num_cases counts tested cases, the same one in two repeats twice.
+    """
+    structures = list(dict.fromkeys(results["structure"]))
+    rows: list[dict[str, Any]] = []
+    for setting, group in results.groupby(SETTING, sort=False):
+        by_case = _wide(group, structures)
+        by_repeat = by_case.groupby("repeat").mean()
+        if len(structures) > 1:
+            by_repeat.insert(0, AVERAGE, by_repeat.mean(axis=1, skipna=False))
+            by_case.insert(0, AVERAGE, by_case.mean(axis=1))
+        for structure in by_repeat:
+            dice = by_case[structure].dropna()
+            rows.append(
+                {
+                    **dict(zip(SETTING, setting, strict=True)),
+                    **_labelled(group),
+                    "structure": structure,
+                    "mean": by_repeat[structure].mean(),
+                    "sd": by_repeat[structure].std(),
+                    "num_repeats": int(by_repeat[structure].count()),
+                    "num_cases": len(dice),
+                    "num_patients": dice.index.get_level_values("patient").nunique(),
+                    "median": dice.groupby("patient").mean().median(),
+                    "share_failed": (dice < FAILURE).mean() if len(dice) else np.nan,
+                }
+            )
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def _labelled(group: pd.DataFrame) -> dict[str, int]:
+    return {"num_labelled_min": int(group["num_labelled"].min()), "num_labelled_max": int(group["num_labelled"].max())}
+
+
+def _wide(group: pd.DataFrame, structures: Sequence[str]) -> pd.DataFrame:
+    """Dice of one setting: a row a (patient, case, repeat), a column a structure."""
+    assert not group.duplicated([*PAIR, "structure"]).any(), "two results of one case and structure in one repeat"
+    return group.set_index([*PAIR, "structure"])["dice"].unstack("structure").reindex(columns=structures)
+
+
+def contrasts_of(arms: Sequence[str], baseline: str | None = None, against: Sequence[Contrast] = ()) -> list[Contrast]:
+    """Every arm against the baseline, the first arm where None is given, in their order; then `against`."""
+    baseline = arms[0] if baseline is None else baseline
+    return list(dict.fromkeys([*(Contrast(arm, baseline) for arm in arms if arm != baseline), *against]))
+
+
+def pairs(table: pd.DataFrame, contrasts: Sequence[Contrast]) -> Iterator[Pair]:
+    """What each contrast compares, in every table and with every choice of series in which both arms were run already."""
+    series = ["table", "finetuned", "tested"]
+    for (name, finetuned, tested), rows in table.groupby(series, sort=False):
+        for contrast in contrasts:
+            arm, baseline = (rows[rows["arm"] == one] for one in (contrast.arm, contrast.baseline))
+            shares = list(dict.fromkeys(arm["labels"])) if contrast.labels is None else [contrast.labels]
+            for share in shares:
+                other = share if contrast.baseline_labels is None else contrast.baseline_labels
+                first, second = arm[arm["labels"] == share], baseline[baseline["labels"] == other]
+                if len(first) and len(second):
+                    names = (name, contrast.arm, contrast.baseline, share, other, finetuned, tested)
+                    yield Pair(dict(zip(COMPARISONS, names, strict=False)), first, second)
+
+
+def differences(pair: Pair) -> dict[str, pd.DataFrame]:
+    """Structure to differences of Dice, arm - baseline: a row a patient, a column a repeat, NaN where one of the two lacks it.
+
+    A patient's cases are averaged; the average over structures is, in each case, over those defined in both arms.
+    """
+    structures = list(dict.fromkeys(pair.arm["structure"]))
+    return _by_patient(_wide(pair.arm, structures) - _wide(pair.baseline, structures))
+
+
+def scores(group: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Structure to Dice of one setting, as `differences` has it. `interval` of its transpose is that of a mean over repeats."""
+    return _by_patient(_wide(group, list(dict.fromkeys(group["structure"]))))
+
+
+def _by_patient(by_case: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    if by_case.shape[1] > 1:
+        by_case.insert(0, AVERAGE, by_case.mean(axis=1))
+    return {name: by_case[name].groupby(["patient", "repeat"]).mean().unstack("repeat").dropna(how="all") for name in by_case}
+
+
+def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFrame:
+    """A row a pair of settings and structure: `COMPARISONS`, differences being arm - baseline on the same (case, repeat).
+
+    difference: mean over patients of a patient's mean over repeats. low, high: `interval` over patients and repeats. p_value:
+    Wilcoxon's signed-rank test over patients' means. p_holm: corrected for all comparisons of the table, those with a
+    part of the series at test time being a table of their own. num_unpaired counts
+    (case, repeat) that one arm lacks: not tested, or Dice not defined, as of a structure that is neither there nor predicted.
+    """
+    rows = []
+    for pair in pairs(results, contrasts):
+        num_unpaired = _num_unpaired(pair)
+        for structure, matrix in differences(pair).items():
+            found = matrix.to_numpy()
+            low, high = interval(found)
+            rows.append(
+                {
+                    **pair.names,
+                    "structure": structure,
+                    "num_patients": len(found),
+                    "num_repeats": int((~np.isnan(found)).any(0).sum()),
+                    "num_pairs": int((~np.isnan(found)).sum()),
+                    "num_unpaired": num_unpaired[structure],
+                    "difference": _mean_of_means(found),
+                    "low": low,
+                    "high": high,
+                    "test": "Wilcoxon",
+                    "p_value": signed_rank(_means(found)),
+                    "note": _note(len(found), int((~np.isnan(found)).any(0).sum())),
+                }
+            )
+    return _with_holm(rows)
+
+
+def _num_unpaired(pair: Pair) -> dict[str, int]:
+    structures = list(dict.fromkeys(pair.arm["structure"]))
+    arm, baseline = (_wide(rows, structures).notna() for rows in (pair.arm, pair.baseline))
+    arm, baseline = arm.align(baseline, fill_value=False)
+    lacking = arm != baseline
+    return {
+        AVERAGE: int((arm.any(axis=1) != baseline.any(axis=1)).sum()),
+        **{name: int(lacking[name].sum()) for name in structures},
+    }
+
+
+def _note(num_patients: int, num_repeats: int) -> str:
+    if num_patients == 0:
+        return "no case that both have"
+    if num_patients == 1:
+        return "one patient: no interval, no test"
+    return "one repeat: the interval is over patients alone" if num_repeats == 1 else ""
+
+
+def _with_holm(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=COMPARISONS)
+    for _, group in table.groupby(["table", table["tested"] != table["finetuned"]], sort=False):
+        table.loc[group.index, "p_holm"] = holm(group["p_value"].to_numpy(np.float64))
+    return table
+
+
+def interval(values: Float[np.ndarray, "p r"], num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over rows of their means over columns; NaN is what does not exist.
+
+    A resample draws rows and, independently, columns, with replacement (pigeonhole bootstrap, Owen 2007), and keeps what exists
+    in both. It knows that rows differ, and columns, and is conservative where their interplay varies most. With one column it
+    draws rows alone; with one row both ends are NaN.
+    """
+    if len(values) < 2:
+        return np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    exists = ~np.isnan(values)
+    rows, columns = (_draws(rng, size, num_resamples) for size in values.shape)
+    weight = columns @ exists.T
+    means = np.nan_to_num(_ratio(columns @ np.where(exists, values, 0).T, weight))
+    return _percentiles(_ratio((rows * means).sum(1), (rows * (weight > 0)).sum(1)))
+
+
+def _draws(rng: np.random.Generator, size: int, num_resamples: int) -> Float[np.ndarray, "n size"]:
+    """How often each of `size` is in each resample."""
+    return rng.multinomial(size, np.full(size, 1 / size), size=num_resamples).astype(np.float64)
+
+
+def _percentiles(resampled: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """NaN where fewer than half of the resamples are defined."""
+    defined = resampled[~np.isnan(resampled)]
+    if defined.size < resampled.size / 2:
+        return np.nan, np.nan
+    low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _ratio(numerator: Float[np.ndarray, "..."], denominator: Real[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """NaN where the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator != 0)
+
+
+def _means(values: Float[np.ndarray, "p r"]) -> Float[np.ndarray, " p"]:
+    return np.nansum(values, axis=1) / (~np.isnan(values)).sum(axis=1)
+
+
+def _mean_of_means(values: Float[np.ndarray, "p r"]) -> float:
+    return float(_means(values).mean()) if len(values) else np.nan
+
+
+def signed_rank(values: Float[np.ndarray, " p"]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test, as scipy's; 1 where all are 0, NaN for fewer than two values."""
+    if len(values) < 2:
+        return np.nan
+    return float(wilcoxon(values).pvalue) if values.any() else 1.0
+
+
+def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Corrected for their number (Holm 1979); NaN stays and does not count."""
+    corrected = np.full(len(p_values), np.nan)
+    order = np.argsort(p_values)[: np.count_nonzero(~np.isnan(p_values))]  # NaN is sorted to the end
+    corrected[order] = np.minimum(np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1)), 1)
+    return corrected
+
+
+def summarize_classes(predictions: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting, as `summarize` has it, of the AUC: mean and sd over repeats of the repeat's own.
+
+    With several classes the AUC is the mean of each against all others. There is no median and no share of failures.
+    """
+    areas = [
+        {
+            **dict(zip(SETTING, setting[:-1], strict=True)),
+            "repeat": setting[-1],
+            "auc": _areas(group, np.ones((1, len(group))))[0],
+        }
+        for setting, group in predictions.groupby([*SETTING, "repeat"], sort=False)
+    ]
+    by_repeat = pd.concat([pd.DataFrame(areas), _single_mean_of_areas(pd.DataFrame(areas))], ignore_index=True)
+    rows = []
+    for setting, group in by_repeat.groupby(SETTING, sort=False):
+        names = dict(zip(SETTING, setting, strict=True))
+        is_mean = names["tested"] == SINGLE_MEAN
+        settings = SETTING[:3] if is_mean else SETTING
+        among = _single(predictions) if is_mean else predictions
+        tested = among[(among[settings] == [names[name] for name in settings]).all(axis=1)]
+        rows.append(
+            {
+                **names,
+                **_labelled(tested),
+                "structure": AUC,
+                "mean": group["auc"].mean(),
+                "sd": group["auc"].std(),
+                "num_repeats": int(group["auc"].count()),
+                "num_cases": tested.drop_duplicates(["repeat", "case", "mask_label"]).shape[0],
+                "num_patients": tested["patient"].nunique(),
+                "median": np.nan,
+                "share_failed": np.nan,
+            }
+        )
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def _single_mean_of_areas(areas: pd.DataFrame) -> pd.DataFrame:
+    """Of runs that have all single series of their table, where there are several."""
+    single = _single(areas)
+    num_series = single["table"].map(single.groupby("table")["tested"].nunique())
+    run = ["table", "arm", "labels", "repeat"]
+    complete = single[(num_series > 1) & (single.groupby(run)["tested"].transform("size") == num_series)]
+    return complete.groupby(run, sort=False)["auc"].mean().reset_index().assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
+
+
+def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFrame:
+    """A row a pair of settings, as `compare` has it, of the AUC on the samples and repeats that both arms have.
+
+    difference: mean over repeats. low, high: resamples of patients and, independently, of repeats, each with an AUC per repeat.
+    An AUC has no value of a patient to rank, so p_value is the bootstrap's: twice the smaller share of resamples beyond 0.
+    """
+    rows = []
+    for pair in pairs(predictions, contrasts):
+        runs = _common_runs(pair)
+        num_samples = sum(len(arm) for arm, _ in runs)
+        num_patients = len({patient for arm, _ in runs for patient in arm["patient"]})
+        resampled = _area_differences(runs, NUM_RESAMPLES) if num_patients > 1 else np.full(1, np.nan)
+        low, high = _percentiles(resampled)
+        rows.append(
+            {
+                **pair.names,
+                "structure": AUC,
+                "num_patients": num_patients,
+                "num_repeats": len(runs),
+                "num_pairs": num_samples,
+                "num_unpaired": len(pair.arm) + len(pair.baseline) - 2 * num_samples,
+                "difference": float(_area_differences(runs, 0)[0]),
+                "low": low,
+                "high": high,
+                "test": "bootstrap",
+                "p_value": _two_sided(resampled),
+                "note": _note(num_patients, len(runs)),
+            }
+        )
+    return _with_holm(rows)
+
+
+def _common_runs(pair: Pair) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Samples that both predict, in one order, of each repeat."""
+    sample = [*PAIR, "mask_label", "class"]
+    arm, baseline = (rows.set_index(sample) for rows in (pair.arm, pair.baseline))
+    common = arm.index.intersection(baseline.index)
+    arm, baseline = (rows.loc[common].reset_index() for rows in (arm, baseline))
+    return [(rows, baseline.loc[rows.index]) for _, rows in arm.groupby("repeat", sort=False)]
+
+
+def _area_differences(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_resamples: int) -> Float[np.ndarray, " n"]:
+    """Arm - baseline, mean over repeats in which both are defined: of resamples, or, of 0 resamples, the value itself."""
+    if not runs:
+        return np.full(max(num_resamples, 1), np.nan)
+    patients = sorted({patient for arm, _ in runs for patient in arm["patient"]})
+    rng = np.random.default_rng(SEED)
+    drawn, repeats = (
+        _draws(rng, size, num_resamples) if num_resamples else np.ones((1, size)) for size in (len(patients), len(runs))
+    )
+    found = []
+    for arm, baseline in runs:
+        weights = drawn[:, np.searchsorted(patients, arm["patient"])]
+        found.append(_areas(arm, weights) - _areas(baseline, weights))
+    of_repeats = np.stack(found, axis=1)
+    return _ratio((repeats * np.nan_to_num(of_repeats)).sum(1), np.where(np.isnan(of_repeats), 0, repeats).sum(1))
+
+
+def _areas(samples: pd.DataFrame, weights: Float[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """AUC of weighted samples of one network: of the last of two classes, or the mean of each against all others."""
+    classes = [name.removeprefix(PROBABILITY) for name in samples if name.startswith(PROBABILITY)]
+    counted = classes[1:] if len(classes) == 2 else classes
+    label = np.array([classes.index(name) for name in samples["class"]])
+    areas = [_area(label == classes.index(name), samples[PROBABILITY + name].to_numpy(), weights) for name in counted]
+    lacks = ((weights @ np.eye(len(classes))[label])[:, np.unique(label)] == 0).any(1)
+    return np.where(lacks, np.nan, _ratio(np.nansum(areas, axis=0), (~np.isnan(areas)).sum(0)))
+
+
+def _area(
+    is_positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"], weights: Float[np.ndarray, "r n"]
+) -> Float[np.ndarray, " r"]:
+    """Share of pairs of a positive and a negative that are in order, ties counting half (Mann, Whitney); NaN without a pair."""
+    gap = score[is_positive, None] - score[None, ~is_positive]
+    true, false = weights[:, is_positive], weights[:, ~is_positive]
+    in_order = ((true @ ((np.sign(gap) + 1) / 2)) * false).sum(1)
+    return _ratio(in_order, true.sum(1) * false.sum(1))
+
+
+def _two_sided(resampled: Float[np.ndarray, " n"]) -> float:
+    """Twice the smaller share on one side of 0, never below 2 / (n + 1); NaN where fewer than half of the resamples are."""
+    defined = resampled[~np.isnan(resampled)]
+    if defined.size < resampled.size / 2:
+        return np.nan
+    fewer = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
+    return min(1.0, 2 * (fewer + 1) / (len(defined) + 1))

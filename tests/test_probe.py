@@ -1,0 +1,400 @@
+"""Is a pretraining worth going on with? Errors by what was visible, linear maps, lesions in features, and when to stop."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import factories
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nnunet_folders import NnunetFolders, PlannedDataset
+from sklearn.linear_model import Ridge
+
+from nnunet_csm.data.bank import CaseFile, open_bank
+from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.hidden import (
+    HIDDEN_PART,
+    HIDDEN_WHOLE,
+    HIDDEN_WHOLE_ALONE,
+    KINDS,
+    error_table,
+    kinds_of,
+    num_voxels,
+    squared_errors,
+)
+from nnunet_csm.evaluation.linear_probe import LabelledTokens, average_precision
+from nnunet_csm.evaluation.plateau import judge
+from nnunet_csm.evaluation.reconstruction import RidgeBaseline
+from nnunet_csm.evaluation.token_regression import TokenRidge, cell_size
+from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.training.probe import HiddenTokens, LabelledPatches, draw_starts, label_file, place_features
+
+EPOCHS = np.arange(40)
+MEAN, LINEAR = 1.0, 0.6
+
+
+def curve(tau: float, lowest: float = 0.4, noise: float = 0.0) -> np.ndarray:
+    errors = lowest + (MEAN - lowest) * np.exp(-EPOCHS / tau)
+    return errors + np.random.default_rng(0).normal(scale=noise, size=len(errors))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.005])
+@pytest.mark.parametrize(("tau", "trend"), [(20.0, "falling"), (3.0, "flat")])
+def test_a_curve_that_still_falls_is_told_from_a_flat_one(tau: float, trend: str, noise: float) -> None:
+    verdict = judge(list(curve(tau, noise=noise)), 100, MEAN, LINEAR)
+    assert verdict.trend == trend
+    assert not verdict.worse_than_linear
+
+
+def test_flat_since_names_the_epoch_from_which_on_it_is() -> None:
+    errors = curve(3.0)
+    since = judge(list(errors), 100, MEAN, LINEAR).since
+    learned = MEAN - errors.min()
+    assert errors[since] - errors.min() < 0.03 * learned
+    assert errors[since - 2] - errors.min() > 0.02 * learned
+
+
+def test_a_curve_that_turns_is_rising_since_its_lowest_epoch() -> None:
+    errors = 0.4 + 0.002 * (EPOCHS - 20.0) ** 2 / 4
+    verdict = judge(list(errors), 100, MEAN, LINEAR)
+    assert (verdict.trend, verdict.since) == ("rising", 20)
+
+
+def test_one_bad_epoch_changes_nothing() -> None:
+    errors = curve(3.0)
+    errors[-2] += 0.5
+    assert judge(list(errors), 100, MEAN, LINEAR).trend == "flat"
+
+
+def test_few_epochs_are_too_early_and_a_run_above_the_linear_map_is_useless_only_after_a_tenth() -> None:
+    stuck = [MEAN] * 12
+    assert judge(stuck[:3], 100, MEAN, LINEAR).trend == "early"
+    assert not judge(stuck[:10], 100, MEAN, LINEAR).worse_than_linear
+    verdict = judge(stuck[:11], 100, MEAN, LINEAR)
+    assert verdict.worse_than_linear and verdict.trend == "flat"
+    assert "learning_rate" in str(verdict)
+    # nothing is known to compare with
+    assert not judge(stuck, 12, math.nan, math.nan).worse_than_linear
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_hidden_token_of_a_present_series_is_of_one_kind(seed: int) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    present = torch.rand(3, 4, generator=draws) < 0.7
+    whole = torch.rand(3, 4, generator=draws) < 0.4
+    hidden = (torch.rand(3, 4, 6, generator=draws) < 0.5) | whole[..., None] | ~present[..., None]
+    kinds = kinds_of(hidden, present)
+    assert torch.equal(kinds.sum(0), (hidden & present[..., None]).long())
+
+
+def test_kinds_by_hand() -> None:
+    hidden = torch.tensor([[[True, True, True], [False, True, True], [True, False, True]]])
+    kinds = dict(zip(KINDS, kinds_of(hidden, torch.ones(1, 3, dtype=torch.bool))[:, 0].tolist(), strict=True))
+    assert kinds[HIDDEN_WHOLE] == [[True, True, False], [False] * 3, [False] * 3]
+    assert kinds[HIDDEN_WHOLE_ALONE] == [[False, False, True], [False] * 3, [False] * 3]
+    assert kinds[HIDDEN_PART] == [[False] * 3, [False, True, True], [True, False, True]]
+
+
+def test_the_table_holds_means_over_the_scored_voxels() -> None:
+    draws = torch.Generator().manual_seed(0)
+    truth, estimate = torch.rand(2, 2, 2, 3, 5, generator=draws)
+    inside = torch.rand(2, 2, 3, 5, generator=draws) < 0.5
+    hidden = torch.tensor([[[True] * 3, [False, True, True]]] * 2)
+    kinds = kinds_of(hidden, torch.ones(2, 2, dtype=torch.bool))
+    table = error_table(("a", "b"), num_voxels(inside, kinds), {"network": squared_errors(truth, estimate, inside, kinds)})
+    rows = table.set_index(["left_visible", "series"])
+    part = (truth - estimate).square()[:, 1, 1:][inside[:, 1, 1:]]
+    assert rows.loc[(HIDDEN_PART, "b"), "voxels"] == len(part)
+    assert rows.loc[(HIDDEN_PART, "all"), "network"] == pytest.approx(float(part.mean()), rel=1e-5)
+    assert (HIDDEN_PART, "a") not in rows.index
+    whole = (truth - estimate).square()[:, 0, 0][inside[:, 0, 0]]
+    assert rows.loc[(HIDDEN_WHOLE, "a"), "network"] == pytest.approx(float(whole.mean()), rel=1e-5)
+
+
+TOKEN_SIZE = (2, 4, 2)
+
+
+def correlated(num: int = 400, num_series: int = 3, seed: int = 0) -> torch.Tensor:
+    """Tokens (n, s, v): the last series is the first one, one voxel further along the token, and noise."""
+    draws = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(num, num_series, math.prod(TOKEN_SIZE), generator=draws)
+    tokens[:, -1] = tokens[:, 0].roll(1, dims=-1) + 0.1 * tokens[:, -1]
+    return tokens + torch.arange(num_series)[:, None]
+
+
+def voxelwise(tokens: torch.Tensor) -> RidgeBaseline:
+    return RidgeBaseline().fit([tokens.transpose(0, 1).flatten(1)[:, :, None, None].numpy()])
+
+
+def fitted(tokens: torch.Tensor, **arguments: Any) -> TokenRidge:
+    ridge = TokenRidge(voxelwise(tokens), TOKEN_SIZE, **{k: v for k, v in arguments.items() if k == "max_inputs"})
+    alphas = {k: v for k, v in arguments.items() if k == "alphas"}
+    return ridge.fit([(part, torch.ones_like(part, dtype=torch.bool)) for part in tokens.split(100)], **alphas)
+
+
+def test_the_token_map_is_the_ridge_regression_of_what_the_voxelwise_map_leaves_over() -> None:
+    tokens = correlated()
+    ridge = fitted(tokens, alphas=(0.3,))
+    patch = tokens[:, :, None]
+    visible = torch.tensor([True, True, False])[None, :, None].expand(len(tokens), -1, 1)
+    linear, token_linear = ridge.estimates(patch, visible)
+    weights, intercept = ridge.voxelwise.coefficients((0, 1), 2)
+    by_hand = torch.einsum("nsv,s->nv", tokens[:, :2], torch.from_numpy(weights).float()) + intercept
+    torch.testing.assert_close(linear[:, 2, 0], by_hand)
+    inputs, left_over = tokens[:, :2].flatten(1).numpy(), (tokens[:, 2] - by_hand).numpy()
+    alpha = 0.3 * len(tokens) * inputs.var(0).mean()
+    expected = Ridge(alpha=alpha).fit(inputs, left_over).predict(inputs)
+    np.testing.assert_allclose((token_linear - linear)[:, 2, 0].numpy(), expected, atol=1e-4)
+
+
+def test_it_sees_what_a_voxelwise_map_cannot_and_only_what_is_visible() -> None:
+    ridge, fresh = fitted(correlated()), correlated(seed=1)
+    visible = torch.ones(len(fresh), 3, 1, dtype=torch.bool)
+    estimates = ridge.estimates(fresh[:, :, None], visible)
+    errors = [float((estimate[:, 2, 0] - fresh[:, 2]).square().mean()) for estimate in estimates]
+    assert errors[1] < 0.05 < 0.9 < errors[0]
+    visible[:, 0] = False
+    hidden = fresh.clone()
+    hidden[:, 0] = 1e6
+    for one, other in zip(ridge.estimates(fresh[:, :, None], visible), ridge.estimates(hidden[:, :, None], visible), strict=True):
+        assert torch.equal(one[:, 1:], other[:, 1:])
+
+
+def test_where_tokens_add_nothing_the_two_maps_are_nearly_one() -> None:
+    noise = torch.randn(400, 3, 16, generator=torch.Generator().manual_seed(2))
+    linear, token_linear = fitted(noise).estimates(noise[:, :, None], torch.ones(400, 3, 1, dtype=torch.bool))
+    assert float((linear - token_linear).square().mean()) < 0.05
+
+
+def test_voxels_that_are_not_scored_are_no_targets() -> None:
+    tokens = correlated()
+    inside = torch.ones_like(tokens, dtype=torch.bool)
+    inside[..., ::2] = False
+    ridge = TokenRidge(voxelwise(tokens), TOKEN_SIZE).fit([(tokens, inside)], (0.1,))
+    spoiled = tokens.clone()
+    spoiled[:, 2, ::2] += 1000
+    other = TokenRidge(ridge.voxelwise, TOKEN_SIZE).fit([(spoiled, inside)], (0.1,))
+    visible = torch.tensor([True, True, False])[None, :, None].expand(len(tokens), -1, 1)
+    one, two = (fit.estimates(tokens[:, :, None], visible)[1][:, 2] for fit in (ridge, other))
+    torch.testing.assert_close(one, two)
+
+
+@given(st.tuples(*[st.sampled_from([1, 2, 4, 8, 16])] * 3), st.integers(1, 600))
+def test_cells_divide_the_token_and_are_no_more_than_asked_for(token_size: tuple[int, int, int], most: int) -> None:
+    cell = cell_size(token_size, most)
+    num_cells = math.prod(token_size) // math.prod(cell)
+    assert all(t % c == 0 for t, c in zip(token_size, cell, strict=True))
+    assert num_cells <= most and (num_cells * 2 > most or num_cells == math.prod(token_size))
+
+
+def test_with_pooled_inputs_it_is_still_no_worse_than_the_voxelwise_map() -> None:
+    ridge, fresh = fitted(correlated(), max_inputs=12), correlated(seed=1)
+    assert math.prod(ridge.cell) == 4
+    estimates = ridge.estimates(fresh[:, :, None], torch.ones(len(fresh), 3, 1, dtype=torch.bool))
+    errors = [float((estimate[:, 2, 0] - fresh[:, 2]).square().mean()) for estimate in estimates]
+    assert errors[1] < errors[0]
+
+
+def test_average_precision_of_features_that_tell_and_that_do_not() -> None:
+    draws = np.random.default_rng(0)
+    lesion, fresh = draws.random(2000) < 0.2, draws.random(2000) < 0.2
+    labels = LabelledTokens(lesion, np.arange(2000) % 4)
+    noise = draws.normal(size=(2, 2000, 5))
+    telling = noise + 8 * np.stack([lesion, fresh])[..., None]
+    assert average_precision(telling[0], labels, telling[1], fresh) > 0.99
+    assert average_precision(noise[0], labels, noise[1], fresh) == pytest.approx(0.2, abs=0.05)
+    assert math.isnan(average_precision(noise[0], labels, noise[1], np.zeros(2000, dtype=bool)))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_other_patch_holds_a_labelled_voxel(seed: int) -> None:
+    lesion = np.zeros((5, 20, 9), bool)
+    lesion[4, 17, 0] = True
+    size = (6, 8, 4)
+    for number, start in enumerate(draw_starts(lesion, size, 6, seed)):
+        box = tuple(slice(max(first, 0), first + edge) for first, edge in zip(start, size, strict=True))
+        assert lesion[box].size == 5 * 8 * 4
+        assert lesion[box].any() or number % 2 == 0
+
+
+def test_labels_are_those_of_the_patches(tmp_path: Path) -> None:
+    """Images that are their own labels, in patches beyond the edge too; ignored voxels are neither."""
+    settings = factories.settings()
+    draws, files = np.random.default_rng(0), []
+    for number in range(3):
+        blocks = draws.random((1, 4, 5, 4)) < 0.3
+        label = blocks.repeat(2, 1).repeat(4, 2).repeat(2, 3).astype(np.int16)
+        image = np.repeat(label, 3, 0).astype(np.float32) + draws.random((3, *label.shape[1:]), np.float32) * 0.1 + 0.1
+        label[:, :2] = 9
+        path = tmp_path / f"{number}.b2nd"
+        blosc2.asarray(np.ascontiguousarray(image), urlpath=str(path), mode="w")
+        blosc2.asarray(np.ascontiguousarray(label), urlpath=str(label_file(path)), mode="w")
+        files.append(CaseFile(str(number), path, 3, (0, 1, 2)))
+    bank = open_bank(files, torch.device("cpu"), "memory", batch_size=2, seed=0)
+    patches = LabelledPatches.draw(bank, [0, 2], 5, settings, ignored=9)
+    assert patches.volume.shape == (10, 3, *settings.csm.pretraining_patch_size)
+    means = patches.statistics(settings)
+    assert means.shape == (patches.scored.sum(), 6)
+    in_image = to_shares(patches.volume, settings) > 0.5
+    assert np.array_equal(in_image[patches.scored], patches.lesion[patches.scored])
+    assert 0 < patches.labels.lesion.sum() < len(patches.labels.lesion)
+    assert set(patches.labels.subject) == {0, 2}
+    assert not patches.lesion[~patches.scored].any()
+
+
+def to_shares(volume: torch.Tensor, settings: Any) -> np.ndarray:
+    from nnunet_csm.model.tokens import to_tokens
+
+    return (to_tokens(volume.float(), settings.architecture.token_size)[:, 0] > 0.9).float().mean(-1).numpy()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_features_of_a_place_do_not_depend_on_an_absent_series(joint: bool) -> None:
+    settings = factories.settings()
+    a = settings.architecture
+    encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads, joint_tokens=joint).eval()
+    volume = torch.randn(2, 3, *settings.csm.pretraining_patch_size)
+    volume[1, 2] = 0
+    present = torch.tensor([[True] * 3, [True, True, False]])
+    with torch.no_grad():
+        features = place_features(encoder, volume, present, settings)
+        assert features.shape == (2, math.prod(settings.pretraining_grid), a.width)
+        if not joint:
+            volume[1, 2] = 100.0
+            torch.testing.assert_close(place_features(encoder, volume, present, settings), features)
+
+
+def test_with_normalised_targets_maps_know_neither_mean_nor_deviation() -> None:
+    plain = factories.settings()
+    normalised = factories.settings(reconstruction={"normalize_targets": True})
+    volume = torch.randn(2, 3, *plain.csm.pretraining_patch_size) * 3 + 5
+    volume[0, 1] = 0
+    truth = HiddenTokens.of(volume, normalised)
+    rebuilt = truth.truth * truth.scale + truth.shift
+    kinds = torch.ones(3, *truth.truth.shape[:3], dtype=torch.bool)
+    # the network's voxels come back in the units of the loss
+    assert float(truth.errors(rebuilt, kinds).sum()) < 1e-6
+    present = truth.truth[truth.present]
+    assert float(present.mean(-1).abs().max()) < 1e-4
+    assert not truth.truth[~truth.present].any() and not truth.inside[~truth.present].any()
+    assert float(HiddenTokens.of(volume, plain).truth.mean()) > 3
+
+
+@pytest.fixture
+def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Pretraining of the planned phantom that writes to a results folder of this test's own."""
+    from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
+
+    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
+    for folder in vars(folders).values():
+        monkeypatch.setenv(folder.name, str(folder))
+    preprocessed = folders.preprocessed / planned_dataset.name
+
+    def make(resume: bool = False) -> Any:
+        plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
+        plans["continue_training"] = resume
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        return nnUNetTrainerCSMPretrain(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+
+    return make
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.bare_network.state_dict().items()}
+
+
+def test_the_probe_changes_no_weight(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunet_csm.training import pretraining
+
+    probed = make_trainer()
+    probed.run_training()
+    probed.perform_actual_validation()
+    table = pd.read_csv(Path(probed.output_folder) / "probe.csv")
+    assert table["epoch"].tolist() == list(range(probed.num_epochs))
+    assert table["lesion_precision"].iloc[[0, -1]].notna().all()
+    assert table[["hidden_whole", "hidden_whole_linear", "hidden_whole_token_linear", "hidden_whole_mean"]].notna().all(None)
+    final = pd.read_csv(Path(probed.output_folder) / "validation" / "reconstruction.csv")
+    assert list(final.columns) == ["left_visible", "series", "voxels", "network", "linear", "token_linear", "mean"]
+    expected = weights(probed)
+    shutil.rmtree(probed.output_folder)
+
+    bare = make_trainer()
+
+    def no_labels(*_: Any) -> None:
+        raise UserError("none")
+
+    monkeypatch.setattr(pretraining, "draw_linear_probe", no_labels)
+    bare.run_training()
+    found = weights(bare)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert pd.read_csv(Path(bare.output_folder) / "probe.csv")["lesion_precision"].isna().all()
+
+
+def test_the_untrained_encoder_is_that_of_the_start_and_no_generator_moves(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer()
+    trainer.initialize()
+    trainer.open_banks()
+    start = {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
+    torch.manual_seed(3)
+    state, numpy_state, mode = torch.get_rng_state(), str(np.random.get_state()), trainer.network.training
+    probe = trainer.start_probe()
+    precision = probe.precision(trainer.encoder, 0)
+    assert torch.equal(torch.get_rng_state(), state) and str(np.random.get_state()) == numpy_state
+    assert trainer.network.training == mode and trainer.encoder.training == mode
+    untrained = trainer.untrained_encoder().state_dict()
+    assert all(torch.equal(untrained[name], start[name]) for name in start)
+    # nothing was learned yet
+    assert precision == pytest.approx(probe.linear_probe.untrained)
+    assert not any(parameter.grad is not None for parameter in trainer.network.parameters())
+
+
+def test_a_run_that_was_killed_and_goes_on_writes_the_same_rows_but_for_time(make_trainer: Callable[..., Any]) -> None:
+    whole = make_trainer()
+    whole.run_training()
+    path = Path(whole.output_folder) / "probe.csv"
+    expected = pd.read_csv(path)
+    shutil.rmtree(whole.output_folder)
+
+    killed = make_trainer()
+    step = killed.train_step
+
+    def train_step(batch: Any) -> dict:
+        if killed.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    killed.train_step = train_step
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    assert len(pd.read_csv(path)) == 1
+    resumed = make_trainer(resume=True)
+    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
+    resumed.run_training()
+    columns = [name for name in expected if name != "lesion_precision"]
+    pd.testing.assert_frame_equal(pd.read_csv(path)[columns], expected[columns])
+    assert not list(path.parent.glob(".probe*"))
+
+
+def test_without_labels_it_says_so(
+    make_trainer: Callable[..., Any], planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessed = tmp_path / "nnUNet_preprocessed"
+    shutil.copytree(planned_dataset.folders.preprocessed, preprocessed)
+    for label in (preprocessed / planned_dataset.name).rglob("*_seg.b2nd"):
+        label.unlink()
+    trainer = make_trainer()
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+    trainer.initialize()
+    trainer.open_banks()
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *line, **_: said.append(" ".join(map(str, line))))
+    assert trainer.start_probe().linear_probe is None
+    assert any("No linear probe" in line and "no labels" in line for line in said)

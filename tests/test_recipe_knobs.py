@@ -1,0 +1,337 @@
+"""The knobs of the fine-tuning recipe: each does what it says, and nothing changes where it is not set."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, facts_of, settings
+from nnunet_folders import NnunetFolders, PlannedDataset
+from torch import nn
+
+from nnunet_csm import checkpoint
+from nnunet_csm.errors import UserError
+from nnunet_csm.model.classifier import build_classifier
+from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.segmenter import GATE, CSMSegmenter
+from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
+from nnunet_csm.planning import memory
+from nnunet_csm.planning.planner import Wishes, plan
+from nnunet_csm.plans import read_configuration
+from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.training.averaging import WeightAverage
+from nnunet_csm.training.optimization import build_optimizer
+from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+
+
+def segmenter(stem: Any) -> CSMSegmenter:
+    torch.manual_seed(0)
+    return CSMSegmenter(len(SERIES), 3, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY, stem=stem).eval()
+
+
+def volume(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, len(SERIES), *PATCH_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the stem ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_adds_one_number_and_open_it_is_the_full_stem() -> None:
+    full, gated = segmenter("full"), segmenter("gated")
+    assert set(gated.state_dict()) - set(full.state_dict()) == {"stem_gate"}
+    assert all(tensor.equal(gated.state_dict()[name]) for name, tensor in full.state_dict().items())
+    assert gated.stem_gate is not None
+    assert gated.stem_gate.tolist() == pytest.approx([GATE])
+    with torch.no_grad():
+        closed = gated(volume())
+        gated.stem_gate.fill_(1.0)
+        assert torch.equal(gated(volume()), full(volume()))
+    assert not torch.allclose(closed, full(volume()))
+
+
+def reaches_past_the_encoder(network: CSMSegmenter) -> float:
+    """How much the logits change with the voxels when the encoder's features do not."""
+    features = network.encode(volume(), torch.ones(2, len(SERIES), dtype=torch.bool))
+    network.encode = lambda *_: features  # type: ignore[method-assign]
+    with torch.no_grad():
+        return float((network(volume(1)) - network(volume(2))).abs().max())
+
+
+def test_raw_voxels_reach_the_output_in_full_hardly_or_not_at_all() -> None:
+    full, gated, none = (reaches_past_the_encoder(segmenter(stem)) for stem in ("full", "gated", "none"))
+    assert full > 0.1
+    assert 0 < gated < full / 100
+    assert none == 0
+
+
+@pytest.mark.parametrize("stem", ["gated", "none"])
+def test_all_weights_of_every_stem_learn(stem: str) -> None:
+    network = segmenter(stem)
+    network(volume()).square().mean().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # a bias before a norm has no effect in any of the networks
+    assert [name for name in silent if "conv.bias" not in name] == []
+
+
+def test_without_a_stem_there_is_less_to_learn_and_to_store() -> None:
+    gated, none = segmenter("gated").state_dict(), segmenter("none").state_dict()
+    assert not any("stem" in name for name in none)
+    assert sum(t.numel() for t in none.values()) < sum(t.numel() for t in gated.values())
+    kinds = [settings(architecture={"stem": stem}).architecture for stem in ("full", "gated", "none")]
+    full, gate, less = (memory.finetuning_memory(kind, 3, PATCH_SIZE, 2) for kind in kinds)
+    assert less.states < full.states < gate.states
+    assert less.total < full.total <= gate.total
+
+
+def test_the_classifier_has_no_stem() -> None:
+    names = [set(build_classifier(settings(architecture={"stem": s}), 3, 2).state_dict()) for s in ("full", "gated", "none")]
+    assert names[0] == names[1] == names[2]
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
+    plans = csm_plans()
+    entry = plans["configurations"]["3d_fullres"]
+    del entry["architecture"]["arch_kwargs"]["stem"]
+    for name in ("frozen_share", "transferred_blocks", "ema"):
+        del entry["csm"]["finetuning"][name]
+    assert read_configuration(plans, "3d_fullres", "plans") == settings()
+    found = settings()
+    finetuning = found.csm.finetuning
+    knobs = (found.architecture.stem, finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema)
+    assert knobs == ("full", 0.0, None, 0.0)
+
+
+@pytest.mark.parametrize(("knob", "value"), [("frozen_share", 1.0), ("ema", -0.1), ("ema", 1), ("transferred_blocks", 4)])
+def test_values_that_cannot_be_name_themselves(knob: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"finetuning.{knob} is {value}"):
+        settings(finetuning={knob: value})
+
+
+def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
+    from factories import GuessedMemory, base_plans
+
+    preset = {"inherits_from": "S", "network": {"stem": "gated"}, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
+    (tmp_path / "preset.json").write_text(json.dumps(preset))
+    wishes = Wishes(str(tmp_path / "preset.json"))
+    plans, _ = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
+    planned = read_configuration(plans, "3d_fullres", "plans")
+    finetuning = planned.csm.finetuning
+    assert (finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema) == (0.1, 8, 0.999)
+    assert planned.architecture.stem == planned.pretraining_architecture.stem == "gated"
+
+
+# --- transferred blocks ------------------------------------------------------------------------------------------------------
+
+
+def encoder(seed: int) -> Encoder:
+    torch.manual_seed(seed)
+    made = Encoder(SERIES, TOKEN_SIZE, TINY["width"], TINY["depth"], TINY["num_heads"])
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2, 3, None])
+def test_the_first_blocks_are_loaded_and_the_others_stay(num_blocks: int | None) -> None:
+    architecture, source, target = settings().architecture, encoder(1), encoder(2)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    rows = transfer(PretrainedEncoder("file", architecture, source.state_dict()), target, architecture, num_blocks)
+    loaded = {name for name, tensor in target.state_dict().items() if tensor.equal(source.state_dict()[name])}
+    stayed = {name for name, tensor in target.state_dict().items() if tensor.equal(before[name])}
+    num_loaded = architecture.depth if num_blocks is None else num_blocks
+    expected = {n for n in before if n.startswith(("embedding", "series_embedding"))}
+    expected |= {n for n in before if n.startswith("blocks.") and int(n.split(".")[1]) < num_loaded}
+    expected |= {n for n in before if n.startswith("norm.")} if num_loaded == architecture.depth else set()
+    assert loaded == expected
+    assert stayed == set(before) - expected
+    table = as_table(rows).splitlines()
+    assert sum("starts as drawn" in line for line in table if "blocks." in line) == architecture.depth - num_loaded
+
+
+# --- weight decay ------------------------------------------------------------------------------------------------------------
+
+
+def test_norms_biases_series_embeddings_mask_token_and_gate_do_not_decay() -> None:
+    s = settings()
+    for network in (segmenter("gated"), CSM(s.architecture, s.csm.reconstruction), build_classifier(s, 3, 2)):
+        optimizer = build_optimizer(network, network.encoder, s.csm.finetuning_schedule)
+        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        normed = {id(p) for m in network.modules() if isinstance(m, nn.LayerNorm | nn.InstanceNorm3d) for p in m.parameters()}
+        for name, parameter in network.named_parameters():
+            spared = ("bias", "series_embedding", "mask_token", "stem_gate")
+            expected = 0.0 if id(parameter) in normed or name.endswith(spared) else s.csm.finetuning_schedule.weight_decay
+            assert decay[id(parameter)] == expected, name
+
+
+# --- the average of the weights ----------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_the_recursion_and_gives_the_network_back() -> None:
+    network = nn.Linear(3, 2)
+    average = WeightAverage(network, decay=0.5)
+    expected = network.weight.detach().clone()
+    for step in range(1, 9):
+        with torch.no_grad():
+            network.weight.normal_()
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network.weight.detach()
+    own = network.weight.detach().clone()
+    with average.in_charge():
+        assert torch.allclose(network.weight, expected)
+    assert torch.equal(network.weight, own)
+    assert torch.allclose(average.weights["weight"], expected)
+
+
+# --- trainings ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Segmentation trainers of the planned phantom with knobs set; their encoder is a file of random weights."""
+    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
+    for folder in vars(folders).values():
+        monkeypatch.setenv(folder.name, str(folder))
+    preprocessed = folders.preprocessed / planned_dataset.name
+    plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
+    dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+    found = read_configuration(plans, "3d_fullres", "plans")
+    torch.manual_seed(7)
+    model = CSM(found.architecture, found.csm.reconstruction)
+    saved = {
+        "network_weights": model.state_dict(),
+        "init_args": {"plans": plans, "configuration": "3d_fullres"},
+        "trainer_name": "nnUNetTrainerCSMPretrain",
+    }
+    checkpoint.save(saved, tmp_path / "encoder.pth")
+    monkeypatch.setenv("nnUNet_csm_encoder", str(tmp_path / "encoder.pth"))
+
+    def make(resume: bool = False, stem: str = "full", **knobs: Any) -> nnUNetTrainerCSM:
+        changed = json.loads(json.dumps(plans))
+        entry = changed["configurations"]["3d_fullres"]
+        entry["architecture"]["arch_kwargs"]["stem"] = stem
+        entry["csm"]["finetuning"] |= knobs
+        changed["continue_training"] = resume
+        return nnUNetTrainerCSM(changed, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+
+    return make
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.bare_network.state_dict().items()}
+
+
+def saved_by(trainer: Any, name: str = "checkpoint_final.pth") -> dict[str, Any]:
+    return checkpoint.load(Path(trainer.output_folder) / name)
+
+
+class KilledError(Exception):
+    """Stands in for a kill: nothing is saved on the way out."""
+
+
+def kill_after(trainer: Any, num_steps: int) -> None:
+    original = trainer.train_step
+
+    def train_step(batch: Any) -> dict:
+        if trainer.iteration == num_steps:
+            raise KilledError
+        return original(batch)
+
+    trainer.train_step = train_step
+
+
+def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_trainer: Callable[..., Any]) -> None:
+    # 9 steps in 3 epochs: the kill falls between the last checkpoint and the end of the frozen part
+    knobs = {"stem": "gated", "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
+    whole = make_trainer(**knobs)
+    whole.run_training()
+    expected = saved_by(whole)
+    killed = make_trainer(**knobs)
+    kill_after(killed, 4)
+    with pytest.raises(KilledError):
+        killed.run_training()
+    resumed = make_trainer(resume=True, **knobs)
+    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == 1
+    resumed.run_training()
+    found = saved_by(resumed)
+    for part in ("network_weights", "learning_weights"):
+        assert found[part].keys() == expected[part].keys()
+        assert all(torch.equal(found[part][name], tensor) for name, tensor in expected[part].items())
+    assert found["logging"]["val_losses"] == expected["logging"]["val_losses"]
+    assert not all(torch.equal(found["learning_weights"][n], t) for n, t in found["network_weights"].items())
+
+
+def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(frozen_share=0.5)
+    states: list[dict[str, torch.Tensor]] = []
+    original = trainer.train_step
+
+    def train_step(batch: Any) -> dict:
+        states.append(weights(trainer))
+        return original(batch)
+
+    trainer.train_step = train_step
+    trainer.run_training()
+    states.append(weights(trainer))
+    pretrained = checkpoint.load(trainer.encoder_source)["network_weights"]
+    num_frozen = round(0.5 * 9)
+    for number, state in enumerate(states):
+        of_encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+        same = [name for name, tensor in of_encoder.items() if tensor.equal(pretrained[name])]
+        assert len(same) == len(of_encoder) if number <= num_frozen else len(same) < len(of_encoder) / 2
+        assert number == 0 or not state["decoder.seg_layers.0.weight"].equal(states[number - 1]["decoder.seg_layers.0.weight"])
+    # neither decayed nor remembered while it was frozen
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {9, 9 - num_frozen}
+
+
+def test_from_scratch_nothing_is_frozen(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
+    with_share, without = make_trainer(frozen_share=0.5), make_trainer()
+    with_share.run_training()
+    expected = weights(with_share)
+    without.run_training()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(without).items())
+
+
+def test_the_average_changes_no_step_and_is_what_is_saved_and_validated(make_trainer: Callable[..., Any]) -> None:
+    plain = make_trainer()
+    plain.run_training()
+    last = saved_by(plain)
+    averaging = make_trainer(ema=0.9)
+    averaging.run_training()
+    saved = saved_by(averaging)
+    assert "learning_weights" not in last
+    assert all(torch.equal(saved["learning_weights"][name], tensor) for name, tensor in last["network_weights"].items())
+    used = saved["network_weights"]
+    assert all(torch.equal(averaging.average.weights[name], used[name]) for name in averaging.average.weights)
+    assert any(not torch.equal(used[name], tensor) for name, tensor in last["network_weights"].items())
+    assert saved["logging"]["train_losses"] == last["logging"]["train_losses"]
+    assert saved["logging"]["val_losses"] != last["logging"]["val_losses"]
+
+
+def test_a_loaded_average_validates_as_the_one_that_was_saved(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(ema=0.9)
+    trainer.run_training()
+    loaded = make_trainer(resume=True, ema=0.9)
+    loaded.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    saved = saved_by(trainer)
+    with loaded.averaged():
+        assert all(torch.equal(saved["network_weights"][name], tensor) for name, tensor in weights(loaded).items())
+    assert all(torch.equal(saved["learning_weights"][name], tensor) for name, tensor in weights(loaded).items())
+
+
+def test_a_run_does_not_go_on_with_another_decay(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer()
+    trainer.run_training()
+    other = make_trainer(resume=True, ema=0.9)
+    with pytest.raises(SystemExit) as stop:
+        other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    assert stop.value.code == 2
+    assert "ema is 0.0, the plans say 0.9" in capsys.readouterr().err

@@ -1,0 +1,401 @@
+"""Studies: what is run, on whom, and that nothing is done twice or learned from the wrong patients."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
+
+from nnunet_csm.data.diagnoses import ClassTable, Sample
+from nnunet_csm.errors import UserError
+from nnunet_csm.study.command import StudyRequest, run_study
+from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
+from nnunet_csm.study.dataset import Dataset
+from nnunet_csm.study.divisions import divide, labelled, taken_away
+from nnunet_csm.study.execution import cluster, perform
+from nnunet_csm.study.runs import Expansion, Run, Runs
+from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
+
+JOINT = {"network": {"joint_tokens": True}, "masking": {"mask_ratio": 0.75, "places": "shared", "hidden_series": "none"}}
+SCRATCH, MAE3D, CSM = {"name": "scratch", "pretrained": False}, {"name": "MAE3D", "changes": JOINT}, {"name": "CSM"}
+
+
+def spec(**given: Any) -> dict[str, Any]:
+    """A study of the test dataset's six cases in two folds."""
+    return {
+        "description": "of the tests",
+        "task": "segmentation",
+        "preset": str(TINY_PRESET),
+        "repeats": {"kind": "folds", "number": 2},
+        "labels": [1.0],
+        "arms": [SCRATCH, CSM],
+        **given,
+    }
+
+
+def make_table(num_patients: int, num_positive: int, cases_each: int = 1) -> ClassTable:
+    samples = [
+        Sample(f"case{p:03d}_{c}", int(p < num_positive), None, f"patient{p:03d}")
+        for p in range(num_patients)
+        for c in range(cases_each)
+    ]
+    return ClassTable(("no", "yes"), tuple(samples))
+
+
+@pytest.fixture
+def dataset(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    for name, value in planned_dataset.environment.items():
+        if name.startswith("nnUNet"):
+            monkeypatch.setenv(name, value)
+    return Dataset("900", "3d_fullres", tmp_path)
+
+
+@pytest.fixture
+def expand(dataset: Dataset) -> Callable[..., Runs]:
+    def expand(records: Mapping[str, Mapping[str, Any]] | None = None, **given: Any) -> Runs:
+        return Expansion(parse_study(spec(**given), "study"), "s", dataset, records or {}).expand()
+
+    return expand
+
+
+# --- what a file may say
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_shipped_studies_are_valid(name: str) -> None:
+    assert read_study(name).arms
+
+
+def test_the_papers_tables_are_shipped() -> None:
+    assert {f"table{n}" for n in range(1, 9)} <= set(study_names())
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"arms": [SCRATCH, SCRATCH]}, "name of its own"),
+        ({"arms": []}, "at least one"),
+        ({"baseline": "nobody"}, "none of the arms"),
+        ({"labels": [0.0]}, "above 0"),
+        ({"labels": [0.5, 0.5]}, "each once"),
+        ({"repeats": {"kind": "folds", "number": 1}}, "2 folds"),
+        ({"search": {"pretraining.learning_rate": [1]}}, "concerns pretraining"),
+        ({"search": {"finetuning.learning_rate": 0.1}}, "list of values"),
+        ({"arms": [{**CSM, "incomplete": {"share": 2, "remove": [1]}}]}, "share above 0"),
+        ({"arms": [CSM, {"name": "n", "nnunet": {"plans": "p", "minutes_of": "n", "with_pretraining": False}}]}, "minutes_of"),
+        ({"task": "classification", "tested": "subsets"}, "all series"),
+        ({"surprise": 1}, "unknown surprise"),
+        ({"arms": [{**CSM, "colour": "red"}]}, "unknown colour"),
+        ({"arms": [{**CSM, "pretraining_series": 0}]}, "at least one"),
+    ],
+)
+def test_what_a_study_cannot_mean_is_an_error_that_names_it(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        parse_study(spec(**given), "study x.json")
+
+
+def test_a_study_inherits_and_replaces(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(spec()))
+    (tmp_path / "b.json").write_text(json.dumps({"inherits_from": "a.json", "labels": [0.5]}))
+    assert read_study(str(tmp_path / "b.json")) == replace(read_study(str(tmp_path / "a.json")), labels=(0.5,))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"x"'])
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json"):
+        read_study(str(tmp_path / "x.json"))
+
+
+# --- who trains, validates and tests
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(12, 60), st.integers(1, 3), st.sampled_from([("splits", 3), ("folds", 3), ("folds", 5)]), st.integers(0, 3))
+def test_no_patient_is_on_two_sides_and_folds_test_everybody_once(
+    num: int, cases_each: int, kind: tuple[str, int], seed: int
+) -> None:
+    table = make_table(num, num // 3, cases_each)
+    patient = {sample.case: sample.patient for sample in table.samples}
+    divisions = divide(table, Repeats(kind[0], kind[1], 2))  # type: ignore[arg-type]
+    for division in divisions:
+        sides = [{patient[case] for case in side} for side in (division.train, division.val, division.test)]
+        assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == num
+        assert set(labelled(table, division, 0.3, seed)) < set(division.train)
+    if kind[0] == "folds":
+        assert sorted(case for division in divisions for case in division.test) == sorted(patient)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labelled_patients_are_nested_whole_and_of_all_classes_alike(seed: int) -> None:
+    table = make_table(60, 20, 2)
+    division = divide(table, Repeats("splits", 1))[0]
+    label = {sample.case: sample.class_index for sample in table.samples}
+    before: set[str] = set()
+    for share in (0.1, 0.25, 0.5, 1.0):
+        cases = labelled(table, division, share, seed)
+        assert before <= set(cases)
+        assert len(cases) == 2 * round(share * len(division.train) / 2)
+        assert abs(np.mean([label[case] for case in cases]) - 1 / 3) <= 1 / (len(cases) / 2)
+        before = set(cases)
+    assert set(labelled(table, division, 0.25, seed)) != set(labelled(table, division, 0.25, seed + 1))
+
+
+def test_a_case_never_loses_its_last_series() -> None:
+    rng = np.random.default_rng(0)
+    assert not taken_away(["T1w"], 1.0, (1, 2), rng)
+    lost = [taken_away(["T1w", "T2w", "FLAIR"], 1.0, (1, 2, 5), rng) for _ in range(50)]
+    assert {len(names) for names in lost} == {1, 2}
+    assert sum(bool(taken_away(["a", "b"], 0.25, (1,), rng)) for _ in range(400)) == pytest.approx(100, abs=30)
+
+
+# --- which runs
+
+
+def test_arms_that_pretrain_alike_share_their_pretraining_and_no_other(expand: Callable[..., Runs]) -> None:
+    faster = {"name": "CSM, faster", "changes": {"finetuning": {"learning_rate": 0.01}, "network": {"drop_path": 0.2}}}
+    other = {"name": "half", "changes": {"masking": {"mask_ratio": 0.6}}}
+    runs = expand(arms=[SCRATCH, CSM, faster, other, MAE3D], labels=[1.0, 0.5])
+    pretraining = {run.id for run in runs.runs.values() if run.kind == "pretraining"}
+    needs = {row.arm: set[str | None]() for row in runs.rows}
+    for row in runs.rows:
+        needs[row.arm].add(runs.runs[row.run].needs)
+    assert needs["CSM"] == needs["CSM, faster"] and len(needs["CSM"]) == 2  # folds
+    assert needs["scratch"] == {None}
+    assert not needs["CSM"] & needs["half"] and not needs["CSM"] & needs["MAE3D"]
+    assert len(pretraining) == 3 * 2
+    # arms, shares, folds
+    assert len(runs.rows) == len({row.run for row in runs.rows}) == 5 * 2 * 2
+
+
+def test_folds_of_a_setting_share_plans_and_no_two_settings_do(expand: Callable[..., Runs]) -> None:
+    runs = expand(labels=[1.0, 0.5])
+    plans: dict[tuple[str, float], set[str]] = defaultdict(set)
+    for row in runs.rows:
+        plans[row.arm, row.labels].add(runs.runs[row.run].plans_name)
+    assert all(len(names) == 1 for names in plans.values())
+    assert len(set.union(*plans.values())) == 4
+
+
+def test_no_run_learns_from_patients_it_is_judged_by(expand: Callable[..., Runs]) -> None:
+    runs = expand(arms=[CSM, MAE3D], labels=[1.0, 0.5], repeats={"kind": "folds", "number": 2, "seeds": 3})
+    for run in runs.runs.values():
+        csm = runs.plans[run.plans_name]["configurations"]["3d_fullres"]["csm"]
+        sides = runs.splits[csm["splits"]][run.fold]
+        assert not set(sides["train"]) & ({*sides["val"], *sides["test"]})
+        assert all(source["labelled"] for source in csm["sources"])  # test images would train in every fold
+        for test in run.tests:
+            assert set(test.channels) == set(sides["test"])
+        if run.needs is not None:
+            pretraining = runs.runs[run.needs]
+            assert pretraining.fold == run.fold
+            seen = runs.splits[runs.plans[pretraining.plans_name]["configurations"]["3d_fullres"]["csm"]["splits"]][run.fold]
+            assert set(sides["train"]) <= set(seen["train"]) and seen["test"] == sides["test"]
+
+
+def test_expanding_twice_names_the_same_runs_and_a_moved_study_too(dataset: Dataset, tmp_path: Path) -> None:
+    study = parse_study(spec(arms=[SCRATCH, CSM, MAE3D]), "study")
+    first = Expansion(study, "s", dataset, {}).expand()
+    elsewhere = Dataset("900", "3d_fullres", tmp_path / "elsewhere")
+    assert list(first.runs) == list(Expansion(study, "s", elsewhere, {}).expand().runs)
+
+
+def test_every_subset_of_series_is_tested_by_one_network(expand: Callable[..., Runs], dataset: Dataset) -> None:
+    runs = expand(arms=[SCRATCH], tested="subsets")
+    (run, *_) = runs.runs.values()
+    num_series = len(dataset.series)
+    assert len(run.tests) == 2**num_series - 1
+    for test in run.tests:
+        wanted = set(dataset.series) if test.name == "all" else set(test.name.split("+"))
+        for case, channels in test.channels.items():
+            assert {dataset.series[channel] for channel in channels} == wanted & set(dataset.present[case])
+
+
+def test_each_series_alone_is_fine_tuned_from_the_encoder_of_all(expand: Callable[..., Runs], dataset: Dataset) -> None:
+    runs = expand(arms=[CSM], finetuned="both")
+    assert {row.finetuned for row in runs.rows} == {"all", *dataset.series}
+    assert len({runs.runs[row.run].needs for row in runs.rows}) == 2  # folds
+    for row in runs.rows:
+        network = runs.plans[runs.runs[row.run].plans_name]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        assert network["series"] == (list(dataset.series) if row.finetuned == "all" else [row.finetuned])
+
+
+def test_pretraining_on_some_series_only(expand: Callable[..., Runs], dataset: Dataset) -> None:
+    runs = expand(arms=[{"name": "two", "pretraining_series": 2}, CSM])
+    for run in runs.runs.values():
+        (source,) = runs.plans[run.plans_name]["configurations"]["3d_fullres"]["csm"]["sources"]
+        expected = dataset.series
+        if run.kind == "pretraining" and run.id in {runs.runs[r.run].needs for r in runs.rows if r.arm == "two"}:
+            expected = dataset.series[:2]
+        assert tuple(source["channels"]) == expected
+
+
+def test_incomplete_series_are_gone_from_labels_and_tests_but_not_from_pretraining(expand: Callable[..., Runs]) -> None:
+    arm = {"name": "incomplete", "incomplete": {"share": 1.0, "remove": [1]}}
+    complete, incomplete = expand(arms=[CSM]), expand(arms=[arm])
+    for one, other in zip(complete.runs.values(), incomplete.runs.values(), strict=True):
+        if one.kind == "pretraining":
+            assert one == other
+            continue
+        for case, channels in one.tests[0].channels.items():
+            assert len(other.tests[0].channels[case]) == max(1, len(channels) - 1)
+        (source,) = incomplete.plans[other.plans_name]["configurations"]["3d_fullres"]["csm"]["sources"]
+        assert len(source["absent_series"]) >= NUM_TRAINING - 1
+
+
+def test_a_search_tries_as_much_for_every_arm_and_takes_the_best_on_validation(expand: Callable[..., Runs]) -> None:
+    given = {"search": {"finetuning.learning_rate": [0.1, 0.2, 0.3]}, "arms": [SCRATCH, CSM]}
+    searching = expand(**given)
+    assert not searching.rows and len(searching.waiting) == 2
+    tried = [run for run in searching.runs.values() if run.kind == "fine-tuning"]
+    assert len(tried) == 2 * 3 and {run.fold for run in tried} == {0}
+
+    def rate(runs: Runs, run: Run) -> float:
+        csm = runs.plans[run.plans_name]["configurations"]["3d_fullres"]["csm"]
+        return float(csm["finetuning_schedule"]["learning_rate"])
+
+    best = {run.id: 0.3 if run.needs else 0.2 for run in tried}
+    records = {run.id: {"validation": 1.0 if rate(searching, run) == best[run.id] else 0.5} for run in tried}
+    found = expand(records, **given)
+    assert not found.waiting
+    assert {(row.arm, rate(found, found.runs[row.run])) for row in found.rows} == {("scratch", 0.2), ("CSM", 0.3)}
+    # what was tried in the first fold is not trained again
+    assert {row.run for row in found.rows} & set(records)
+
+
+def test_the_yardstick_gets_the_time_the_arm_took(expand: Callable[..., Runs]) -> None:
+    stock = {"plans": "nnUNetPlans", "minutes_of": "CSM"}
+    arms = [CSM, *({"name": f"n{both}", "nnunet": {**stock, "with_pretraining": both}} for both in (False, True))]
+    first = expand(arms=arms)
+    assert len(first.waiting) == 2 and {row.arm for row in first.rows} == {"CSM"}
+    records = {run.id: {"seconds": 600.0 if run.kind == "pretraining" else 120.0} for run in first.runs.values()}
+    runs = expand(records, arms=arms)
+    minutes = {row.arm: runs.plans[runs.runs[row.run].plans_name].get("csm_yardstick", {}).get("minutes") for row in runs.rows}
+    assert minutes == {"CSM": None, "nFalse": 2.0, "nTrue": 12.0}
+
+
+def test_visible_tokens_are_those_masks_show(expand: Callable[..., Runs], dataset: Dataset) -> None:
+    runs = expand(arms=[CSM, {"name": "none", "changes": {"masking": {"hidden_series": "none"}}}, MAE3D])
+    visible = {row.arm: runs.runs[runs.runs[row.run].needs or ""].visible_tokens for row in runs.rows}
+    mean_present = np.mean([len(names) for names in dataset.present.values()])
+    settings = dataset.settings(next(iter(runs.plans.values())))
+    shown = round((1 - settings.csm.masking.mask_ratio) * np.prod(settings.pretraining_grid))
+    assert visible["none"] == pytest.approx(mean_present * shown)
+    assert visible["CSM"] < visible["none"]
+    assert visible["MAE3D"] == round(0.25 * np.prod(settings.pretraining_grid))
+
+
+def test_costs_grow_with_what_is_computed(expand: Callable[..., Runs], dataset: Dataset) -> None:
+    runs = expand(arms=[CSM])
+    of = {run.kind: dataset.settings(runs.plans[run.plans_name]) for run in runs.runs.values()}
+    few, many = (pretraining_cost(of["pretraining"], visible).operations_per_crop for visible in (4, 8))
+    assert 0 < few < many
+    finetuning = finetuning_cost(of["fine-tuning"], len(dataset.series), 4, classifies=False)
+    assert finetuning.num_crops == of["fine-tuning"].csm.finetuning_schedule.num_iterations * 2
+    assert finetuning.seconds(2e9) == pytest.approx(finetuning.seconds(1e9) / 2)
+
+
+# --- in which order, and what a failure stops
+
+
+def make_run(name: str, needs: str | None = None) -> Run:
+    return Run(name, "fine-tuning", "d", "c", "p", "t", 0, needs, None, (), 0, 0.0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_runs_wait_for_what_they_need_and_a_failure_stops_only_those_that_need_it(at_once: int) -> None:
+    begun: list[str] = []
+    runs = [make_run("a"), make_run("a1", "a"), make_run("b"), make_run("b1", "b"), make_run("c1", "c"), make_run("d")]
+
+    def launch(run: Run) -> None:
+        assert run.needs is None or run.needs in begun or run.needs == "c"
+        begun.append(run.id)
+        if run.id == "b":
+            raise UserError("broken")
+
+    ended = {run.id: error for run, error in perform(runs, ["c", "d"], launch, at_once)}
+    assert set(ended) == set(begun) == {"a", "a1", "b", "c1"}
+    assert [name for name, error in ended.items() if error] == ["b"]
+
+
+def test_a_cluster_does_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # submitit's executor of local processes stands in for SLURM's; what it is given is pickled alike
+    launch, at_once = cluster(tmp_path, "cpu", {"timeout_min": 1}, 3, kind="local")
+    assert at_once == 3
+    run = replace(make_run("x"), trainer="nnUNetTrainerCSMPretrain", dataset="Dataset999_None")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    with pytest.raises(UserError, match="x"):
+        launch(run)
+    assert "$ pretrain" in (tmp_path / "runs" / "x" / "log.txt").read_text()
+
+
+def test_without_slurm_the_remedy_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="-slurm"):
+        cluster(tmp_path, "cpu", {"no_such_parameter": 1}, 1, kind="local")
+
+
+# --- the whole
+
+
+def request(study: Path, output: Path) -> StudyRequest:
+    return StudyRequest(str(study), None, "900", "3d_fullres", output, "cpu", 1, 2, None)
+
+
+def test_a_dry_run_tells_runs_and_costs_and_writes_no_plans(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], planned_dataset: PlannedDataset
+) -> None:
+    (tmp_path / "dry.json").write_text(json.dumps(spec(arms=[SCRATCH, CSM, MAE3D])))
+    run_study(request(tmp_path / "dry.json", tmp_path / "out"), dry_run=True, report_only=False)
+    said = capsys.readouterr().out
+    assert "4 pretraining" in said and "6 fine-tuning" in said and "visible tokens" in said and "hours" in said
+    assert not list((planned_dataset.folders.preprocessed / planned_dataset.name).glob("*dry*"))
+
+
+def study_command(planned: PlannedDataset, file: Path, output: Path) -> subprocess.Popen[bytes]:
+    flags = ["-d", "900", "-device", "cpu", "-jobs", "2", "-o", str(output)]
+    command = [sys.executable, "-m", "nnunet_csm", "study", str(file), *flags]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, env=planned.environment, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def test_a_study_that_was_killed_does_only_what_is_missing_and_gives_the_same_tables(
+    planned_dataset: PlannedDataset, tmp_path: Path
+) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(spec(arms=[CSM])))
+    assert study_command(planned_dataset, tmp_path / "whole.json", tmp_path / "whole").wait() == 0
+
+    output = tmp_path / "killed"
+    process = study_command(planned_dataset, tmp_path / "killed.json", output)
+    # in the middle: one run is done, others are not
+    while not list(output.glob("runs/*/record.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/record.json")}
+    assert 0 < len(done) < 4 and not (output / "results.csv").exists()
+    assert study_command(planned_dataset, tmp_path / "killed.json", output).wait() == 0
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items())
+
+    whole, again = (pd.read_csv(folder / "results.csv") for folder in (tmp_path / "whole", output))
+    assert whole["case"].nunique() == NUM_TRAINING
+    columns = ["arm", "labels", "repeat", "tested", "case", "structure", "dice"]
+    pd.testing.assert_frame_equal(whole[columns], again[columns])
+    for folder in (tmp_path / "whole", output):
+        assert {"report.html", "tables.md", "tables.tex", "costs.csv", "study.json"} <= {f.name for f in folder.iterdir()}
+        record = json.loads(next(folder.glob("runs/*/record.json")).read_text())
+        assert record["seconds"] > 0 and record["peak_memory_gb"] > 0 and record["software"]["torch"]
