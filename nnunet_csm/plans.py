@@ -33,6 +33,8 @@ class Architecture:
     `joint_tokens`: one token holds a cube's voxels of all series (MAE3D's network), not one token for each series.
     `stem`: how raw voxels reach the segmenter's last block, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
+    `fusion`: how the segmenter makes one map of the encoder's features of all series: their mean over those that are present, or
+    the mean after a linear layer for each.
     """
 
     series: tuple[str, ...]
@@ -45,6 +47,7 @@ class Architecture:
     drop_path: float
     joint_tokens: bool = False
     stem: Literal["full", "gated", "none"] = "full"
+    fusion: Literal["mean", "projected"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -351,7 +354,7 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
     unknown, missing = sorted(set(data) - set(hints)), sorted(required - set(data))
     if unknown or missing:
         found = "; ".join(f"{what} {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
-        raise UserError(f"{where}: {found}; expected {', '.join(hints)}; correct it (plans: `nnunet_csm plan` writes them)")
+        raise UserError(f"{where}: {found}; expected exactly {', '.join(hints)}; correct it, or plan again")
     return cls(**{key: _value(hint, data[key], f"{where}.{key}") for key, hint in hints.items() if key in data})
 
 

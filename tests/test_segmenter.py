@@ -14,7 +14,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_csm.model.fusion import mean_over_present
+from nnunet_csm.model.fusion import SeriesProjections, mean_over_present
 from nnunet_csm.model.segmenter import CSMSegmenter, level_strides, series_present
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 
@@ -37,6 +37,7 @@ def random_volume(b=2, absent=(), patch_size=PATCH_SIZE, s=3):
 def per_series(network):
     """The weights that belong to a series: their name, and the axis along which the series are."""
     axes = {"encoder.series_embedding": 0, "stem.0.weight": 1}
+    axes |= {name: 0 for name in network.state_dict() if name.startswith("fusions.")}
     assert axes.keys() <= network.state_dict().keys()
     return axes
 
@@ -49,10 +50,10 @@ def logits(network, volume):
 # --- series by name ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("features", [4, 3])
-def test_series_in_another_order_give_the_same_logits(features):
+@pytest.mark.parametrize("changes", [{"features": 4}, {"features": 3}, {"fusion": "projected"}])
+def test_series_in_another_order_give_the_same_logits(changes):
     order = [2, 0, 1]
-    network, permuted = build(features=features), build([SERIES[n] for n in order], features=features)
+    network, permuted = build(**changes), build([SERIES[n] for n in order], **changes)
     weights = network.state_dict()
     weights |= {name: weights[name].index_select(axis, torch.tensor(order)) for name, axis in per_series(network).items()}
     permuted.load_state_dict(weights)
@@ -60,8 +61,9 @@ def test_series_in_another_order_give_the_same_logits(features):
     torch.testing.assert_close(logits(permuted, volume[:, order]), logits(network, volume), rtol=1e-4, atol=1e-5)
 
 
-def test_an_absent_series_influences_nothing():
-    network, volume = build(), random_volume(absent=[1])
+@pytest.mark.parametrize("fusion", ["mean", "projected"])
+def test_an_absent_series_influences_nothing(fusion):
+    network, volume = build(fusion=fusion), random_volume(absent=[1])
     before = logits(network, volume)
     weights = network.state_dict()
     for name, axis in per_series(network).items():
@@ -76,9 +78,10 @@ def test_a_sample_with_an_absent_series_does_not_depend_on_its_batch():
     torch.testing.assert_close(logits(network, volume)[1:2], logits(network, volume[1:2]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fusion", ["mean", "projected"])
 @pytest.mark.parametrize("absent", [(), (1,), (0, 2)])
-def test_tokens_of_absent_series_left_out_or_masked_give_the_same_logits(absent):
-    network, volume = build(), random_volume(absent=absent)
+def test_tokens_of_absent_series_left_out_or_masked_give_the_same_logits(absent, fusion):
+    network, volume = build(fusion=fusion), random_volume(absent=absent)
     shown = [number for number in range(3) if number not in absent]
     encoded = []
     network.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[1]))
@@ -93,6 +96,23 @@ def test_the_mean_is_over_the_series_that_are_present():
     fused = mean_over_present(features, torch.tensor([[True, False, True], [False, True, False]]))
     torch.testing.assert_close(fused[0], (features[0, 0] + features[0, 2]) / 2)
     torch.testing.assert_close(fused[1], features[1, 1])
+
+
+def test_projections_that_are_all_alike_are_the_mean_and_others_tell_series_apart():
+    features, present = torch.randn(2, 3, 5, 4), torch.tensor([[True, False, True], [True, True, True]])
+    fuse = SeriesProjections(3, 4)
+    exchanged = features[:, [2, 1, 0]]
+    torch.testing.assert_close(mean_over_present(features, present)[1], mean_over_present(exchanged, present)[1])
+    assert not torch.allclose(fuse(features, present)[1], fuse(exchanged, present)[1])
+    with torch.no_grad():
+        fuse.weight.copy_(torch.eye(4).expand(3, 4, 4))
+    torch.testing.assert_close(fuse(features, present), mean_over_present(features, present))
+
+
+def test_without_several_series_there_is_nothing_to_project():
+    assert build(SERIES[:1], fusion="projected").fusions is None
+    assert build(fusion="mean").fusions is None
+    assert len(build(fusion="projected").fusions) == len(build().taps)
 
 
 def test_a_series_is_present_when_a_voxel_differs_from_zero_and_all_are_when_none_does():

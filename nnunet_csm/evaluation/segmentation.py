@@ -243,6 +243,7 @@ def evaluate_folder(
     regions: Mapping[str, Sequence[int]] | None = None,
     file_ending: str | None = None,
     num_processes: int = 1,
+    progress_bar: bool = True,
 ) -> Scores:
     """Score every case of `reference_folder` against the file of the same name in `prediction_folder`.
 
@@ -274,7 +275,7 @@ def evaluate_folder(
     references = [Path(reference_folder) / name for name in reference_names]
     predictions = [Path(prediction_folder) / name for name in reference_names]
     cases = [name.removesuffix(file_ending) for name in reference_names]
-    progress = partial(tqdm, total=len(cases), desc="evaluating", unit="case")
+    progress = partial(tqdm, total=len(cases), desc="evaluating", unit="case", disable=not progress_bar)
     if num_processes > 1:
         # spawn: forking a process that holds CUDA or running threads may hang.
         spawn = multiprocessing.get_context("spawn")

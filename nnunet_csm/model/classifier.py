@@ -57,8 +57,8 @@ class AttentivePooling(nn.Module):
 class CSMClassifier(nn.Module):
     """Classify a patch from any subset of its series.
 
-    Args are nnU-Net's `input_channels`, the number of classes, the fields of `plans.Architecture` (of which `features`
-    and `stem` belong to the segmenter's decoder and have no effect here), and `pooling` of `plans.Classification`.
+    Args are nnU-Net's `input_channels`, the number of classes, the fields of `plans.Architecture` (of which `features`,
+    `stem` and `fusion` belong to the segmenter's decoder and have no effect here), and `pooling` of `plans.Classification`.
 
     Raises:
         ValueError: channels that are not the planned series.
@@ -78,6 +78,7 @@ class CSMClassifier(nn.Module):
         drop_path: float,
         joint_tokens: bool = False,
         stem: str = "full",
+        fusion: str = "mean",
         pooling: Literal["attentive", "mean"] = "attentive",
     ) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.model.fusion import mean_over_present
+from nnunet_csm.model.fusion import SeriesProjections, mean_over_present
 from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, join, select, to_map, to_tokens
 
 # where the gate of the raw voxels starts: the encoder's features come first, and the stem still gets a gradient
@@ -127,6 +127,7 @@ class CSMSegmenter(nn.Module):
         drop_path: float,
         joint_tokens: bool = False,
         stem: Literal["full", "gated", "none"] = "full",
+        fusion: Literal["mean", "projected"] = "mean",
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
@@ -143,6 +144,9 @@ class CSMSegmenter(nn.Module):
         self.token_size: Size = (tz, ty, tx)
         self.taps = [round(depth * (level + 1) / len(strides)) for level in range(len(strides))]
         self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path, joint_tokens)
+        self.fusions: nn.ModuleList | None = None
+        if fusion == "projected" and len(series) > 1 and not joint_tokens:
+            self.fusions = nn.ModuleList(SeriesProjections(len(series), width) for _ in self.taps)
         self.stem: nn.Module | None = None
         if stem != "none":
             # the first layer holds all weights that belong to a series
@@ -216,6 +220,9 @@ class CSMSegmenter(nn.Module):
             # masked, not left out, so that every sample of a batch has the same length
             attend = present.repeat_interleave(math.prod(grid), dim=1)
         tokens = select(to_tokens(volume, self.token_size), index)
-        features = self.encoder(tokens, coordinates(index, grid), attend, self.taps)
         num_series = present.shape[1]
-        return [to_map(mean_over_present(f.unflatten(1, (num_series, -1)), present), grid) for f in features]
+        encoded = self.encoder(tokens, coordinates(index, grid), attend, self.taps)
+        features = [f.unflatten(1, (num_series, -1)) for f in encoded]
+        if self.fusions is None:
+            return [to_map(mean_over_present(f, present), grid) for f in features]
+        return [to_map(fuse(f, present, shown), grid) for fuse, f in zip(self.fusions, features, strict=True)]

@@ -20,6 +20,7 @@ class PresetNetwork:
     drop_path: float
     joint_tokens: bool = False
     stem: Literal["full", "gated", "none"] = "full"
+    fusion: Literal["mean", "projected"] = "mean"
 
 
 @dataclass(frozen=True)

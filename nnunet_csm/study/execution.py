@@ -124,7 +124,7 @@ def test(run: Run, one: Test, folder: Path, place: Place) -> pd.DataFrame:
         processes = ["-npp", "0", "-nps", "0"] if place.device == "cpu" and command == "predict" else []
         io = ["-i", str(images), "-o", str(predictions), "-device", place.device, "--continue_prediction"]
         step(folder, f"predict_{one.name}", place, command, *model, *io, *processes)
-        table = evaluate_folder(references, predictions, dataset_json).table
+        table = evaluate_folder(references, predictions, dataset_json, progress_bar=False).table
     return table.assign(tested=one.name)
 
 
