@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -337,6 +338,10 @@ def demo(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command; a `UserError` ends in exit code 2 without a traceback."""
     args = build_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that cannot show a sign must not end what took hours
+            stream.reconfigure(errors="replace")
     with exit_on_user_error():
         command: Callable[[argparse.Namespace], int] = args.run
         return command(args)

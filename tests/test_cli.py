@@ -29,6 +29,7 @@ ON_A_DATASET = {
     "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
     "classify": ["classify", "-d", "1", "-i", "in", "-m", "masks", "-o", "out.csv"],
     "fill_missing": ["fill_missing", "-d", "1", "-i", "in", "-o", "out"],
+    "study": ["study", "quick", "-d", "1", "-device", "cpu"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
 }
 

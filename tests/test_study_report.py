@@ -172,7 +172,7 @@ def test_the_page_holds_every_table_and_picture_and_no_link(tmp_path):
         cases=CaseFiles(tmp_path / "raw" / "images", tmp_path / "raw" / "labels", 1, {1: "tumour"}),
         pictures=[(tmp_path / "rebuilt.png", "a rebuilt series")],
     )
-    html = page.read_text()
+    html = page.read_text(encoding="utf-8")
     grids = make_tables(results, NONE, costs()).grids
     assert html.count("<table>") == len(grids) and html.count("<img") == 4
     assert {path.name for path in (page.parent / "figures").iterdir()} == {"labels_1.png", "patients_1.png", "case_1.png"}
@@ -183,7 +183,7 @@ def test_the_page_holds_every_table_and_picture_and_no_link(tmp_path):
 
 def test_what_is_missing_has_no_section(tmp_path):
     page = write_report(tmp_path, "t", study(shares=(1.0,), num_repeats=1), NONE, NONE)
-    titles = re.findall(r"<h2>(.*)</h2>", page.read_text())
+    titles = re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8"))
     assert titles == ["Gliomas", "Patient by patient", "How this was computed"]
 
 
@@ -197,11 +197,11 @@ def test_a_study_of_classes_has_tables_too(tmp_path):
     assert grid_of(tables, "AUC").header == ("Method", "Labels (cases)", "AUC")
     assert [grid.name for grid in tables.grids] == ["AUC", "comparisons"]
     page = write_report(tmp_path, "t", NONE, table, NONE)
-    assert re.findall(r"<h2>(.*)</h2>", page.read_text()) == ["Gliomas", "Label efficiency", "How this was computed"]
+    assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == ["Gliomas", "Label efficiency", "How this was computed"]
 
 
 def test_a_study_whose_baseline_is_not_done_yet_has_no_comparisons(tmp_path):
     results = study()
     page = write_report(tmp_path, "t", results[results["arm"] != "Scratch"], NONE, NONE, baseline="Scratch")
-    assert re.findall(r"<h2>(.*)</h2>", page.read_text()) == ["Gliomas", "Label efficiency", "How this was computed"]
+    assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == ["Gliomas", "Label efficiency", "How this was computed"]
     assert pd.read_csv(tmp_path / "comparisons.csv").empty

@@ -130,9 +130,9 @@ def read_study(name: str) -> Study:
 def _read(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else None
     if path is None and name in study_names():
-        text = (files("nnunet_csm.presets") / "studies" / f"{name}.json").read_text()
+        text = (files("nnunet_csm.presets") / "studies" / f"{name}.json").read_text(encoding="utf-8")
     elif path is not None and path.is_file():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     else:
         raise UserError(f"no study {name!r}; expected one of {', '.join(study_names())}, or the path of a JSON file")
     try:

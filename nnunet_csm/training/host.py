@@ -248,7 +248,9 @@ class CSMTrainer(nnUNetTrainer):
     @property
     def encoder_is_frozen(self) -> bool:
         """In the iteration that runs now, counted from 1. There is nothing to keep in an encoder that starts from scratch."""
-        return self.encoder_source != "scratch" and self.iteration <= round(self.frozen_share * self.schedule.num_iterations)
+        if self.frozen_share == 0.0 or self.encoder_source == "scratch":
+            return False
+        return self.iteration <= round(self.frozen_share * self.schedule.num_iterations)
 
     @contextmanager
     def exchange_gradients(self, now: bool) -> Iterator[None]:
