@@ -115,11 +115,12 @@ class Finetuning:
 class Yardstick:
     """The plans' key `csm_yardstick`: how long stock nnU-Net trains, and on which folds.
 
-    `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`.
+    `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`; `seed` draws the initial weights.
     """
 
     minutes: float
     splits: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)

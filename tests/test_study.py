@@ -24,9 +24,9 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.study.command import StudyRequest, run_study
 from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset
-from nnunet_csm.study.divisions import divide, labelled, taken_away
-from nnunet_csm.study.execution import cluster, perform
-from nnunet_csm.study.runs import Expansion, Run, Runs
+from nnunet_csm.study.divisions import divide, labelled, taken_away, with_unclassified
+from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
+from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs
 from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
 
 JOINT = {"network": {"joint_tokens": True}, "masking": {"mask_ratio": 0.75, "places": "shared", "hidden_series": "none"}}
@@ -94,6 +94,7 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"repeats": {"kind": "folds", "number": 1}}, "2 folds"),
         ({"search": {"pretraining.learning_rate": [1]}}, "concerns pretraining"),
         ({"search": {"finetuning.learning_rate": 0.1}}, "list of values"),
+        ({"search": {"network.width": [24, 48]}}, "concerns pretraining"),
         ({"arms": [{**CSM, "incomplete": {"share": 2, "remove": [1]}}]}, "share above 0"),
         ({"arms": [CSM, {"name": "n", "nnunet": {"plans": "p", "minutes_of": "n", "with_pretraining": False}}]}, "minutes_of"),
         ({"task": "classification", "tested": "subsets"}, "all series"),
@@ -259,21 +260,23 @@ def test_incomplete_series_are_gone_from_labels_and_tests_but_not_from_pretraini
 def test_a_search_tries_as_much_for_every_arm_and_takes_the_best_on_validation(expand: Callable[..., Runs]) -> None:
     given = {"search": {"finetuning.learning_rate": [0.1, 0.2, 0.3]}, "arms": [SCRATCH, CSM]}
     searching = expand(**given)
-    assert not searching.rows and len(searching.waiting) == 2
+    assert not searching.rows and len(searching.waiting) == 2 * 2
     tried = [run for run in searching.runs.values() if run.kind == "fine-tuning"]
-    assert len(tried) == 2 * 3 and {run.fold for run in tried} == {0}
+    assert len(tried) == 2 * 2 * 3 and {run.fold for run in tried} == {0, 1}
 
     def rate(runs: Runs, run: Run) -> float:
         csm = runs.plans[run.plans_name]["configurations"]["3d_fullres"]["csm"]
         return float(csm["finetuning_schedule"]["learning_rate"])
 
-    best = {run.id: 0.3 if run.needs else 0.2 for run in tried}
+    # each division by itself: the validation patients of one are tested in the other
+    best = {run.id: (0.3 if run.needs else 0.2) if run.fold == 0 else 0.1 for run in tried}
     records = {run.id: {"validation": 1.0 if rate(searching, run) == best[run.id] else 0.5} for run in tried}
     found = expand(records, **given)
     assert not found.waiting
-    assert {(row.arm, rate(found, found.runs[row.run])) for row in found.rows} == {("scratch", 0.2), ("CSM", 0.3)}
-    # what was tried in the first fold is not trained again
-    assert {row.run for row in found.rows} & set(records)
+    chosen = {(row.arm, row.division): rate(found, found.runs[row.run]) for row in found.rows}
+    assert chosen == {("scratch", 0): 0.2, ("CSM", 0): 0.3, ("scratch", 1): 0.1, ("CSM", 1): 0.1}
+    # what was tried is not trained again
+    assert {row.run for row in found.rows} <= set(records)
 
 
 def test_the_yardstick_gets_the_time_the_arm_took(expand: Callable[..., Runs]) -> None:
@@ -285,6 +288,54 @@ def test_the_yardstick_gets_the_time_the_arm_took(expand: Callable[..., Runs]) -
     runs = expand(records, arms=arms)
     minutes = {row.arm: runs.plans[runs.runs[row.run].plans_name].get("csm_yardstick", {}).get("minutes") for row in runs.rows}
     assert minutes == {"CSM": None, "nFalse": 2.0, "nTrue": 12.0}
+
+
+def test_seeds_of_the_yardstick_are_networks_of_their_own(expand: Callable[..., Runs]) -> None:
+    given: dict[str, Any] = {
+        "arms": [CSM, {"name": "n", "nnunet": {"plans": "nnUNetPlans", "minutes_of": "CSM", "with_pretraining": False}}]
+    }
+    given |= {"repeats": {"kind": "folds", "number": 2, "seeds": 3}}
+    records = {run.id: {"seconds": 60.0} for run in expand(**given).runs.values()}
+    rows = [row for row in expand(records, **given).rows if row.arm == "n"]
+    assert len({row.run for row in rows}) == len({row.repeat for row in rows}) == len(rows) == 2 * 3
+    assert all(row.repeat // 3 == row.division for row in rows)
+
+
+def test_what_would_stop_runs_hours_later_is_told_at_once(expand: Callable[..., Runs]) -> None:
+    stock = {"plans": "nnUNetResEncUNetMPlans", "minutes_of": "CSM", "with_pretraining": False}
+    with pytest.raises(UserError, match="nnUNetResEncUNetMPlans"):
+        expand(arms=[CSM, {"name": "n", "nnunet": stock}])
+    with pytest.raises(UserError, match=r"classification\.csv"):
+        expand(task="classification")
+    with pytest.raises(UserError, match="leave the arm out"):
+        expand(arms=[{"name": "many", "pretraining_series": 9}])
+
+
+def test_cases_without_a_class_are_segmented_all_the_same() -> None:
+    table = make_table(3, 1)
+    everybody = with_unclassified(table, [*(sample.case for sample in table.samples), "x", "y"])
+    assert [sample.patient for sample in everybody.samples][-2:] == ["x", "y"] and len(everybody.samples) == 5
+    assert with_unclassified(table, [sample.case for sample in table.samples]) is table
+
+
+def test_a_run_is_done_when_it_has_the_tests_asked_for(tmp_path: Path) -> None:
+    run = replace(make_run("x"), tests=(Evaluation("all", {}),))
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "record.json").write_text('{"tests": ["all"]}')
+    assert read_records(tmp_path, [run])
+    assert not read_records(tmp_path, [replace(run, tests=(*run.tests, Evaluation("T1w", {})))])
+
+
+@pytest.mark.parametrize("given", [None, "3", "GPU-abc,GPU-def"])
+def test_gpus_are_those_the_user_lets_be_seen(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    count = 2 if given is None else len(given.split(","))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert visible_gpus(1) == ["0" if given is None else given.split(",")[0]]
+    with pytest.raises(UserError, match="-num_gpus 3"):
+        visible_gpus(3)
 
 
 def test_visible_tokens_are_those_masks_show(expand: Callable[..., Runs], dataset: Dataset) -> None:
@@ -324,11 +375,11 @@ def test_runs_wait_for_what_they_need_and_a_failure_stops_only_those_that_need_i
         assert run.needs is None or run.needs in begun or run.needs == "c"
         begun.append(run.id)
         if run.id == "b":
-            raise UserError("broken")
+            raise OSError("no space left")
 
     ended = {run.id: error for run, error in perform(runs, ["c", "d"], launch, at_once)}
     assert set(ended) == set(begun) == {"a", "a1", "b", "c1"}
-    assert [name for name, error in ended.items() if error] == ["b"]
+    assert {name: str(error) for name, error in ended.items() if error} == {"b": "run b: OSError: no space left"}
 
 
 def test_a_cluster_does_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,11 +197,19 @@ def test_a_study_of_classes_has_tables_too(tmp_path):
     assert grid_of(tables, "AUC").header == ("Method", "Labels (cases)", "AUC")
     assert [grid.name for grid in tables.grids] == ["AUC", "comparisons"]
     page = write_report(tmp_path, "t", NONE, table, NONE)
-    assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == ["Gliomas", "Label efficiency", "How this was computed"]
+    assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == [
+        "Gliomas",
+        "Label efficiency",
+        "How this was computed",
+    ]
 
 
 def test_a_study_whose_baseline_is_not_done_yet_has_no_comparisons(tmp_path):
     results = study()
     page = write_report(tmp_path, "t", results[results["arm"] != "Scratch"], NONE, NONE, baseline="Scratch")
-    assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == ["Gliomas", "Label efficiency", "How this was computed"]
+    assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == [
+        "Gliomas",
+        "Label efficiency",
+        "How this was computed",
+    ]
     assert pd.read_csv(tmp_path / "comparisons.csv").empty

@@ -67,6 +67,7 @@ def named(name: str, row: Row) -> dict[str, Any]:
         "arm": row.arm,
         "labels": row.labels,
         "num_labelled": row.num_labelled,
+        "division": row.division,
         "repeat": row.repeat,
         "finetuned": row.finetuned,
     }

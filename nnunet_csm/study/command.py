@@ -49,7 +49,7 @@ class StudyRequest:
 def run_study(request: StudyRequest, dry_run: bool, report_only: bool) -> None:
     """Do the runs of a study that are not done yet, and write tables and report.
 
-    With `dry_run`, print the runs and what they will cost, and write nothing but presets; with `report_only`, only the report.
+    With `dry_run`, print the runs and what they will cost, and train nothing; with `report_only`, only the report.
 
     Raises:
         UserError: a study or dataset that cannot be used, or runs that failed; the others are done and reported by then.
@@ -85,7 +85,7 @@ def run_study(request: StudyRequest, dry_run: bool, report_only: bool) -> None:
         # what was waited for may be known now
         runs, records = expanded(study, name, dataset)
     nnunet.save_json({"study": to_dict(study), "dataset": dataset.name, "chosen": chosen(runs)}, folder / "study.json")
-    report(study, name, dataset, runs, records | read_records(dataset.folder, runs.runs))
+    report(study, name, dataset, runs, records | read_records(dataset.folder, runs.runs.values()))
     if failures:
         more = f"; and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise UserError(f"{len(failures)} runs failed: {failures[0]}{more}")
@@ -107,7 +107,7 @@ def expanded(study: Study, name: str, dataset: Dataset) -> tuple[Runs, dict[str,
     records: dict[str, dict[str, Any]] = {}
     while True:
         runs = Expansion(study, name, dataset, records).expand()
-        known = read_records(dataset.folder, runs.runs)
+        known = read_records(dataset.folder, runs.runs.values())
         if known.keys() <= records.keys():
             return runs, known
         # runs that are done may tell of further ones
@@ -136,7 +136,7 @@ def do(missing: Sequence[Run], runs: Runs, records: Mapping[str, Any], folder: P
                 failures.append(str(error))
                 bar.write(f"FAILED {error}")
             else:
-                bar.write(f"{run.id} {run.kind}, {told(run, read_records(folder, [run.id])[run.id], runs)}")
+                bar.write(f"{run.id} {run.kind}, {told(run, read_records(folder, [run]).get(run.id, {}), runs)}")
             bar.update()
     return failures
 
@@ -148,7 +148,7 @@ def told(run: Run, record: Mapping[str, Any], runs: Runs) -> str:
     shares = {row.labels for row in rows if row.run == run.id}
     what = f"{arms}{f' with {max(shares):.0%} of the labels' if shares else ''}, division {run.fold}"
     score = f", validation {record['validation']:.3f}" if "validation" in record else ""
-    return f"{what}: {record['seconds'] / 60:.1f} min{score}"
+    return f"{what}: {record.get('seconds', 0.0) / 60:.1f} min{score}"
 
 
 def announcement(runs: Runs, records: Mapping[str, Any], study: Study, dataset: Dataset, request: StudyRequest) -> str:
@@ -188,13 +188,13 @@ def cost_of(run: Run, plans: Mapping[str, Any], study: Study, dataset: Dataset) 
     if run.kind == "pretraining":
         return pretraining_cost(settings, run.visible_tokens)
     classifies = study.task == "classification"
-    num_classes = len(dataset.table.classes) if classifies else dataset.num_classes
+    num_classes = len(dataset.classes.classes) if classifies else dataset.num_classes
     return finetuning_cost(settings, len(dataset.series), num_classes, classifies)
 
 
 def chosen(runs: Runs) -> list[dict[str, Any]]:
-    """The settings that a search chose, by arm and label share."""
-    return [{"arm": arm, "labels": share, **values} for (arm, share), values in runs.chosen.items()]
+    """The settings that a search chose, by arm, label share and division."""
+    return [{"arm": arm, "labels": share, "division": fold, **values} for (arm, share, fold), values in runs.chosen.items()]
 
 
 def report(study: Study, name: str, dataset: Dataset, runs: Runs, records: Mapping[str, Mapping[str, Any]]) -> None:
@@ -227,8 +227,10 @@ def report(study: Study, name: str, dataset: Dataset, runs: Runs, records: Mappi
     print(f"{text}\n{(folder / 'tables.md').read_text(encoding='utf-8')}\nTables and pictures: {page}")
 
 
-def case_files(dataset: Dataset) -> CaseFiles:
-    """Images to draw predictions on: of the first series."""
+def case_files(dataset: Dataset) -> CaseFiles | None:
+    """Images to draw predictions on: of the first series; none for a dataset that lists its files, which lie anywhere."""
+    if "dataset" in dataset.found.dataset_json:
+        return None
     raw, dataset_json = nnunet.folder("nnUNet_raw") / dataset.name, dataset.found.dataset_json
     return CaseFiles(raw / "imagesTr", raw / "labelsTr", 0, names_to_draw(dataset_json), dataset_json["file_ending"])
 

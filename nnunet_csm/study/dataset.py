@@ -13,15 +13,17 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.diagnoses import ClassTable
+from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import take_class_table, training_cases
 from nnunet_csm.planning.command import Found, look_at, planned
 from nnunet_csm.planning.planner import Wishes
 from nnunet_csm.planning.request import PlanRequest
 from nnunet_csm.plans import PLANS_NAME, Configuration, parse_configuration
-from nnunet_csm.study.divisions import one_class
+from nnunet_csm.study.divisions import one_class, with_unclassified
 
+# between the series of a subset
+JOIN = "+"
 # of a hash, in names
 HASH_LENGTH = 8
 
@@ -43,13 +45,41 @@ class Dataset:
             found = look_at(self.name, [self.name], self.request)
         if not found.labelled:
             raise UserError(f"{self.name} has no labels; a study fine-tunes and tests")
+        if odd := [name for name in found.channels if "/" in name or JOIN in name]:
+            raise UserError(f"{self.name}: series {odd[0]!r} cannot name a file; rename it in dataset.json, without / and {JOIN}")
         return found
 
     @cached_property
-    def table(self) -> ClassTable:
-        """Classes and patients; without a class table, every case is a patient."""
+    def classes(self) -> ClassTable:
+        """Cases with a class, and their patients.
+
+        Raises:
+            UserError: there is no class table.
+        """
         table = take_class_table(self.name, self.found.dataset_json)
-        return one_class(training_cases(self.name)) if table is None else table
+        if table is None:
+            path = nnunet.folder("nnUNet_raw") / self.name / FILE_NAME
+            raise UserError(f"{path}: no such file; a study of classes needs it: case,class[,mask_label,patient]")
+        return table
+
+    @cached_property
+    def table(self) -> ClassTable:
+        """All cases by patient, as far as a class table tells patients; any other case is a patient of its own."""
+        table = take_class_table(self.name, self.found.dataset_json)
+        cases = training_cases(self.name)
+        return one_class(cases) if table is None else with_unclassified(table, cases)
+
+    def stock_plans(self, name: str) -> dict[str, Any]:
+        """nnU-Net's own plans.
+
+        Raises:
+            UserError: they are not there, or without this configuration.
+        """
+        path = nnunet.folder("nnUNet_preprocessed") / self.name / f"{name}.json"
+        plans = nnunet.read_json(path, f"plan and preprocess with nnU-Net's {name} first")
+        if self.configuration not in plans.get("configurations", {}):
+            raise UserError(f"{path}: no configuration {self.configuration}; choose another with -c")
+        return plans
 
     @cached_property
     def present(self) -> dict[str, tuple[str, ...]]:

@@ -27,6 +27,15 @@ def one_class(cases: Collection[str]) -> ClassTable:
     return ClassTable(("case",), tuple(Sample(case, 0, None, case) for case in sorted(cases)))
 
 
+def with_unclassified(table: ClassTable, cases: Collection[str]) -> ClassTable:
+    """The table with all cases: those without a class are patients of their own, of a class of their own."""
+    others = sorted(set(cases) - {sample.case for sample in table.samples})
+    if not others:
+        return table
+    further = (Sample(case, len(table.classes), None, case) for case in others)
+    return ClassTable((*table.classes, "without a class"), (*table.samples, *further))
+
+
 def divide(table: ClassTable, repeats: Repeats) -> list[Division]:
     """One division per split or fold, by patient and stratified by class.
 

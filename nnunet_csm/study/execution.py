@@ -1,6 +1,7 @@
 """Doing a run: train, predict the test cases, score them; and doing many, on the GPUs of a machine or on a cluster."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_csm import checkpoint, nnunet
@@ -20,7 +22,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.raw.check import load_dataset_json
-from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Run, Test
+from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
 
 RECORD = "record.json"
 TRAIN = "nnunetv2.run.run_training:run_training_entry"
@@ -31,18 +33,24 @@ PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
 class Place:
     """Where a run is done.
 
-    `gpu`: number of one of several GPUs; None for a CPU, or when the machine has set which is to be seen.
+    `gpu`: one of several, as CUDA_VISIBLE_DEVICES names it; None for a CPU, or when a cluster has set which is to be seen.
     """
 
     device: str
-    gpu: int | None = None
+    gpu: str | None = None
     num_threads: int | None = None
 
 
-def read_records(folder: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What is known of the runs that are done."""
-    paths = {one: folder / "runs" / one / RECORD for one in ids}
-    return {one: nnunet.read_json(path, "delete it, and the run is done again") for one, path in paths.items() if path.is_file()}
+def read_records(folder: Path, runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
+    """What is known of the runs that are done, with all tests that are asked for now."""
+    records = {}
+    for run in runs:
+        path = folder / "runs" / run.id / RECORD
+        if path.is_file():
+            record = nnunet.read_json(path, "delete it, and the run is done again")
+            if record.get("tests") == [one.name for one in run.tests]:
+                records[run.id] = record
+    return records
 
 
 def execute(run: Run, study: Path, place: Place) -> None:
@@ -61,6 +69,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
         "fold": run.fold,
         "results": str(run.folder),
         "software": checkpoint.software(),
+        "tests": [one.name for one in run.tests],
     }
     if run.kind == "fine-tuning":
         record["validation"] = validation_score(run)
@@ -77,22 +86,23 @@ def train(run: Run, folder: Path, place: Place) -> None:
     begun = any(run.folder.glob("checkpoint_*.pth"))
     flags = ["-p", run.plans_name, "-device", place.device, *(["--c"] if begun else [])]
     if run.trainer == YARDSTICK:
-        step(folder, "train", place, TRAIN, run.dataset, run.configuration, str(run.fold), "-tr", run.trainer, *flags)
+        step(folder / "train.json", place, TRAIN, run.dataset, run.configuration, str(run.fold), "-tr", run.trainer, *flags)
         return
     command = "pretrain" if run.trainer == PRETRAINER else "finetune"
     common = ["-d", run.dataset, "-c", run.configuration, "-f", str(run.fold), "-tr", run.trainer]
-    encoder = ["-encoder", str(run.encoder)] if run.encoder is not None else []
-    step(folder, "train", place, command, *common, *encoder, *flags)
+    # said even when there is none: the user's environment may name one
+    encoder = ["-encoder", str(run.encoder or "scratch")] if run.kind == "fine-tuning" else []
+    step(folder / "train.json", place, command, *common, *encoder, *flags)
 
 
-def step(folder: Path, name: str, place: Place, *command: str) -> None:
-    """One command in a process of its own; nothing when it was done before."""
-    path = folder / f"{name}.json"
+def step(path: Path, place: Place, *command: str) -> None:
+    """One command in a process of its own, which writes `path` when it is done; nothing when it was done before."""
     if path.is_file():
         return
+    folder, name = path.parent, path.stem
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     if place.gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(place.gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = place.gpu
     if place.num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(place.num_threads)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -107,7 +117,7 @@ def step(folder: Path, name: str, place: Place, *command: str) -> None:
         )
 
 
-def test(run: Run, one: Test, folder: Path, place: Place) -> pd.DataFrame:
+def test(run: Run, one: Evaluation, folder: Path, place: Place) -> pd.DataFrame:
     """Predict and score the test cases with the series given; columns tested, and those of an evaluation."""
     raw = nnunet.folder("nnUNet_raw") / run.dataset
     dataset_json = load_dataset_json(raw)
@@ -115,20 +125,32 @@ def test(run: Run, one: Test, folder: Path, place: Place) -> pd.DataFrame:
     with TemporaryDirectory(prefix="nnunet_csm_study_") as temporary:
         images, references = (Path(temporary) / name for name in ("images", "references"))
         link_cases(raw, dataset_json, one, images, references)
-        command = "predict"
-        if run.trainer == YARDSTICK:
-            command, given, images = PREDICT, images, Path(temporary) / "filled"
-            fill_missing(given, images, nnunet.channel_names(dataset_json), dataset_json["file_ending"])
-        model = ["-d", run.dataset, "-c", run.configuration, "-p", run.plans_name, "-tr", run.trainer, "-f", str(run.fold)]
-        # on a CPU the network takes all cores, and processes beside it take long to start
-        processes = ["-npp", "0", "-nps", "0"] if place.device == "cpu" and command == "predict" else []
-        io = ["-i", str(images), "-o", str(predictions), "-device", place.device, "--continue_prediction"]
-        step(folder, f"predict_{one.name}", place, command, *model, *io, *processes)
+        if not predictions.is_dir():
+            predict(run, images, predictions, folder, place, dataset_json)
         table = evaluate_folder(references, predictions, dataset_json, progress_bar=False).table
     return table.assign(tested=one.name)
 
 
-def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Test, images: Path, references: Path) -> None:
+def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Place, dataset_json: Mapping[str, Any]) -> None:
+    """Into a folder that gets its name when it is whole: a killed export leaves files that read as images."""
+    begun = predictions.with_name(f".{predictions.name}.tmp")
+    done = folder / f"predict_{predictions.name}.json"
+    for path in (begun, done):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    command = "predict"
+    if run.trainer == YARDSTICK:
+        command, given, images = PREDICT, images, images.with_name("filled")
+        fill_missing(given, images, nnunet.channel_names(dataset_json), dataset_json["file_ending"])
+    model = ["-d", run.dataset, "-c", run.configuration, "-p", run.plans_name, "-tr", run.trainer, "-f", str(run.fold)]
+    # on a CPU the network takes all cores, and processes beside it take long to start
+    processes = ["-npp", "0", "-nps", "0"] if place.device == "cpu" and command == "predict" else []
+    io = ["-i", str(images), "-o", str(begun), "-device", place.device]
+    step(done, place, command, *model, *io, *processes)
+    begun.replace(predictions)
+
+
+def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Evaluation, images: Path, references: Path) -> None:
     """Links to the images of the test cases, of the given series only, and to their reference segmentations."""
     images.mkdir()
     references.mkdir()
@@ -143,7 +165,8 @@ def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Test, images: Pa
 
 def validation_score(run: Run) -> float:
     """Mean Dice of the validation cases, or AUC: what settings are chosen by. Never of test cases."""
-    summary = nnunet.read_json(run.folder / "validation" / "summary.json", "delete the folder of the run, and it is done again")
+    remedy = f"delete {run.folder} and the study's runs/{run.id}, and it is done again"
+    summary = nnunet.read_json(run.folder / "validation" / "summary.json", remedy)
     if run.trainer == CLASSIFIER:
         return float(summary["metrics"]["auc"]["value"])
     return float(np.nan_to_num(summary["foreground_mean"]["Dice"]))
@@ -165,7 +188,7 @@ def local(study: Path, device: str, num_gpus: int, jobs: int) -> tuple[Launch, i
     """Runs on this machine, `jobs` at once on each GPU, or on the CPU; and how many go at once."""
     free: Queue[Place] = Queue()
     if device == "cuda":
-        places = [Place(device, gpu) for _ in range(jobs) for gpu in range(num_gpus)]
+        places = [Place(device, gpu) for _ in range(jobs) for gpu in visible_gpus(num_gpus)]
     else:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         places = [Place(device, num_threads=threads) for _ in range(jobs)]
@@ -180,6 +203,20 @@ def local(study: Path, device: str, num_gpus: int, jobs: int) -> tuple[Launch, i
             free.put(place)
 
     return launch, len(places)
+
+
+def visible_gpus(num_gpus: int) -> list[str]:
+    """Names of the first GPUs that are to be seen.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(torch.cuda.device_count())] if given is None else given.split(",")
+    names = names[: torch.cuda.device_count()]
+    if len(names) < num_gpus:
+        raise UserError(f"-num_gpus {num_gpus}: this machine shows {len(names)}; see nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return names[:num_gpus]
 
 
 def cluster(study: Path, device: str, parameters: Mapping[str, Any], jobs: int, kind: str | None = None) -> tuple[Launch, int]:
@@ -209,7 +246,7 @@ def cluster(study: Path, device: str, parameters: Mapping[str, Any], jobs: int, 
         job = executor.submit(execute, run, study, Place(device))
         try:
             job.result()
-        except submitit.core.utils.FailedJobError as error:
+        except submitit.core.utils.UncompletedJobError as error:
             raise UserError(f"{run.id}: {str(error).splitlines()[0]}; see {job.paths.stderr}") from None
 
     return launch, jobs
@@ -236,9 +273,10 @@ def perform(runs: Sequence[Run], done: Iterable[str], launch: Launch, num_at_onc
                 run = under_way.pop(future)
                 try:
                     future.result()
-                except UserError as error:
+                except Exception as error:  # whatever it is, other runs go on and what is done is reported
                     failed.add(run.id)
-                    yield run, error
+                    told = error if isinstance(error, UserError) else UserError(f"run {run.id}: {type(error).__name__}: {error}")
+                    yield run, told
                 else:
                     finished.add(run.id)
                     yield run, None

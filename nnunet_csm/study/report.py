@@ -21,6 +21,7 @@ from nnunet_csm.study.statistics import (
     Contrast,
     contrasts_of,
     differences,
+    divisions,
     interval,
     pairs,
     scores,
@@ -139,9 +140,8 @@ def _bounds(row: pd.Series, results: pd.DataFrame) -> tuple[float, float]:
         return np.nan, np.nan
     names = ["table", "arm", "labels", "finetuned", "tested"]
     group = results[(results[names] == [row[name] for name in names]).all(axis=1)]
-    matrix = scores(group)[row["structure"]].to_numpy()
-    # of one repeat, patients alone
-    return interval(matrix.T) if matrix.shape[1] > 1 else interval(matrix)
+    matrix = scores(group)[row["structure"]]
+    return interval(matrix.to_numpy(), divisions(group, matrix.columns))
 
 
 def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[Contrast]) -> list[tuple[Path, str]]:
@@ -157,7 +157,7 @@ def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[C
         if matrix.empty:
             continue
         values = matrix.mean(axis=1).to_numpy()
-        low, high = interval(matrix.to_numpy())
+        low, high = interval(matrix.to_numpy(), divisions(pair.arm, matrix.columns))
         name = _pair_name(pair.names, len({*results["tested"]}) > 1)
         panels.setdefault(str(pair.names["table"]), []).append(PatientDifferences(name, values, values.mean(), low, high))
     drawn: list[tuple[Path, str]] = []

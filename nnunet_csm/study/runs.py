@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nnunet_csm import nnunet
+from nnunet_csm.data.diagnoses import split_problems
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.presets import merged
 from nnunet_csm.plans import PLANS_NAME, Configuration
@@ -24,7 +25,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Test:
+class Evaluation:
     """Test cases, and the channels of each that the network is given."""
 
     name: str
@@ -53,7 +54,7 @@ class Run:
     fold: int
     needs: str | None
     encoder: Path | None
-    tests: tuple[Test, ...]
+    tests: tuple[Evaluation, ...]
     num_crops: int
     visible_tokens: float
 
@@ -72,6 +73,7 @@ class Row:
     arm: str
     labels: float
     num_labelled: int
+    division: int
     repeat: int
     finetuned: str
 
@@ -86,7 +88,8 @@ class Runs:
     splits: dict[str, list[dict[str, list[str]]]] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     """What cannot be told before others are done: settings that are searched for, and times."""
-    chosen: dict[tuple[str, float], dict[str, Any]] = field(default_factory=dict)
+    chosen: dict[tuple[str, float, int], dict[str, Any]] = field(default_factory=dict)
+    """What was best, by arm, share of labels and division."""
 
 
 class Expansion:
@@ -101,16 +104,38 @@ class Expansion:
             records: of the runs that are done, by id.
         """
         self.study, self.name, self.dataset, self.records = study, name, dataset, records
-        self.divisions = divide(dataset.table, study.repeats)
+        self.table = dataset.classes if study.task == "classification" else dataset.table
+        self.divisions = divide(self.table, study.repeats)
         self.result = Runs()
         self.own = [arm for arm in study.arms if arm.nnunet is None]
+        self.check()
+
+    def check(self) -> None:
+        """What would stop runs hours later.
+
+        Raises:
+            UserError: nnU-Net's plans that a yardstick needs are not there, or a side of a division lacks classes.
+        """
+        for arm in self.study.arms:
+            if arm.nnunet is not None:
+                self.dataset.stock_plans(arm.nnunet.plans)
+        if self.study.task == "classification":
+            for share, seed in itertools.product(self.study.labels, range(self.study.repeats.seeds)):
+                for number, sides in enumerate(self.result.splits[self.splits(share, seed)]):
+                    if problems := split_problems(self.table, sides):
+                        raise UserError(
+                            f"study {self.name}: with {share:.0%} of the labels, division {number} of {self.dataset.name}: "
+                            f"{problems[0]}; take larger shares, or other repeats"
+                        )
 
     def expand(self) -> Runs:
         for arm, share in itertools.product(self.own, self.study.labels):
-            changes = self.searched(arm, share)
-            if changes is not None:
-                for fold, seed, series in itertools.product(*self.axes):
-                    self.add_row(arm, share, fold, seed, series, changes)
+            for fold in range(len(self.divisions)):
+                changes = self.searched(arm, share, fold)
+                if changes is not None:
+                    for seed, series in itertools.product(range(self.study.repeats.seeds), self.finetuned):
+                        run = self.add_finetuning(arm, share, fold, seed, series, changes)
+                        self.result.rows.append(self.row(run, arm, share, fold, seed, series))
         for arm in self.study.arms:
             if arm.nnunet is not None:
                 for share in self.study.labels:
@@ -118,13 +143,16 @@ class Expansion:
         return self.result
 
     @property
-    def axes(self) -> tuple[range, range, Sequence[str]]:
+    def finetuned(self) -> tuple[str, ...]:
+        """Series that a network is fine-tuned on: all, or one of them."""
         alone = () if self.study.finetuned == "all" else self.dataset.series
         together = () if self.study.finetuned == "each" else (ALL,)
-        return range(len(self.divisions)), range(self.study.repeats.seeds), (*together, *alone)
+        return (*together, *alone)
 
-    def searched(self, arm: Arm, share: float) -> dict[str, Any] | None:
-        """The arm's changes with the values that are best on the validation patients of the first repeat.
+    def searched(self, arm: Arm, share: float, fold: int) -> dict[str, Any] | None:
+        """The arm's changes with the values that are best on the validation patients of this division, with its first seed.
+
+        Division by division, since the validation patients of one are tested in another.
 
         Returns:
             None as long as not all of them were tried; then runs that try them have been added.
@@ -135,25 +163,20 @@ class Expansion:
         tried = []
         for values in itertools.product(*self.study.search.values()):
             candidate = merged(changes, nested(dict(zip(self.study.search, values, strict=True))))
-            run = self.add_finetuning(arm, share, 0, 0, self.axes[2][0], candidate)
+            run = self.add_finetuning(arm, share, fold, 0, self.finetuned[0], candidate)
             tried.append((self.records.get(run.id), candidate, values))
         if any(record is None for record, _, _ in tried):
-            self.result.waiting.append(f"{arm.name} with {share:.0%} of the labels: best of {len(tried)} settings")
+            what = f"{arm.name} with {share:.0%} of the labels, division {fold}"
+            self.result.waiting.append(f"{what}: best of {len(tried)} settings")
             return None
         # the first of equals
         best = max(range(len(tried)), key=lambda i: (tried[i][0] or {})["validation"])
-        self.result.chosen[arm.name, share] = dict(zip(self.study.search, tried[best][2], strict=True))
+        self.result.chosen[arm.name, share, fold] = dict(zip(self.study.search, tried[best][2], strict=True))
         return tried[best][1]
 
-    def add_row(self, arm: Arm, share: float, fold: int, seed: int, series: str, changes: Mapping[str, Any]) -> None:
-        run = self.add_finetuning(arm, share, fold, seed, series, changes)
-        self.result.rows.append(self.row(run, arm, share, fold, seed, series))
-
     def row(self, run: Run, arm: Arm, share: float, fold: int, seed: int, series: str) -> Row:
-        num = len(labelled(self.dataset.table, self.divisions[fold], share, seed))
-        # folds are parts of one repeat, each patient is in one of them
-        repeat = seed if self.study.repeats.kind == "folds" else fold * self.study.repeats.seeds + seed
-        return Row(run.id, arm.name, share, num, repeat, series)
+        num = len(labelled(self.table, self.divisions[fold], share, seed))
+        return Row(run.id, arm.name, share, num, fold, fold * self.study.repeats.seeds + seed, series)
 
     def add_finetuning(self, arm: Arm, share: float, fold: int, seed: int, series: str, changes: Mapping[str, Any]) -> Run:
         needs = self.add_pretraining(arm, fold, changes).id if arm.pretrained else None
@@ -208,6 +231,11 @@ class Expansion:
     def pretraining_series(self, arm: Arm) -> tuple[str, ...]:
         wanted = arm.pretraining_series
         if isinstance(wanted, int):
+            if wanted > len(self.dataset.series):
+                raise UserError(
+                    f"study {self.name}: arm {arm.name!r}: {self.dataset.name} has {len(self.dataset.series)} series; leave the "
+                    f"arm out in a file of your own that inherits from this one"
+                )
             wanted = self.dataset.series[:wanted]
         if wanted is not None and (unknown := sorted(set(wanted) - set(self.dataset.series))):
             raise UserError(
@@ -232,12 +260,10 @@ class Expansion:
             self.result.waiting.append(f"{arm.name} with {share:.0%} of the labels: the time of {arm.nnunet.minutes_of}")
             return
         minutes = round(float(np.mean(seconds)) / 60, 1)
-        base = nnunet.folder("nnUNet_preprocessed") / self.dataset.name / f"{arm.nnunet.plans}.json"
-        for fold, seed in itertools.product(*self.axes[:2]):
-            plans = nnunet.read_json(base, f"plan and preprocess with nnU-Net's {arm.nnunet.plans} first")
-            plans["csm_yardstick"] = {"minutes": max(0.1, minutes), "splits": self.splits(share, seed)}
-            removed = self.removed(arm)
-            run = self.add("fine-tuning", plans, YARDSTICK, fold, tests=self.tests(fold, self.dataset.series, removed))
+        for fold, seed in itertools.product(range(len(self.divisions)), range(self.study.repeats.seeds)):
+            plans = self.dataset.stock_plans(arm.nnunet.plans)
+            plans["csm_yardstick"] = {"minutes": max(0.1, minutes), "splits": self.splits(share, seed), "seed": SEED + seed}
+            run = self.add("fine-tuning", plans, YARDSTICK, fold, tests=self.tests(fold, self.dataset.series, {}))
             self.result.rows.append(self.row(run, arm, share, fold, seed, ALL))
 
     def add(
@@ -247,7 +273,7 @@ class Expansion:
         trainer: str,
         fold: int,
         needs: str | None = None,
-        tests: tuple[Test, ...] = (),
+        tests: tuple[Evaluation, ...] = (),
         num_crops: int = 0,
         visible_tokens: float = 0.0,
     ) -> Run:
@@ -278,7 +304,7 @@ class Expansion:
         seed = 0 if share == 1.0 else seed
         content = [
             {
-                "train": list(labelled(self.dataset.table, division, share, seed)),
+                "train": list(labelled(self.table, division, share, seed)),
                 "val": list(division.val),
                 "test": list(division.test),
             }
@@ -299,7 +325,7 @@ class Expansion:
                 found[case] = lost
         return found
 
-    def tests(self, fold: int, series: Sequence[str], removed: Mapping[str, tuple[str, ...]]) -> tuple[Test, ...]:
+    def tests(self, fold: int, series: Sequence[str], removed: Mapping[str, tuple[str, ...]]) -> tuple[Evaluation, ...]:
         """The test cases of a division with all their series, or with every subset; cases that have none of it are left out."""
         channels, present = self.dataset.found.channels, self.dataset.present
         subsets = [tuple(series)]
@@ -312,7 +338,8 @@ class Expansion:
                 for case in self.divisions[fold].test
             }
             name = ALL if len(subset) == len(series) else "+".join(subset)
-            tests.append(Test(name, {case: numbers for case, numbers in given.items() if numbers}))
+            if any(given.values()):
+                tests.append(Evaluation(name, {case: numbers for case, numbers in given.items() if numbers}))
         return tuple(tests)
 
 

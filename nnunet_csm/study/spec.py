@@ -88,8 +88,8 @@ class Study:
         baseline: the arm that all others are compared with; the first when empty.
         finetuned: "all" series, "each" by itself and their mean, or "both".
         tested: the series given at test time: "all", or "subsets": every non-empty subset from one network.
-        search: path in the preset (`finetuning.learning_rate`) to values: every arm and label share takes the values that are
-            best on validation patients of the first repeat; every arm tries as many.
+        search: path in the preset (`finetuning.learning_rate`) to values: every arm, label share and division takes the values
+            that are best on the validation patients of the division, with its first seed; every arm tries as many.
         structures: labels or regions to report, as far as the dataset has them; when none, the regions that the labels imply,
             else the labels.
     """
@@ -127,7 +127,7 @@ def read_study(name: str) -> Study:
     return parse_study(_read(name), f"study {name}")
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else None
     if path is None and name in study_names():
         text = (files("nnunet_csm.presets") / "studies" / f"{name}.json").read_text(encoding="utf-8")
@@ -144,9 +144,11 @@ def _read(name: str) -> dict[str, Any]:
     parent = data.pop("inherits_from", None)
     if parent is None:
         return data
+    if not isinstance(parent, str) or name in children:
+        raise UserError(f"study {name}: inherits_from is {parent!r}; expected the name of another study or the path of its file")
     beside = path is not None and parent.endswith(".json")
     # key by key; arms are replaced as a whole
-    return {**_read(str(path.with_name(parent)) if beside and path else parent), **data}
+    return {**_read(str(path.parent / parent) if beside and path else parent, (*children, name)), **data}
 
 
 def parse_study(data: Mapping[str, Any], where: str) -> Study:
@@ -170,7 +172,8 @@ def _check(study: Study, where: str) -> None:
     for path, values in study.search.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise UserError(f"{where}: search.{path} is {values!r}, expected a list of values to try")
-        if path.split(".")[0] in PRETRAINING_KEYS:
+        first, *others = path.split(".")
+        if first in PRETRAINING_KEYS or (first == "network" and set(others) & ENCODER_KEYS):
             raise UserError(f"{where}: search.{path} concerns pretraining; make arms of its values, so that each is shown")
     for arm in study.arms:
         _check_arm(study, arm, f"{where}: arm {arm.name!r}")
@@ -186,6 +189,8 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
         others = [one.name for one in study.arms if one.nnunet is None]
         if arm.nnunet.minutes_of not in others:
             raise UserError(f"{where}: minutes_of is {arm.nnunet.minutes_of!r}, expected one of the arms {', '.join(others)}")
+        if arm.incomplete is not None or arm.pretraining_series is not None or arm.changes:
+            raise UserError(f"{where}: stock nnU-Net has no changes, no pretraining and no incomplete series; leave them out")
         if study.finetuned != "all" or study.tested != "all":
             raise UserError(f"{where}: stock nnU-Net is trained and tested on all series; leave out finetuned and tested")
     lost = arm.incomplete

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float, Int, Real
 from scipy.stats import wilcoxon
 
 SETTING = ["table", "arm", "labels", "finetuned", "tested"]
@@ -100,7 +100,7 @@ def with_single_mean(results: pd.DataFrame) -> pd.DataFrame:
     single = single[complete & (single["table"].map(num_series) > 1)]
     if single.empty:
         return results
-    keys = [*run, "num_labelled", "case", "patient", "structure"]
+    keys = [*run, *(["division"] if "division" in single else []), "num_labelled", "case", "patient", "structure"]
     mean = single.groupby(keys, sort=False)["dice"].mean().reset_index().assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
     return pd.concat([results, mean], ignore_index=True)
 
@@ -209,7 +209,7 @@ def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFram
         num_unpaired = _num_unpaired(pair)
         for structure, matrix in differences(pair).items():
             found = matrix.to_numpy()
-            low, high = interval(found)
+            low, high = interval(found, divisions(pair.arm, matrix.columns))
             rows.append(
                 {
                     **pair.names,
@@ -227,6 +227,12 @@ def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFram
                 }
             )
     return _with_holm(rows)
+
+
+def divisions(table: pd.DataFrame, repeats: Sequence[int]) -> np.ndarray:
+    """The division of patients, with its pretraining, that each repeat is of; one of its own where nothing is said."""
+    known = dict(zip(table["repeat"], table["division"], strict=True)) if "division" in table else {}
+    return np.array([known.get(repeat, repeat) for repeat in repeats])
 
 
 def _num_unpaired(pair: Pair) -> dict[str, int]:
@@ -255,21 +261,41 @@ def _with_holm(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table
 
 
-def interval(values: Float[np.ndarray, "p r"], num_resamples: int = NUM_RESAMPLES, seed: int = SEED) -> tuple[float, float]:
+def interval(
+    values: Float[np.ndarray, "p r"],
+    divisions: Int[np.ndarray, " r"] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = SEED,
+) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over rows of their means over columns; NaN is what does not exist.
 
     A resample draws rows and, independently, columns, with replacement (pigeonhole bootstrap, Owen 2007), and keeps what exists
-    in both. It knows that rows differ, and columns, and is conservative where their interplay varies most. With one column it
-    draws rows alone; with one row both ends are NaN.
+    in both. Columns of one division share its patients and its pretraining: divisions are drawn, then columns within each. It
+    knows that rows differ, and columns, and is conservative where their interplay varies most. With one column it draws rows
+    alone; with one row both ends are NaN.
     """
     if len(values) < 2:
         return np.nan, np.nan
     rng = np.random.default_rng(seed)
     exists = ~np.isnan(values)
-    rows, columns = (_draws(rng, size, num_resamples) for size in values.shape)
+    num_rows, num_columns = values.shape
+    rows = _draws(rng, num_rows, num_resamples)
+    columns = _draws_of_repeats(rng, np.arange(num_columns) if divisions is None else divisions, num_resamples)
     weight = columns @ exists.T
     means = np.nan_to_num(_ratio(columns @ np.where(exists, values, 0).T, weight))
     return _percentiles(_ratio((rows * means).sum(1), (rows * (weight > 0)).sum(1)))
+
+
+def _draws_of_repeats(rng: np.random.Generator, divisions: Int[np.ndarray, " r"], num_resamples: int) -> Float[np.ndarray, "n r"]:
+    """How often each repeat is in each resample: divisions are drawn, then as many repeats of each as it has."""
+    names, member = np.unique(divisions, return_inverse=True)
+    drawn = _draws(rng, len(names), num_resamples)
+    counts = np.zeros((num_resamples, len(divisions)))
+    for number in range(len(names)):
+        repeats = np.flatnonzero(member == number)
+        num_drawn = (drawn[:, number] * len(repeats)).astype(np.int64)
+        counts[:, repeats] = rng.multinomial(num_drawn, np.full(len(repeats), 1 / len(repeats)))
+    return counts
 
 
 def _draws(rng: np.random.Generator, size: int, num_resamples: int) -> Float[np.ndarray, "n size"]:
@@ -408,9 +434,10 @@ def _area_differences(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_res
         return np.full(max(num_resamples, 1), np.nan)
     patients = sorted({patient for arm, _ in runs for patient in arm["patient"]})
     rng = np.random.default_rng(SEED)
-    drawn, repeats = (
-        _draws(rng, size, num_resamples) if num_resamples else np.ones((1, size)) for size in (len(patients), len(runs))
-    )
+    drawn, repeats = np.ones((1, len(patients))), np.ones((1, len(runs)))
+    if num_resamples:
+        of = np.concatenate([divisions(arm, [arm["repeat"].iloc[0]]) for arm, _ in runs])
+        drawn, repeats = _draws(rng, len(patients), num_resamples), _draws_of_repeats(rng, of, num_resamples)
     found = []
     for arm, baseline in runs:
         weights = drawn[:, np.searchsorted(patients, arm["patient"])]

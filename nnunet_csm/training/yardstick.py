@@ -16,10 +16,12 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.plans import read_yardstick
 from nnunet_csm.training.host import CUDA
+from nnunet_csm.training.machine import num_threads
 
 # an epoch takes at most the tenth part of the time
 NUM_EPOCHS = 10
@@ -79,6 +81,9 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
             # before nnU-Net makes a folder
             self.yardstick = read_yardstick(plans, source)
             self.seconds = 60 * self.yardstick.minutes
+        if device.type == "cpu":
+            # nnU-Net takes all cores, whatever it was told, and other arms do not
+            torch.set_num_threads(num_threads(1))
         super().__init__(plans, configuration, fold, dataset_json, device)
         with exit_on_user_error():
             if self.is_ddp:
@@ -91,6 +96,10 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
         # of finished epochs; it travels with the checkpoint
         self.logger.local_logger.my_fantastic_logging[SECONDS] = []
         self.epoch_begun: float | None = None
+
+    def initialize(self) -> None:
+        seed_everything(self.yardstick.seed)
+        super().initialize()
 
     def seconds_used(self) -> float:
         """By epochs that are over and the one that runs."""
