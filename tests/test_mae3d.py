@@ -30,7 +30,7 @@ from nnunet_csm.planning.planner import Wishes, plan
 from nnunet_csm.plans import Masking, read_configuration, to_dict
 from nnunet_csm.pretext import masking as csm_masking
 from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.mae3d import MAE3D, draw_mask
+from nnunet_csm.pretext.mae3d import MAE3D, draw_mask, without_empty_series
 from nnunet_csm.pretext.masking import num_visible, without_background
 from nnunet_csm.training.pretraining import MaskedBatches, nnUNetTrainerCSMPretrain
 
@@ -260,6 +260,17 @@ def test_cases_with_any_series_share_a_batch_each_as_likely_as_the_others():
         num_kinds.add(len(set(cases.tolist())))
     assert max(num_kinds) == 3
     assert ((counts / 2400 - 1 / 3).abs() < 5 * math.sqrt(2 / 9 / 2400)).all()
+
+
+def test_a_series_of_which_nothing_is_in_the_patch_is_not_asked_for():
+    volume = torch.randn(2, 3, *PATCH_SIZE)
+    volume[1, 2] = 0
+    present = torch.ones(2, 3, dtype=torch.bool)
+    mask = draw_mask(Draws(1, torch.arange(2)), present, math.prod(GRID_SIZE), Masking(0.75, "shared", "none"))
+    found = without_empty_series(mask, volume)
+    assert found.hidden.equal(mask.hidden) and found.visible.equal(mask.visible)
+    assert not found.rebuilt[1, 2].any()
+    assert found.rebuilt[0].equal(mask.rebuilt[0]) and found.rebuilt[1, :2].equal(mask.rebuilt[1, :2])
 
 
 def test_batches_without_background_leave_it_out():

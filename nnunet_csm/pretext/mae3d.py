@@ -55,6 +55,11 @@ class MAE3D(nn.Module):
         return Rebuilt(masked_mean(error, mask), error, predicted * scale + mean)
 
 
+def without_empty_series(mask: Mask, volume: Float[Tensor, "b s z y x"]) -> Mask:
+    """A mask that asks for no series of which nothing is in the patch: a normalised target would be a constant."""
+    return Mask(mask.hidden, mask.rebuilt & volume.flatten(2).any(2)[..., None], mask.visible)
+
+
 def moments(
     tokens: Float[Tensor, "b s l v"], counted: Bool[Tensor, "b s"]
 ) -> tuple[Float[Tensor, "b 1 l 1"], Float[Tensor, "b 1 l 1"]]:

@@ -93,6 +93,8 @@ class MaskedBatches:
         else:
             mask = draw_mask(draws, present, num_shown, num_tokens, csm.masking)
         volume = self.bank.cut(chosen, crops, patch_size)
+        if self.settings.architecture.joint_tokens:
+            mask = mae3d.without_empty_series(mask, volume)
         if csm.masking.background == "ignored":
             mask = without_background(mask, volume, self.settings.architecture.token_size)
         return volume, mask
