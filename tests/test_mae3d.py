@@ -237,14 +237,18 @@ def test_it_learns():
 
 
 def masked_batches(present, volume=None, **changes):
-    """Batches of cases known by their series; a "patch" is the case's number, or always `volume`."""
+    """Batches of cases known by their series; a patch is a voxel of each with the case's number from 1, or always `volume`."""
+
+    def cut(chosen, crops, patch_size):
+        return volume if volume is not None else ((chosen + 1.0)[:, None] * present[chosen])[:, :, None, None, None]
+
     bank: Any = SimpleNamespace(
         device=torch.device("cpu"),
         series_present=present,
         shapes=torch.full((len(present), 3), 12),
         occupancy=Occupancy.of([np.ones((2, 2, 2), bool)] * len(present)),
         reach=lambda step: None,
-        cut=lambda chosen, crops, patch_size: chosen if volume is None else volume,
+        cut=cut,
     )
     chosen = read_settings(**(JOINT | {"pretraining": {"batch_size": 8}} | changes))
     return MaskedBatches(bank, chosen, Purpose.TRAINING, range(8))
@@ -254,7 +258,8 @@ def test_cases_with_any_series_share_a_batch_each_as_likely_as_the_others():
     present = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
     make_batch, counts, num_kinds = masked_batches(present), torch.zeros(3), set()
     for step in range(300):
-        cases, mask = make_batch(0, step)
+        patches, mask = make_batch(0, step)
+        cases = patches.amax((1, 2, 3, 4)).long() - 1
         assert mask.rebuilt.any(2).equal(present[cases])
         counts += torch.bincount(cases, minlength=3)
         num_kinds.add(len(set(cases.tolist())))
