@@ -14,17 +14,15 @@ def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[T
 
 
 class SeriesProjections(nn.Module):
-    """A linear layer for each series, then the average over those that are present.
+    """A linear layer for each series, then the average over those that are present; it begins as the average.
 
-    The average alone cannot tell a place that is bright in one series from one that is bright in another; with a layer for
-    each, this is one linear layer over the features of all series side by side (docs/experiments.md, E1).
+    The average alone hardly tells a place that is bright in one series from one that is bright in another; with a layer for
+    each, this is one linear layer over the features of all series side by side (docs/experiments.md, E1 and E2).
     """
 
     def __init__(self, num_series: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_series, width, width))
-        for weight in self.weight:
-            nn.init.xavier_uniform_(weight)
+        self.weight = nn.Parameter(torch.eye(width).repeat(num_series, 1, 1))
 
     def forward(
         self, features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"], series: Sequence[int] | None = None
