@@ -191,29 +191,15 @@ def subsets(others):
 def test_ridge_is_least_squares_for_every_visible_subset(crops, hidden):
     voxels = np.concatenate([crop.reshape(4, -1) for crop in crops], axis=1).T
     exact, shrunk = RidgeBaseline(alpha=0.0).fit(crops), RidgeBaseline(alpha=0.3).fit(iter(crops))
-    volume = crops[0] + 1
+    new = (crops[0] + 1).reshape(4, -1).T
     for visible in subsets([s for s in range(4) if s != hidden]):
-        mask = np.zeros(volume.shape, bool)
-        mask[list(visible)] = True
+        ours = [new[:, visible] @ weights + mean for weights, mean in (f.coefficients(visible, hidden) for f in (exact, shrunk))]
         if not visible:
-            np.testing.assert_allclose(exact.predict(volume, mask, hidden), voxels[:, hidden].mean())
+            np.testing.assert_allclose(ours, voxels[:, hidden].mean())
             continue
-        x, y, new = voxels[:, visible], voxels[:, hidden], volume.reshape(4, -1).T[:, visible]
-        theirs = LinearRegression().fit(x, y).predict(new).reshape(volume.shape[1:])
-        np.testing.assert_allclose(exact.predict(volume, mask, hidden), theirs, rtol=1e-9)
-        theirs = Ridge(alpha=0.3 * len(y)).fit(x, y).predict(new).reshape(volume.shape[1:])
-        np.testing.assert_allclose(shrunk.predict(volume, mask, hidden), theirs, rtol=1e-9)
-
-
-def test_ridge_takes_the_map_of_each_voxel(crops):
-    baseline = RidgeBaseline().fit(crops)
-    volume = crops[2]
-    visible_voxels = np.random.default_rng(2).random(volume.shape) < 0.5
-    rebuilt = baseline.predict(volume, visible_voxels, series=1)
-    for z, y, x in np.ndindex(volume.shape[1:]):
-        visible = tuple(s for s in (0, 2, 3) if visible_voxels[s, z, y, x])
-        weights, intercept = baseline.coefficients(visible, 1)
-        assert rebuilt[z, y, x] == pytest.approx(weights @ volume[list(visible), z, y, x] + intercept)
+        x, y = voxels[:, visible], voxels[:, hidden]
+        for one, theirs in zip(ours, (LinearRegression(), Ridge(alpha=0.3 * len(y))), strict=True):
+            np.testing.assert_allclose(one, theirs.fit(x, y).predict(new[:, visible]), rtol=1e-9)
 
 
 def test_ridge_leaves_out_crops_without_a_series(crops):

@@ -35,7 +35,18 @@ from nnunet_csm.evaluation.plateau import judge
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
 from nnunet_csm.evaluation.token_regression import TokenRidge, cell_size
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.training.probe import HiddenTokens, LabelledPatches, draw_starts, label_file, place_features
+from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.training.probe import (
+    HiddenErrors,
+    HiddenTokens,
+    LabelledPatches,
+    Probe,
+    draw_starts,
+    fit_linear_maps,
+    label_file,
+    place_features,
+    samples_at_a_time,
+)
 
 EPOCHS = np.arange(40)
 MEAN, LINEAR = 1.0, 0.6
@@ -83,6 +94,16 @@ def test_few_epochs_are_too_early_and_a_run_above_the_linear_map_is_useless_only
     assert "learning_rate" in str(verdict)
     # nothing is known to compare with
     assert not judge(stuck, 12, math.nan, math.nan).worse_than_linear
+
+
+@pytest.mark.parametrize("errors", [curve(20.0), curve(3.0), 0.4 + 0.002 * (EPOCHS - 20.0) ** 2 / 4])
+def test_epochs_from_before_there_were_probes_shift_the_others_and_are_not_judged(errors: np.ndarray) -> None:
+    alone, padded = (judge([math.nan] * num + list(errors), 100, MEAN, LINEAR) for num in (0, 7))
+    assert (padded.trend, padded.since, padded.gain) == (alone.trend, alone.since + 7, alone.gain)
+    assert padded.share == pytest.approx(0.47)
+    for num in (0, 5):
+        early = judge([math.nan] * 40 + list(errors[:num]), 100, MEAN, LINEAR)
+        assert (early.trend, early.since) == ("early", 39 + num)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -155,6 +176,44 @@ def test_the_token_map_is_the_ridge_regression_of_what_the_voxelwise_map_leaves_
     np.testing.assert_allclose((token_linear - linear)[:, 2, 0].numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("telling", [True, False])
+def test_one_huge_batch_is_held_out_in_part(telling: bool) -> None:
+    tokens = correlated(5000) if telling else torch.randn(5000, 3, 16, generator=torch.Generator().manual_seed(2))
+    ridge = TokenRidge(voxelwise(tokens), TOKEN_SIZE).fit([(tokens, torch.ones_like(tokens, dtype=torch.bool))])
+    assert math.isinf(ridge.alpha) != telling
+    # what was held out to choose is fitted to in the end
+    assert ridge.num_tokens == 5000
+
+
+def test_maps_of_an_earlier_fit_are_forgotten() -> None:
+    noise, tokens = torch.randn(400, 3, 16, generator=torch.Generator().manual_seed(2)), correlated()
+    inside = torch.ones(100, 3, 16, dtype=torch.bool)
+    ridge = TokenRidge(voxelwise(tokens), TOKEN_SIZE).fit([(part, inside) for part in noise.split(100)], (0.1,))
+    ridge.estimates(tokens[:, :, None], torch.ones(400, 3, 1, dtype=torch.bool))
+    ridge.fit([(part, inside) for part in tokens.split(100)], (0.1, math.inf))
+    assert ridge.alpha == 0.1
+
+
+def test_too_few_tokens_to_hold_any_out_are_an_error() -> None:
+    tokens = correlated(50)
+    inside = torch.ones_like(tokens, dtype=torch.bool)
+    with pytest.raises(UserError, match="too few patches hold every series"):
+        TokenRidge(voxelwise(tokens), TOKEN_SIZE).fit([(tokens[:0], inside[:0]), (tokens, inside)])
+
+
+def test_every_voxel_has_the_voxelwise_map_of_what_is_visible_at_its_place() -> None:
+    tokens = correlated(20)
+    patch = tokens.unflatten(0, (4, 5)).transpose(1, 2)
+    visible = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    ridge = fitted(correlated())
+    linear, _ = ridge.estimates(patch, visible)
+    for b, s, place in np.ndindex(4, 3, 5):
+        shown = tuple(other for other in range(3) if other != s and visible[b, other, place])
+        weights, intercept = ridge.voxelwise.coefficients(shown, s)
+        by_hand = torch.from_numpy(weights).float() @ patch[b, list(shown), place] + intercept
+        torch.testing.assert_close(linear[b, s, place], by_hand)
+
+
 def test_it_sees_what_a_voxelwise_map_cannot_and_only_what_is_visible() -> None:
     ridge, fresh = fitted(correlated()), correlated(seed=1)
     visible = torch.ones(len(fresh), 3, 1, dtype=torch.bool)
@@ -178,10 +237,10 @@ def test_voxels_that_are_not_scored_are_no_targets() -> None:
     tokens = correlated()
     inside = torch.ones_like(tokens, dtype=torch.bool)
     inside[..., ::2] = False
-    ridge = TokenRidge(voxelwise(tokens), TOKEN_SIZE).fit([(tokens, inside)], (0.1,))
+    ridge = TokenRidge(voxelwise(tokens), TOKEN_SIZE).fit(zip(tokens.split(200), inside.split(200), strict=True), (0.1,))
     spoiled = tokens.clone()
     spoiled[:, 2, ::2] += 1000
-    other = TokenRidge(ridge.voxelwise, TOKEN_SIZE).fit([(spoiled, inside)], (0.1,))
+    other = TokenRidge(ridge.voxelwise, TOKEN_SIZE).fit(zip(spoiled.split(200), inside.split(200), strict=True), (0.1,))
     visible = torch.tensor([True, True, False])[None, :, None].expand(len(tokens), -1, 1)
     one, two = (fit.estimates(tokens[:, :, None], visible)[1][:, 2] for fit in (ridge, other))
     torch.testing.assert_close(one, two)
@@ -212,6 +271,10 @@ def test_average_precision_of_features_that_tell_and_that_do_not() -> None:
     assert average_precision(telling[0], labels, telling[1], fresh) > 0.99
     assert average_precision(noise[0], labels, noise[1], fresh) == pytest.approx(0.2, abs=0.05)
     assert math.isnan(average_precision(noise[0], labels, noise[1], np.zeros(2000, dtype=bool)))
+    for bad in (math.nan, math.inf):
+        diverged = np.where(np.arange(5) == 2, bad, noise[0])
+        assert math.isnan(average_precision(diverged, labels, noise[1], fresh))
+        assert math.isnan(average_precision(noise[1], labels, diverged, fresh))
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -286,6 +349,42 @@ def test_with_normalised_targets_maps_know_neither_mean_nor_deviation() -> None:
     assert float(present.mean(-1).abs().max()) < 1e-4
     assert not truth.truth[~truth.present].any() and not truth.inside[~truth.present].any()
     assert float(HiddenTokens.of(volume, plain).truth.mean()) > 3
+
+
+def masked_batch(settings: Any, num: int) -> tuple[torch.Tensor, Mask]:
+    """Of each sample one series is hidden whole, others in part."""
+    draws = torch.Generator().manual_seed(0)
+    volume = torch.randn(num, 3, *settings.csm.pretraining_patch_size, generator=draws)
+    hidden = torch.rand(num, 3, math.prod(settings.pretraining_grid), generator=draws) < 0.5
+    hidden[:, 1] = True
+    # which tokens the network sees, and which enter the loss, plays no part here
+    return volume, Mask(hidden, hidden, torch.zeros(num, 0, dtype=torch.long))
+
+
+def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = factories.settings()
+    most = samples_at_a_time(settings)
+    volume, mask = masked_batch(settings, 3 * most + 1)
+    whole = HiddenTokens.of(volume, settings)
+    kinds = kinds_of(mask.hidden, whole.present)
+    sizes: list[int] = []
+    of = HiddenTokens.of
+    monkeypatch.setattr(HiddenTokens, "of", lambda some, s: sizes.append(len(some)) or of(some, s))
+    maps = fit_linear_maps(lambda _: volume, settings, torch.device("cpu"))
+    errors = HiddenErrors(settings, maps, torch.device("cpu"))
+    errors.add(volume, mask, whole.truth + 2)
+    assert max(sizes) == most
+    assert torch.equal(errors.counts, num_voxels(whole.inside, kinds))
+    torch.testing.assert_close(errors.sums["network"], 4 * errors.counts)
+    for name, estimate in zip(("linear", "token_linear"), maps.estimates(whole.truth, ~mask.hidden), strict=True):
+        torch.testing.assert_close(errors.sums[name], squared_errors(whole.truth, estimate, whole.inside, kinds))
+
+
+@pytest.mark.parametrize(("hidden_series", "judged"), [("rebuilt", HIDDEN_WHOLE), ("ignored", HIDDEN_PART)])
+def test_a_run_is_judged_by_what_it_learns_to_rebuild(hidden_series: str, judged: str) -> None:
+    settings = factories.settings(masking={"hidden_series": hidden_series})
+    probe = Probe(settings, None, [masked_batch(settings, 2)], torch.device("cpu"))
+    assert KINDS[probe.judged] == judged
 
 
 @pytest.fixture
@@ -381,6 +480,28 @@ def test_a_run_that_was_killed_and_goes_on_writes_the_same_rows_but_for_time(mak
     columns = [name for name in expected if name != "lesion_precision"]
     pd.testing.assert_frame_equal(pd.read_csv(path)[columns], expected[columns])
     assert not list(path.parent.glob(".probe*"))
+
+
+@pytest.mark.parametrize("place", ["fit_linear_maps", "TokenRidge.estimates", "draw_linear_probe"])
+def test_without_memory_for_a_comparison_it_says_so_and_goes_on(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
+
+    monkeypatch.setattr(f"nnunet_csm.training.pretraining.{place}", fail)
+    trainer = make_trainer()
+    trainer.initialize()
+    trainer.open_banks()
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *line, **_: said.append(" ".join(map(str, line))))
+    probe = trainer.start_probe()
+    missing = "No linear probe" if place == "draw_linear_probe" else "No comparison with linear maps"
+    assert [line for line in said if "out of memory" in line] == [f"{missing}: CUDA out of memory. Tried to allocate 2 GiB."]
+    assert (probe.linear_probe is None) == (place == "draw_linear_probe")
+    assert np.isnan(probe.baselines["linear"]).all() == (place != "draw_linear_probe")
+    # errors of the network are still judged, by the kind that they would be
+    assert KINDS[probe.judged] == HIDDEN_WHOLE
 
 
 def test_without_labels_it_says_so(

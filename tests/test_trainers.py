@@ -131,6 +131,65 @@ def test_a_missing_encoder_is_an_error_that_offers_fold_all(
     assert "fold_all" in finetuner.encoder_source
 
 
+def test_an_encoder_of_a_stopped_pretraining_is_offered_by_its_path(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunet_csm.errors import UserError
+
+    pretrainer = make_trainer(True)
+    kill_in(pretrainer, epoch=1, step=0)
+    with pytest.raises(KilledError):
+        pretrainer.run_training()
+    finetuner = make_trainer(False)
+    finetuner.initialize()
+    with pytest.raises(UserError, match="no pretrained encoder; finish the pretraining") as error:
+        finetuner.on_fresh_start()
+    offered = f"{pretrainer.output_folder}/checkpoint_best.pth"
+    assert f"nnUNet_csm_encoder={offered}" in str(error.value)
+    monkeypatch.setenv("nnUNet_csm_encoder", offered)
+    finetuner.on_fresh_start()
+    assert finetuner.encoder_source == offered
+
+
+@pytest.mark.parametrize("splits_file", ["splits_final.json", "csm_splits.json"])
+def test_folds_are_those_of_the_file_and_an_encoder_that_saw_their_test_cases_is_warned_about(
+    make_trainer: Callable[..., Any],
+    planned_dataset: PlannedDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    splits_file: str,
+) -> None:
+    preprocessed = tmp_path / "nnUNet_preprocessed"
+    shutil.copytree(planned_dataset.folders.preprocessed, preprocessed)
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+    folder = preprocessed / planned_dataset.name
+    names = sorted(f.name.removesuffix(".nii.gz") for f in (folder / "gt_segmentations").glob("*.nii.gz"))
+    folds = [{"train": names[:3], "val": names[3:4], "test": names[4:]}, {"train": names[:5], "val": names[5:]}]
+    for name in {"splits_final.json", splits_file}:
+        (folder / name).write_text(json.dumps(folds))
+    # an encoder that saw a test case of fold 0, and no other held-out one of either fold
+    pretrainer = make_trainer(True, splits=splits_file)
+    pretrainer.initialize()
+    pretrainer.open_banks()
+    saw = [f"{planned_dataset.name}/{case}" for case in names[:3] + names[4:5]]
+    monkeypatch.setattr(pretrainer, "provenance", lambda: {"training_cases": saw, "series": pretrainer.series})
+    pretrainer.save_checkpoint(str(tmp_path / "encoder.pth"))
+    monkeypatch.setenv("nnUNet_csm_encoder", str(tmp_path / "encoder.pth"))
+    for fold, held_out in ((0, names[3:]), (1, names[5:])):
+        finetuner = make_trainer(False, fold, splits=splits_file)
+        finetuner.initialize()
+        assert list(finetuner.held_out_cases()) == held_out
+        capsys.readouterr()
+        finetuner.on_fresh_start()
+        assert ("saw the images (never the labels) of 1 held-out cases" in capsys.readouterr().out) == (fold == 0)
+    beyond = make_trainer(False, 2, splits=splits_file)
+    with pytest.raises(SystemExit) as stop:
+        beyond.do_split()
+    assert stop.value.code == 2
+    assert f"{splits_file}: has 2 folds, fold 2 is not among them" in capsys.readouterr().err
+
+
 def test_weights_given_by_hand_stay_in_charge(make_trainer: Callable[..., Any]) -> None:
     finetuner = make_trainer(False)
     finetuner.initialize()

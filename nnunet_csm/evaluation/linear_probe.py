@@ -30,8 +30,11 @@ def average_precision(
 ) -> float:
     """Of a logistic regression fitted on the training tokens, on all validation tokens together.
 
-    Its ridge is chosen on every other training subject. NaN when either side lacks tokens of a class.
+    Its ridge is chosen on every other training subject. NaN when either side lacks tokens of a class, or when features are not
+    finite: those of a network that diverged.
     """
+    if not (np.isfinite(training).all() and np.isfinite(validation).all()):
+        return float("nan")
     odd = np.isin(labels.subject, np.unique(labels.subject)[1::2])
     if not (_both(labels.lesion) and _both(lesion)):
         return float("nan")

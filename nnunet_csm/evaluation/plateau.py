@@ -37,10 +37,13 @@ class Verdict:
 
     def __str__(self) -> str:
         said = {
-            "early": f"too early to tell after {self.since + 1} epochs",
+            "early": f"too early to tell with fewer than {MIN_EPOCHS} epochs",
             "falling": f"still falling: {self.gain:.0%} of what was learned came in the last third of the epochs",
             "flat": f"flat since epoch {self.since}: stopping would cost little",
-            "rising": f"rising since epoch {self.since}: stop, and take checkpoint_best.pth",
+            "rising": (
+                f"rising since epoch {self.since}: stopping would cost nothing; nnUNet_csm_encoder=PATH/checkpoint_best.pth "
+                "fine-tunes from the epoch of the lowest val_loss"
+            ),
         }[self.trend]
         if not self.worse_than_linear:
             return said
@@ -57,17 +60,20 @@ def judge(errors: Sequence[float], num_epochs: int, reference: float, linear: fl
     It is compared with what was learned: how far the lowest error is below the reference.
 
     Args:
-        errors: of the epochs so far, at least one, finite.
+        errors: of the epochs so far, at least one. The first may be NaN, those of a run begun before there were probes: they
+            count as epochs and are not judged.
         num_epochs: of the schedule.
         reference: error of an estimate that has learned nothing (the mean); NaN when unknown, then the first error.
         linear: of the voxel-wise linear map; NaN when unknown.
     """
-    history = np.asarray(errors, dtype=float)
-    num = len(history)
-    share = num / num_epochs
-    worse = bool(share > WARM and np.median(history[-3:]) > linear)
+    known = np.isfinite(errors)
+    begun = int(known.argmax()) if known.any() else len(known)
+    history = np.asarray(errors, dtype=float)[begun:]
+    num, final = len(history), len(errors) - 1
+    share = len(errors) / num_epochs
+    worse = bool(share > WARM and num > 0 and np.median(history[-3:]) > linear)
     if num < MIN_EPOCHS:
-        return Verdict("early", num - 1, float("nan"), share, worse)
+        return Verdict("early", final, float("nan"), share, worse)
     last = history[-(num // 3 + 1) :]
     first, second = np.triu_indices(len(last), 1)
     slope = float(np.median((last[second] - last[first]) / (second - first)))
@@ -75,8 +81,8 @@ def judge(errors: Sequence[float], num_epochs: int, reference: float, linear: fl
     learned = max(reference - history.min(), LEAST_LEARNED * abs(reference), np.finfo(float).tiny)
     gain = -slope * (len(last) - 1) / learned
     if gain > FLAT:
-        return Verdict("falling", num - 1, gain, share, worse)
+        return Verdict("falling", final, gain, share, worse)
     if gain < -FLAT:
-        return Verdict("rising", int(history.argmin()), gain, share, worse)
+        return Verdict("rising", begun + int(history.argmin()), gain, share, worse)
     smooth = np.array([np.median(history[max(0, at - 1) : at + 2]) for at in range(num)])
-    return Verdict("flat", int(np.argmax(smooth <= smooth.min() + FLAT * learned)), gain, share, worse)
+    return Verdict("flat", begun + int(np.argmax(smooth <= smooth.min() + FLAT * learned)), gain, share, worse)

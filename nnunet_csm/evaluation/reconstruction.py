@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from nnunet_csm.errors import UserError
 
@@ -63,24 +63,3 @@ class RidgeBaseline:
         v = list(visible)
         weights = np.linalg.solve(self.covariance[np.ix_(v, v)] + self.alpha * np.eye(len(v)), self.covariance[v, hidden])
         return weights, float(self.mean[hidden] - weights @ self.mean[v])
-
-    def predict(
-        self, volume: Float[np.ndarray, "s z y x"], visible_voxels: Bool[np.ndarray, "s z y x"], series: int
-    ) -> Float[np.ndarray, "z y x"]:
-        """Series number `series` from the other series' voxels that are visible at the same place; its mean where none is.
-
-        Whether `series` itself is visible plays no part.
-        """
-        assert volume.shape == visible_voxels.shape and len(volume) == len(self.mean)
-        others = [other for other in range(len(volume)) if other != series]
-        # The set of visible series at a voxel as the bits of a number, so that each set that occurs is solved once.
-        sets = np.zeros(volume.shape[1:], dtype=np.int64)
-        for bit, other in enumerate(others):
-            sets |= visible_voxels[other].astype(np.int64) << bit
-        rebuilt = np.empty(volume.shape[1:], dtype=np.float64)
-        for number in np.unique(sets):
-            visible = tuple(other for bit, other in enumerate(others) if number >> bit & 1)
-            weights, intercept = self.coefficients(visible, series)
-            here = sets == number
-            rebuilt[here] = weights @ volume[list(visible)][:, here] + intercept
-        return rebuilt

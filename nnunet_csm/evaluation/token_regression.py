@@ -1,7 +1,7 @@
 """The best linear map from the visible tokens of a place to a hidden token there: what a network is to beat."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
 from nnunet_csm.model.tokens import Size, to_volume
 
@@ -16,7 +17,9 @@ from nnunet_csm.model.tokens import Size, to_volume
 MAX_BYTES, MAX_INPUTS = 2**29, 1024
 # tokens that are looked at
 MAX_TOKENS = 20_000
-# the last of so many batches is held out to choose the shrinkage
+# at a time, which bounds memory
+CHUNK = 2_000
+# one of so many chunks is held out to choose the shrinkage
 HELD_OUT = 4
 # in units of the mean variance of an input; with an infinite one, the voxel-wise map is left
 ALPHAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
@@ -33,7 +36,7 @@ class TokenRidge:
     Voxels that are not scored (background) are no targets: there the voxel-wise map is taken to leave over nothing.
 
     Attributes:
-        alpha: the best of those offered, on batches that are held out from the fit, with all other series visible.
+        alpha: the best of those offered, on chunks that are held out from the fit, with all other series visible.
     """
 
     def __init__(self, voxelwise: RidgeBaseline, token_size: Size, max_inputs: int = MAX_INPUTS) -> None:
@@ -47,28 +50,36 @@ class TokenRidge:
     def fit(
         self, batches: Iterable[tuple[Float[Tensor, "_n s v"], Bool[Tensor, "_n s v"]]], alphas: Sequence[float] = ALPHAS
     ) -> "TokenRidge":
-        """Choose alpha, then fit to all batches; forgets an earlier fit.
+        """Choose alpha, then fit to all tokens; forgets an earlier fit.
 
         Args:
-            batches: tokens of places at which every series is present, and their voxels that are scored. After `MAX_TOKENS` of
-                them no more are asked for.
+            batches: tokens of places at which every series is present, and their voxels that are scored. After about
+                `MAX_TOKENS` of them no more are asked for. Batches of more than `CHUNK` are cut; what is held out are whole
+                batches, or chunks of them.
             alphas: to choose from.
+
+        Raises:
+            UserError: fewer than two batches with tokens, and none that could be cut, so that nothing can be held out.
         """
         num_tokens = 0
         held_out: list[tuple[Tensor, Tensor]] = []
         self._forget()
-        for number, (tokens, inside) in enumerate(batches, start=1):
-            if number % HELD_OUT:
-                self._add(tokens, inside)
-            else:
+        for number, (tokens, inside) in enumerate(chunks(batches)):
+            # the second of every few, so that two are enough
+            if number % HELD_OUT == 1:
                 held_out.append((tokens, inside))
+            else:
+                self._add(tokens, inside)
             num_tokens += len(tokens)
             if num_tokens >= MAX_TOKENS:
                 break
-        errors = {alpha: sum(self._error(*batch, alpha) for batch in held_out) for alpha in alphas}
+        if not held_out:
+            raise UserError("too few patches hold every series to choose a linear map of tokens by")
+        errors = {alpha: sum(self._error(*chunk, alpha) for chunk in held_out) for alpha in alphas}
         self.alpha = min(errors, key=errors.__getitem__)
-        for batch in held_out:
-            self._add(*batch)
+        for chunk in held_out:
+            self._add(*chunk)
+        # of the fit without what was held out
         self._map.cache_clear()
         return self
 
@@ -133,6 +144,7 @@ class TokenRidge:
 
     def _forget(self) -> None:
         self.num_tokens = 0
+        self._map.cache_clear()
         # digits: what is summed up lies around zero
         self.shift = torch.from_numpy(self.voxelwise.mean).double()[:, None]
 
@@ -150,17 +162,25 @@ class TokenRidge:
             self.products = inputs.new_zeros(self.num_series, *inputs.shape[1:], *with_one.shape[1:])
         self.num_tokens += len(tokens)
         self.inputs += inputs.sum(0)
-        self.among += (flat.T @ flat).view_as(self.among)
+        # in place: the products are as large as all that is kept
+        self.among.view(flat.shape[1], -1).addmm_(flat.T, flat)
         for series in range(self.num_series):
             scored = with_one * inside[:, series, None]
             self.sums[series] += scored.sum(0)
-            self.products[series] += (flat.T @ scored.flatten(1)).view_as(self.products[series])
+            self.products[series].view(flat.shape[1], -1).addmm_(flat.T, scored.flatten(1))
 
     def _pooled(self, tokens: Float[Tensor, "n s v"]) -> Float[Tensor, "n s d"]:
         """Means of cells."""
         if math.prod(self.cell) == 1:
             return tokens
         return avg_pool3d(to_volume(tokens[:, :, None], (1, 1, 1), self.token_size), self.cell).flatten(2)
+
+
+def chunks(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, each cut into parts of at most `CHUNK` along the first axis; none is empty."""
+    for tokens, inside in batches:
+        if len(tokens):
+            yield from zip(tokens.split(CHUNK), inside.split(CHUNK), strict=True)
 
 
 def cell_size(token_size: Size, max_cells: int) -> Size:

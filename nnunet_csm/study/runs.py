@@ -107,6 +107,7 @@ class Expansion:
         self.table = dataset.classes if study.task == "classification" else dataset.table
         self.divisions = divide(self.table, study.repeats)
         self.result = Runs()
+        self.named_splits: dict[tuple[float, int], str] = {}
         self.own = [arm for arm in study.arms if arm.nnunet is None]
         self.check()
 
@@ -247,19 +248,15 @@ class Expansion:
     def add_yardstick(self, arm: Arm, share: float) -> None:
         """Stock nnU-Net, once the times of the arm it is beside are known."""
         assert arm.nnunet is not None
-        like = [row for row in self.result.rows if (row.arm, row.labels) == (arm.nnunet.minutes_of, share)]
-        seconds: list[float] = []
-        for row in like:
-            run = self.result.runs[row.run]
-            stages = [run.id, *([run.needs] if arm.nnunet.with_pretraining and run.needs else [])]
-            if not all(stage in self.records for stage in stages):
-                seconds = []
-                break
-            seconds.append(sum(self.records[stage]["seconds"] for stage in stages))
-        if not seconds:
+        like = [self.result.runs[r.run] for r in self.result.rows if (r.arm, r.labels) == (arm.nnunet.minutes_of, share)]
+        stages = [[run.id, *([run.needs] if arm.nnunet.with_pretraining and run.needs else [])] for run in like]
+        # all of them: with other minutes it would be another run
+        if len(like) < len(self.divisions) * self.study.repeats.seeds or not all(
+            one in self.records for of_run in stages for one in of_run
+        ):
             self.result.waiting.append(f"{arm.name} with {share:.0%} of the labels: the time of {arm.nnunet.minutes_of}")
             return
-        minutes = round(float(np.mean(seconds)) / 60, 1)
+        minutes = round(float(np.mean([sum(self.records[one]["seconds"] for one in of_run) for of_run in stages])) / 60, 1)
         for fold, seed in itertools.product(range(len(self.divisions)), range(self.study.repeats.seeds)):
             plans = self.dataset.stock_plans(arm.nnunet.plans)
             plans["csm_yardstick"] = {"minutes": max(0.1, minutes), "splits": self.splits(share, seed), "seed": SEED + seed}
@@ -302,6 +299,8 @@ class Expansion:
         """The name of the file with the labelled cases of every division."""
         # all are all, whatever the seed
         seed = 0 if share == 1.0 else seed
+        if (share, seed) in self.named_splits:
+            return self.named_splits[share, seed]
         content = [
             {
                 "train": list(labelled(self.table, division, share, seed)),
@@ -312,6 +311,7 @@ class Expansion:
         ]
         name = f"splits_{self.name}_{hashed(content)}.json"
         self.result.splits[name] = content
+        self.named_splits[share, seed] = name
         return name
 
     def removed(self, arm: Arm) -> dict[str, tuple[str, ...]]:

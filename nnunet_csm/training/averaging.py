@@ -1,6 +1,5 @@
 """The exponential moving average of a network's weights, which validation and prediction may use in place of the last ones."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -38,9 +37,18 @@ class WeightAverage:
         get_ema_multi_avg_fn(decay)(list(self.weights.values()), current, step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's, with the averaged weights; a weight that the network has under several names stays one."""
+        """The network's, with the averaged weights, on the CPU: another copy might not fit on the GPU.
+
+        A weight that the network has under several names stays one.
+        """
+        copies: dict[tuple[int, torch.Size], Tensor] = {}
         with self.in_charge():
-            return copy.deepcopy(self.network.state_dict())
+            state = self.network.state_dict()
+            for tensor in state.values():
+                at = tensor.data_ptr(), tensor.shape
+                if at not in copies:
+                    copies[at] = tensor.to("cpu", copy=True)
+        return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
     @contextmanager
     def in_charge(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_csm import checkpoint
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
@@ -175,8 +175,10 @@ class CSMTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
 
     def held_out_cases(self) -> Sequence[str]:
-        """Those that scores of this fold are computed on."""
-        return self.do_split()[1]
+        """Those that scores of this fold are computed on: its validation cases, and those of a test side where there is one."""
+        validation = self.do_split()[1]
+        splits = nnunet.read_splits(Path(self.preprocessed_dataset_folder_base) / self.settings.csm.splits)
+        return [*validation, *splits[int(self.fold)].get("test", [])]
 
     def absent_series(self) -> dict[str, list[int]]:
         """Channels, by case, that hold a copy of another series and count as absent."""

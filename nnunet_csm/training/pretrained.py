@@ -33,6 +33,9 @@ def find_encoder(wanted: str, output_folder: Path, trainer: str, owner: str, fol
     remedies = [f"pretrain with `nnUNetv2_train ... {folder.name.removeprefix('fold_')} -tr {PRETRAINER}`"]
     if (folder / "checkpoint_latest.pth").is_file():
         remedies = [f"finish the pretraining that was begun there with `nnUNetv2_train ... -tr {PRETRAINER} --c`"]
+    best = folder / "checkpoint_best.pth"
+    if best.is_file():
+        remedies.append(f"use the weights of its lowest validation loss so far with {ENCODER_VARIABLE}={best}")
     if (pretraining / "fold_all" / "checkpoint_final.pth").is_file():
         remedies.append(f"use that of fold all, which saw this fold's validation images, with {ENCODER_VARIABLE}=all")
     remedies.append(f"train from scratch with {ENCODER_VARIABLE}=scratch")

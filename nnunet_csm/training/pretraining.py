@@ -221,11 +221,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def start_probe(self) -> Probe:
         """Fit what the run is compared with; on rank 0, on the patches of all ranks."""
         started = time.monotonic()
-        validation = MaskedBatches(self.val_batches.bank, self.settings, Purpose.VALIDATION, range(self.schedule.batch_size))
-        batches = (self.on_device(validation(0, step)) for step in range(self.num_val_iterations_per_epoch))
-        probe = Probe(self.settings, self.linear_maps, batches)
+        probe = self.comparison()
         try:
-            probe.linear_probe = draw_linear_probe(
+            linear_probe = draw_linear_probe(
                 self.train_batches.bank,
                 self.val_batches.bank,
                 self.settings,
@@ -234,11 +232,26 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
                 self.autocast,
                 self.batch_size,
             )
-            probe.linear_probe.untrained = probe.linear_probe.of(self.untrained_encoder())
-        except UserError as error:
-            self.print_to_log_file(f"No linear probe: {error}")
+            linear_probe.untrained = linear_probe.of(self.untrained_encoder())
+            probe.linear_probe = linear_probe
+        except (UserError, torch.OutOfMemoryError) as error:
+            self.print_to_log_file(f"No linear probe: {str(error).splitlines()[0]}")
         self.print_to_log_file(f"Probe ready after {time.monotonic() - started:.0f} s")
         return probe
+
+    def comparison(self) -> Probe:
+        """With errors of linear maps, as far as the memory that training leaves them will do."""
+        validation = MaskedBatches(self.val_batches.bank, self.settings, Purpose.VALIDATION, range(self.schedule.batch_size))
+
+        def batches() -> Iterator[tuple[Tensor, Mask]]:
+            return (validation(0, step) for step in range(self.num_val_iterations_per_epoch))
+
+        try:
+            return Probe(self.settings, self.linear_maps, batches(), self.device)
+        except torch.OutOfMemoryError as error:
+            self.print_to_log_file(f"No comparison with linear maps: {str(error).splitlines()[0]}")
+            self.linear_maps = None
+        return Probe(self.settings, None, batches(), self.device)
 
     def untrained_encoder(self) -> Encoder:
         """As `initialize` made it, whatever has been learned since."""
@@ -251,12 +264,12 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     @cached_property
     def linear_maps(self) -> TokenRidge | None:
-        """Fitted on patches of training cases; None when none of them holds every series."""
+        """Fitted on patches of training cases; None when hardly any of them holds every series, or memory does not do."""
         batches = MaskedBatches(self.train_batches.bank, self.settings, Purpose.TRAINING, range(self.schedule.batch_size))
         try:
-            return fit_linear_maps(lambda step: self.on_device(batches(0, step))[0], self.settings)
-        except UserError as error:
-            self.print_to_log_file(f"No comparison with linear maps: {error}")
+            return fit_linear_maps(lambda step: batches(0, step)[0], self.settings, self.device)
+        except (UserError, torch.OutOfMemoryError) as error:
+            self.print_to_log_file(f"No comparison with linear maps: {str(error).splitlines()[0]}")
             return None
 
     def before_step(self) -> None:
@@ -397,7 +410,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
         self.print_to_log_file("Comparing reconstructions of validation cases with linear maps ...")
-        errors = HiddenErrors(self.settings, self.linear_maps)
+        errors = HiddenErrors(self.settings, self.linear_maps, self.device)
         self.network.eval()
         with torch.no_grad():
             for step in range(max(4, math.ceil(NUM_COMPARED / self.batch_size))):

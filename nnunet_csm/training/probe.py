@@ -35,7 +35,7 @@ from nnunet_csm.evaluation.hidden import (
 from nnunet_csm.evaluation.linear_probe import LabelledTokens, average_precision
 from nnunet_csm.evaluation.plateau import Verdict, judge
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
-from nnunet_csm.evaluation.token_regression import HELD_OUT, MAX_TOKENS, TokenRidge
+from nnunet_csm.evaluation.token_regression import CHUNK, HELD_OUT, MAX_TOKENS, TokenRidge
 from nnunet_csm.figures.curves import Panel
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.fusion import mean_over_present
@@ -95,30 +95,42 @@ class HiddenTokens:
         return squared_errors(self.truth, (rebuilt.float() - self.shift) / self.scale, self.inside, kinds)
 
 
-def fit_linear_maps(volume: Callable[[int], Tensor], settings: Configuration) -> TokenRidge:
-    """The voxel-wise and the per-token ridge regression, on patches of training cases; each batch is asked for twice.
+def samples_at_a_time(settings: Configuration) -> int:
+    """So many that memory does not grow with the batch: linear maps work on all voxels in full precision."""
+    return max(1, min(CHUNK // math.prod(settings.pretraining_grid), settings.csm.pretraining.batch_size // HELD_OUT))
+
+
+def fit_linear_maps(volume: Callable[[int], Tensor], settings: Configuration, device: torch.device) -> TokenRidge:
+    """The voxel-wise and the per-token ridge regression, on patches of training cases.
+
+    Args:
+        volume: a batch by its number, anywhere; each is asked for twice.
+        settings: of the run.
+        device: where the maps are fitted, to some samples at a time.
 
     Raises:
-        UserError: no patch holds every series.
+        UserError: no patch, or hardly one, holds every series.
     """
 
     # some are background, or lack a series
     num_patches = min(2 * MAX_TOKENS // math.prod(settings.pretraining_grid), MAX_FITTED)
     num_batches = max(HELD_OUT, math.ceil(num_patches / settings.csm.pretraining.batch_size))
 
-    def batches() -> Iterator[HiddenTokens]:
-        return (HiddenTokens.of(volume(number), settings) for number in range(num_batches))
+    def parts() -> Iterator[HiddenTokens]:
+        for number in range(num_batches):
+            for part in volume(number).split(samples_at_a_time(settings)):
+                yield HiddenTokens.of(part.to(device), settings)
 
     def voxels() -> Iterator[np.ndarray]:
-        for batch in batches():
-            for truth, inside in zip(batch.truth, batch.inside.any(1), strict=True):
+        for part in parts():
+            for truth, inside in zip(part.truth, part.inside.any(1), strict=True):
                 if inside.any():
                     yield truth[:, inside].cpu().numpy()[:, :, None, None]
 
     def tokens() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches():
-            full = batch.present.all(1)
-            truth, inside = (t[full].transpose(1, 2).flatten(0, 1) for t in (batch.truth, batch.inside))
+        for part in parts():
+            full = part.present.all(1)
+            truth, inside = (t[full].transpose(1, 2).flatten(0, 1) for t in (part.truth, part.inside))
             somewhere = inside.flatten(1).any(1)
             yield truth[somewhere], inside[somewhere]
 
@@ -147,16 +159,26 @@ def validation_sums(
 
 
 class HiddenErrors:
-    """Sums of squared errors on hidden tokens over some batches: of the network, and of the linear maps when there are any."""
+    """Sums of squared errors on hidden tokens over some batches: of the network, and of the linear maps when there are any.
 
-    def __init__(self, settings: Configuration, maps: TokenRidge | None) -> None:
-        self.settings, self.maps = settings, maps
+    They are summed up on `device`, some samples at a time.
+    """
+
+    def __init__(self, settings: Configuration, maps: TokenRidge | None, device: torch.device) -> None:
+        self.settings, self.maps, self.device = settings, maps, device
         self.series = settings.pretraining_architecture.series
         self.counts = torch.zeros(len(KINDS), len(self.series), dtype=torch.double)
         self.sums: dict[str, Tensor] = {}
 
     def add(self, volume: Float[Tensor, "b s z y x"], mask: Mask, rebuilt: Float[Tensor, "b s l v"] | None = None) -> None:
-        """Score a batch; without `rebuilt`, the linear maps only."""
+        """Score a batch, wherever it is; without `rebuilt`, the linear maps only."""
+        num = samples_at_a_time(self.settings)
+        for first in range(0, len(volume), num):
+            part = slice(first, first + num)
+            some = None if rebuilt is None else rebuilt[part].to(self.device)
+            self._add_part(volume[part].to(self.device), mask[part].to(self.device), some)
+
+    def _add_part(self, volume: Tensor, mask: Mask, rebuilt: Tensor | None) -> None:
         batch = HiddenTokens.of(volume, self.settings)
         kinds = kinds_of(mask.hidden, batch.present)
         self.counts += num_voxels(batch.inside, kinds).cpu()
@@ -377,18 +399,21 @@ class Probe:
         linear_probe: None when there are no labels.
     """
 
-    def __init__(self, settings: Configuration, maps: TokenRidge | None, batches: Iterable[tuple[Tensor, Mask]]) -> None:
+    def __init__(
+        self, settings: Configuration, maps: TokenRidge | None, batches: Iterable[tuple[Tensor, Mask]], device: torch.device
+    ) -> None:
         self.settings = settings
         self.linear_probe: LinearProbe | None = None
-        errors = HiddenErrors(settings, maps)
+        errors = HiddenErrors(settings, maps, device)
         for batch in batches:
             errors.add(*batch)
         nothing = torch.full_like(errors.counts, float("nan"))
         by_kind = {name: errors.sums.get(name, nothing).sum(1) / errors.counts.sum(1) for name in ESTIMATES}
         self.baselines: dict[str, list[float]] = {name: values.tolist() for name, values in by_kind.items()}
-        # what cross-series learning is about; with one series, or joint tokens, none is hidden whole
-        whole = KINDS.index(HIDDEN_WHOLE)
-        self.judged = whole if errors.counts[whole].sum() else KINDS.index(HIDDEN_PART)
+        # what cross-series learning is about; with one series, or joint tokens, none is hidden whole, and where those that are
+        # stay out of the loss the network never learns to rebuild them
+        whole, learned = KINDS.index(HIDDEN_WHOLE), settings.csm.masking.hidden_series == "rebuilt"
+        self.judged = whole if learned and errors.counts[whole].sum() else KINDS.index(HIDDEN_PART)
 
     def precision(self, encoder: Encoder, epoch: int) -> float:
         """That of the linear probe, in the first and the last epoch and as often as its cost allows; NaN in others."""

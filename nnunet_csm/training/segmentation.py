@@ -137,17 +137,19 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         if absent:
             # before anything of nnU-Net's opens a case
             self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), absent)
+        if self.fold == "all":
+            return super().do_split()
         folder, splits = Path(self.preprocessed_dataset_folder_base), self.settings.csm.splits
-        if self.fold != "all" and (splits != SPLITS or not (folder / SPLITS).is_file()):
-            # nnU-Net knows one file only, and writes it under its name while another rank may read it
-            cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
-            with exit_on_user_error():
-                found = split(folder, cases, int(self.fold), splits)
-            if splits != SPLITS:
-                numbers = f"{len(found[0])} training and {len(found[1])} validation cases"
-                self.print_to_log_file(f"Fold {self.fold} of {splits}: {numbers}")
-                return found
-        return super().do_split()
+        cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(self.preprocessed_dataset_folder)
+        with exit_on_user_error():
+            # nnU-Net knows one file only, writes it under its name while another rank may read it, and splits at random for a
+            # fold that the file does not have
+            training, validation = split(folder, cases, int(self.fold), splits)
+        if splits == SPLITS:
+            return super().do_split()
+        numbers = f"{len(training)} training and {len(validation)} validation cases"
+        self.print_to_log_file(f"Fold {self.fold} of {splits}: {numbers}")
+        return training, validation
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         with no_worker_processes():
