@@ -369,7 +369,12 @@ def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(
     kinds = kinds_of(mask.hidden, whole.present)
     sizes: list[int] = []
     of = HiddenTokens.of
-    monkeypatch.setattr(HiddenTokens, "of", lambda some, s: sizes.append(len(some)) or of(some, s))
+
+    def counted(some: torch.Tensor, s: Any) -> HiddenTokens:
+        sizes.append(len(some))
+        return of(some, s)
+
+    monkeypatch.setattr(HiddenTokens, "of", counted)
     maps = fit_linear_maps(lambda _: volume, settings, torch.device("cpu"))
     errors = HiddenErrors(settings, maps, torch.device("cpu"))
     errors.add(volume, mask, whole.truth + 2)

@@ -189,17 +189,18 @@ def test_the_average_is_the_recursion_and_gives_the_network_back() -> None:
 
 
 def test_what_is_saved_is_the_average_in_copies_that_are_shared_as_in_the_network() -> None:
-    network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    network.add_module("again", network[0])
+    linear = nn.Linear(3, 3)
+    network = nn.Sequential(linear, nn.BatchNorm1d(3))
+    network.add_module("again", linear)
     average = WeightAverage(network, decay=0.5)
-    own = network[0].weight.detach().clone()
+    own = linear.weight.detach().clone()
     average.weights["0.weight"].fill_(5.0)
     saved = average.state_dict()
     assert saved.keys() == network.state_dict().keys()
     assert (saved["0.weight"] == 5.0).all() and saved["0.weight"] is saved["again.weight"]
-    assert torch.equal(network[0].weight, own)
+    assert torch.equal(linear.weight, own)
     with torch.no_grad():
-        network[0].bias.fill_(7.0)
+        linear.bias.fill_(7.0)
     assert not (saved["0.bias"] == 7.0).any()
 
 

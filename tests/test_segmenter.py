@@ -25,9 +25,10 @@ def build(series=SERIES, token_size=TOKEN_SIZE, channels=None, input_channels=No
     torch.manual_seed(0)
     channels = range(len(series)) if channels is None else channels
     network = CSMSegmenter(input_channels or len(series), NUM_CLASSES, series, channels, token_size, **{**TINY, **changes})
-    for fuse in network.fusions or ():
-        # as learned: all series begin alike
-        nn.init.xavier_normal_(fuse.weight)
+    for name, weight in network.named_parameters():
+        if name.startswith("fusions."):
+            # as learned: all series begin alike
+            nn.init.xavier_normal_(weight)
     return network.eval()
 
 
