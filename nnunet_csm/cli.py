@@ -128,13 +128,14 @@ def plan_and_preprocess(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    from nnunet_csm.training.ranks import started
+    from nnunet_csm.training.ranks import leave, started
 
     with started(args.device, args.num_gpus) as ranks, contextlib.ExitStack() as stack:
         if ranks.rank:
             # what all ranks print alike is printed once
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        return _train(args, ranks.num_ranks)
+        code = _train(args, ranks.num_ranks)
+    return leave(ranks, code)
 
 
 def _train(args: argparse.Namespace, num_ranks: int) -> int:
