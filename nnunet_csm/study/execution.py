@@ -239,6 +239,7 @@ def cluster(study: Path, device: str, parameters: Mapping[str, Any], jobs: int, 
     given = {"gpus_per_node": 1 if device == "cuda" else 0, **parameters}
     try:
         executor.update_parameters(**given)
+    # submitit's errors for parameters that it does not know, or not with this value
     except (NameError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError(f"submitit does not take {given}: {str(error).splitlines()[0]} Correct -slurm.") from None
 
