@@ -1,8 +1,11 @@
 """What every test stands on: shape checks, a quiet machine, and nnU-Net's three folders."""
 
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # before anything reads them: no worker processes for augmentation, no window for pictures
 os.environ["nnUNet_n_proc_DA"] = "0"
@@ -65,3 +68,37 @@ def planned_dataset(tmp_path_factory: pytest.TempPathFactory) -> PlannedDataset:
     dataset.check("nnUNetv2_plan_and_preprocess", "-d", "900", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
     dataset.check("nnunet_csm", "plan", "-d", "900", "-preset", str(TINY_PRESET))
     return dataset
+
+
+@pytest.fixture
+def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Trainers of the planned phantom that write to a results folder of this test's own.
+
+    `change` may edit the configuration of the plans, keywords replace keys of its `csm`.
+    """
+    from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
+    from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+
+    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
+    for folder in vars(folders).values():
+        monkeypatch.setenv(folder.name, str(folder))
+    preprocessed = folders.preprocessed / planned_dataset.name
+
+    def make(
+        pretraining: bool,
+        fold: int | str = 0,
+        resume: bool = False,
+        change: Callable[[dict[str, Any]], None] | None = None,
+        **csm: Any,
+    ) -> Any:
+        plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
+        entry = plans["configurations"]["3d_fullres"]
+        entry["csm"] |= csm
+        if change is not None:
+            change(entry)
+        plans["continue_training"] = resume
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        trainer = nnUNetTrainerCSMPretrain if pretraining else nnUNetTrainerCSM
+        return trainer(plans, "3d_fullres", fold, dataset_json, torch.device("cpu"))
+
+    return make

@@ -15,7 +15,6 @@ from factories import GRID_SIZE, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, base_plan
 from factories import settings as read_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nnunet_folders import NnunetFolders, PlannedDataset
 from torch import nn
 
 from nnunet_csm import checkpoint
@@ -32,7 +31,7 @@ from nnunet_csm.pretext import masking as csm_masking
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.mae3d import MAE3D, draw_mask, without_empty_series
 from nnunet_csm.pretext.masking import num_visible, without_background
-from nnunet_csm.training.pretraining import MaskedBatches, nnUNetTrainerCSMPretrain
+from nnunet_csm.training.pretraining import MaskedBatches
 
 NUM_TOKENS, NUM_VOXELS = math.prod(GRID_SIZE), math.prod(TOKEN_SIZE)
 MASKING = Masking(mask_ratio=0.75, places="shared", hidden_series="none")
@@ -446,33 +445,15 @@ def test_the_classifier_pools_joint_tokens(pooling):
 # --- trainers ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Trainers of the planned phantom with joint tokens, which write to a results folder of this test's own."""
-    from nnunet_csm.training.segmentation import nnUNetTrainerCSM
-
-    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
-    for folder in vars(folders).values():
-        monkeypatch.setenv(folder.name, str(folder))
-    preprocessed = folders.preprocessed / planned_dataset.name
-
-    def make(pretraining: bool, joint: bool = True) -> Any:
-        plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
-        entry = plans["configurations"]["3d_fullres"]
-        if joint:
-            entry["architecture"]["arch_kwargs"]["joint_tokens"] = True
-            entry["csm"]["masking"] |= to_dict(MASKING) | {"background": "ignored"}
-            entry["csm"]["reconstruction"]["normalize_targets"] = True
-        plans["continue_training"] = False
-        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
-        trainer = nnUNetTrainerCSMPretrain if pretraining else nnUNetTrainerCSM
-        return trainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
-
-    return make
+def as_joint(entry: dict[str, Any]) -> None:
+    """A configuration of MAE3D."""
+    entry["architecture"]["arch_kwargs"]["joint_tokens"] = True
+    entry["csm"]["masking"] |= to_dict(MASKING) | {"background": "ignored"}
+    entry["csm"]["reconstruction"]["normalize_targets"] = True
 
 
 def test_pretraining_and_finetuning_run_from_plans_alone(make_trainer: Callable[..., Any]) -> None:
-    pretrainer = make_trainer(True)
+    pretrainer = make_trainer(True, change=as_joint)
     pretrainer.run_training()
     assert isinstance(pretrainer.bare_network, MAE3D)
     log = pretrainer.logger.local_logger.my_fantastic_logging
@@ -482,16 +463,16 @@ def test_pretraining_and_finetuning_run_from_plans_alone(make_trainer: Callable[
     assert sorted(f.name for f in (Path(pretrainer.output_folder) / "reconstructions").glob("*.png"))
     pretrained = checkpoint.load(Path(pretrainer.output_folder) / "checkpoint_final.pth")["network_weights"]
 
-    finetuner = make_trainer(False)
+    finetuner = make_trainer(False, change=as_joint)
     finetuner.run_training()
     trained = checkpoint.load(Path(finetuner.output_folder) / "checkpoint_final.pth")
     assert trained["network_weights"]["encoder.embedding.weight"].shape == pretrained["encoder.embedding.weight"].shape
-    again = make_trainer(False)
+    again = make_trainer(False, change=as_joint)
     again.initialize()
     again.on_fresh_start()
     assert all(torch.equal(tensor, pretrained[f"encoder.{name}"]) for name, tensor in again.encoder.state_dict().items())
 
-    other = make_trainer(False, joint=False)
+    other = make_trainer(False)
     other.initialize()
     with pytest.raises(UserError, match="joint_tokens is True, expected False"):
         other.on_fresh_start()

@@ -1,6 +1,5 @@
 """Is a pretraining worth going on with? Errors by what was visible, linear maps, lesions in features, and when to stop."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nnunet_folders import NnunetFolders, PlannedDataset
+from nnunet_folders import PlannedDataset
 from sklearn.linear_model import Ridge
 
 from nnunet_csm.data.bank import CaseFile, open_bank
@@ -392,25 +391,6 @@ def test_a_run_is_judged_by_what_it_learns_to_rebuild(hidden_series: str, judged
     assert KINDS[probe.judged] == judged
 
 
-@pytest.fixture
-def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Pretraining of the planned phantom that writes to a results folder of this test's own."""
-    from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
-
-    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
-    for folder in vars(folders).values():
-        monkeypatch.setenv(folder.name, str(folder))
-    preprocessed = folders.preprocessed / planned_dataset.name
-
-    def make(resume: bool = False) -> Any:
-        plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
-        plans["continue_training"] = resume
-        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
-        return nnUNetTrainerCSMPretrain(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
-
-    return make
-
-
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.bare_network.state_dict().items()}
 
@@ -418,7 +398,7 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 def test_the_probe_changes_no_weight(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_csm.training import pretraining
 
-    probed = make_trainer()
+    probed = make_trainer(True)
     probed.run_training()
     probed.perform_actual_validation()
     table = pd.read_csv(Path(probed.output_folder) / "probe.csv")
@@ -430,7 +410,7 @@ def test_the_probe_changes_no_weight(make_trainer: Callable[..., Any], monkeypat
     expected = weights(probed)
     shutil.rmtree(probed.output_folder)
 
-    bare = make_trainer()
+    bare = make_trainer(True)
 
     def no_labels(*_: Any) -> None:
         raise UserError("none")
@@ -443,7 +423,7 @@ def test_the_probe_changes_no_weight(make_trainer: Callable[..., Any], monkeypat
 
 
 def test_the_untrained_encoder_is_that_of_the_start_and_no_generator_moves(make_trainer: Callable[..., Any]) -> None:
-    trainer = make_trainer()
+    trainer = make_trainer(True)
     trainer.initialize()
     trainer.open_banks()
     start = {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
@@ -461,13 +441,13 @@ def test_the_untrained_encoder_is_that_of_the_start_and_no_generator_moves(make_
 
 
 def test_a_run_that_was_killed_and_goes_on_writes_the_same_rows_but_for_time(make_trainer: Callable[..., Any]) -> None:
-    whole = make_trainer()
+    whole = make_trainer(True)
     whole.run_training()
     path = Path(whole.output_folder) / "probe.csv"
     expected = pd.read_csv(path)
     shutil.rmtree(whole.output_folder)
 
-    killed = make_trainer()
+    killed = make_trainer(True)
     step = killed.train_step
 
     def train_step(batch: Any) -> dict:
@@ -479,7 +459,7 @@ def test_a_run_that_was_killed_and_goes_on_writes_the_same_rows_but_for_time(mak
     with pytest.raises(KeyboardInterrupt):
         killed.run_training()
     assert len(pd.read_csv(path)) == 1
-    resumed = make_trainer(resume=True)
+    resumed = make_trainer(True, resume=True)
     resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
     resumed.run_training()
     columns = [name for name in expected if name != "lesion_precision"]
@@ -495,7 +475,7 @@ def test_without_memory_for_a_comparison_it_says_so_and_goes_on(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
 
     monkeypatch.setattr(f"nnunet_csm.training.pretraining.{place}", fail)
-    trainer = make_trainer()
+    trainer = make_trainer(True)
     trainer.initialize()
     trainer.open_banks()
     said: list[str] = []
@@ -516,7 +496,7 @@ def test_without_labels_it_says_so(
     shutil.copytree(planned_dataset.folders.preprocessed, preprocessed)
     for label in (preprocessed / planned_dataset.name).rglob("*_seg.b2nd"):
         label.unlink()
-    trainer = make_trainer()
+    trainer = make_trainer(True)
     monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
     trainer.initialize()
     trainer.open_banks()

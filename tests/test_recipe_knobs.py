@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, facts_of, settings
-from nnunet_folders import NnunetFolders, PlannedDataset
 from torch import nn
 
 from nnunet_csm import checkpoint
@@ -23,7 +22,6 @@ from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer
-from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 
 def segmenter(stem: Any) -> CSMSegmenter:
@@ -208,32 +206,25 @@ def test_what_is_saved_is_the_average_in_copies_that_are_shared_as_in_the_networ
 
 
 @pytest.fixture
-def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Segmentation trainers of the planned phantom with knobs set; their encoder is a file of random weights."""
-    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
-    for folder in vars(folders).values():
-        monkeypatch.setenv(folder.name, str(folder))
-    preprocessed = folders.preprocessed / planned_dataset.name
-    plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
-    dataset_json = json.loads((preprocessed / "dataset.json").read_text())
-    found = read_configuration(plans, "3d_fullres", "plans")
+def make_finetuner(make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Segmentation trainers with knobs set; their encoder is a file of random weights."""
+    bare = make_trainer(False)
     torch.manual_seed(7)
-    model = CSM(found.architecture, found.csm.reconstruction)
+    model = CSM(bare.settings.architecture, bare.settings.csm.reconstruction)
     saved = {
         "network_weights": model.state_dict(),
-        "init_args": {"plans": plans, "configuration": "3d_fullres"},
+        "init_args": {"plans": bare.plans_manager.plans, "configuration": "3d_fullres"},
         "trainer_name": "nnUNetTrainerCSMPretrain",
     }
     checkpoint.save(saved, tmp_path / "encoder.pth")
     monkeypatch.setenv("nnUNet_csm_encoder", str(tmp_path / "encoder.pth"))
 
-    def make(resume: bool = False, stem: str = "full", **knobs: Any) -> nnUNetTrainerCSM:
-        changed = json.loads(json.dumps(plans))
-        entry = changed["configurations"]["3d_fullres"]
-        entry["architecture"]["arch_kwargs"]["stem"] = stem
-        entry["csm"]["finetuning"] |= knobs
-        changed["continue_training"] = resume
-        return nnUNetTrainerCSM(changed, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    def make(resume: bool = False, stem: str = "full", **knobs: Any) -> Any:
+        def change(entry: dict[str, Any]) -> None:
+            entry["architecture"]["arch_kwargs"]["stem"] = stem
+            entry["csm"]["finetuning"] |= knobs
+
+        return make_trainer(False, resume=resume, change=change)
 
     return make
 
@@ -261,17 +252,17 @@ def kill_after(trainer: Any, num_steps: int) -> None:
     trainer.train_step = train_step
 
 
-def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_trainer: Callable[..., Any]) -> None:
+def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_finetuner: Callable[..., Any]) -> None:
     # 9 steps in 3 epochs: the kill falls between the last checkpoint and the end of the frozen part
     knobs = {"stem": "gated", "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
-    whole = make_trainer(**knobs)
+    whole = make_finetuner(**knobs)
     whole.run_training()
     expected = saved_by(whole)
-    killed = make_trainer(**knobs)
+    killed = make_finetuner(**knobs)
     kill_after(killed, 4)
     with pytest.raises(KilledError):
         killed.run_training()
-    resumed = make_trainer(resume=True, **knobs)
+    resumed = make_finetuner(resume=True, **knobs)
     resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
     assert resumed.current_epoch == 1
     resumed.run_training()
@@ -283,8 +274,8 @@ def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_trainer: Callable[.
     assert not all(torch.equal(found["learning_weights"][n], t) for n, t in found["network_weights"].items())
 
 
-def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_trainer: Callable[..., Any]) -> None:
-    trainer = make_trainer(frozen_share=0.5)
+def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_finetuner: Callable[..., Any]) -> None:
+    trainer = make_finetuner(frozen_share=0.5)
     states: list[dict[str, torch.Tensor]] = []
     original = trainer.train_step
 
@@ -307,20 +298,20 @@ def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_trainer:
     assert steps == {9, 9 - num_frozen}
 
 
-def test_from_scratch_nothing_is_frozen(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_scratch_nothing_is_frozen(make_finetuner: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
-    with_share, without = make_trainer(frozen_share=0.5), make_trainer()
+    with_share, without = make_finetuner(frozen_share=0.5), make_finetuner()
     with_share.run_training()
     expected = weights(with_share)
     without.run_training()
     assert all(torch.equal(expected[name], tensor) for name, tensor in weights(without).items())
 
 
-def test_the_average_changes_no_step_and_is_what_is_saved_and_validated(make_trainer: Callable[..., Any]) -> None:
-    plain = make_trainer()
+def test_the_average_changes_no_step_and_is_what_is_saved_and_validated(make_finetuner: Callable[..., Any]) -> None:
+    plain = make_finetuner()
     plain.run_training()
     last = saved_by(plain)
-    averaging = make_trainer(ema=0.9)
+    averaging = make_finetuner(ema=0.9)
     averaging.run_training()
     saved = saved_by(averaging)
     assert "learning_weights" not in last
@@ -332,10 +323,10 @@ def test_the_average_changes_no_step_and_is_what_is_saved_and_validated(make_tra
     assert saved["logging"]["val_losses"] != last["logging"]["val_losses"]
 
 
-def test_a_loaded_average_validates_as_the_one_that_was_saved(make_trainer: Callable[..., Any]) -> None:
-    trainer = make_trainer(ema=0.9)
+def test_a_loaded_average_validates_as_the_one_that_was_saved(make_finetuner: Callable[..., Any]) -> None:
+    trainer = make_finetuner(ema=0.9)
     trainer.run_training()
-    loaded = make_trainer(resume=True, ema=0.9)
+    loaded = make_finetuner(resume=True, ema=0.9)
     loaded.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     saved = saved_by(trainer)
     with loaded.averaged():
@@ -343,10 +334,10 @@ def test_a_loaded_average_validates_as_the_one_that_was_saved(make_trainer: Call
     assert all(torch.equal(saved["learning_weights"][name], tensor) for name, tensor in weights(loaded).items())
 
 
-def test_a_run_does_not_go_on_with_another_decay(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = make_trainer()
+def test_a_run_does_not_go_on_with_another_decay(make_finetuner: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_finetuner()
     trainer.run_training()
-    other = make_trainer(resume=True, ema=0.9)
+    other = make_finetuner(resume=True, ema=0.9)
     with pytest.raises(SystemExit) as stop:
         other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     assert stop.value.code == 2

@@ -37,12 +37,12 @@ def study(structures=("WT", "ET"), shares=(1.0, 0.1), tested=("all",), num_repea
 
 def costs():
     rows = [
-        ("pre", "pretraining", "CSM_100% & more", share, 0, 600.0, 20.0, 300_000, 432.0, "NVIDIA H200", "p")
+        ("pre", "pretraining", "CSM_100% & more", share, 0, 600.0, 20.0, 300_000, 432.0, np.nan, "NVIDIA H200", "p")
         for share in (1.0, 0.1)
     ]
-    rows += [(f"ft{share}", "fine-tuning", arm, share, 0, 120.0, 8.0, 9, 0.0, "NVIDIA H200", "p")
+    rows += [(f"ft{share}", "fine-tuning", arm, share, 0, 120.0, 8.0, 9, 0.0, 0.25, "NVIDIA H200", "p")
              for arm in ARMS for share in (1.0, 0.1)]  # fmt: skip
-    columns = "run kind arm labels repeat seconds peak_memory_gb num_crops visible_tokens device plans"
+    columns = "run kind arm labels repeat seconds peak_memory_gb num_crops visible_tokens encoder_share device plans"
     return pd.DataFrame(rows, columns=columns.split())
 
 

@@ -8,30 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nnunet_folders import NnunetFolders, PlannedDataset
-
-
-@pytest.fixture
-def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Trainers of the planned phantom that write to a results folder of this test's own."""
-    from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
-    from nnunet_csm.training.segmentation import nnUNetTrainerCSM
-
-    folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
-    for folder in vars(folders).values():
-        monkeypatch.setenv(folder.name, str(folder))
-    preprocessed = folders.preprocessed / planned_dataset.name
-
-    def make(pretraining: bool, fold: int | str = 0, resume: bool = False, **changes: Any) -> Any:
-        plans = json.loads((preprocessed / "nnUNetCSMPlans.json").read_text())
-        plans["configurations"]["3d_fullres"]["csm"] |= changes
-        plans["continue_training"] = resume
-        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
-        trainer = nnUNetTrainerCSMPretrain if pretraining else nnUNetTrainerCSM
-        made = trainer(plans, "3d_fullres", fold, dataset_json, torch.device("cpu"))
-        return made
-
-    return make
+from nnunet_folders import PlannedDataset
 
 
 def weights(folder: str, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:

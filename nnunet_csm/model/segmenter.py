@@ -167,10 +167,20 @@ class CSMSegmenter(nn.Module):
                 tokens are masked in attention, which gives the same features up to rounding. Joint tokens hold all series
                 in any case.
         """
+        volume, present = self.present_series(volume)
+        return self.decode(volume, self.encode(volume, present, shown))
+
+    def present_series(self, volume: Float[Tensor, "b n z y x"]) -> tuple[Float[Tensor, "b s z y x"], Bool[Tensor, "b s"]]:
+        """The planned series of patches with nnU-Net's channels, and which of them are present."""
         volume = self.planned_series(volume)
         present = series_present(volume)
-        volume = volume * present[:, :, None, None, None].to(volume.dtype)
-        *taps, bottleneck = self.encode(volume, present, shown)
+        return volume * present[:, :, None, None, None].to(volume.dtype), present
+
+    def decode(
+        self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b e gz gy gx"]]
+    ) -> Float[Tensor, "b c z y x"]:
+        """Logits from the voxels of the series and the features of `encode`."""
+        *taps, bottleneck = features
         skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
         return self.decoder(bottleneck, skips)
 

@@ -85,8 +85,11 @@ def collect_costs(rows: Sequence[Row], runs: Mapping[str, Run], records: Mapping
             common = {"run": stage.id, "arm": row.arm, "labels": row.labels, "repeat": row.repeat, "plans": stage.plans_name}
             common |= {"device": record["device"], "peak_memory_gb": record["peak_memory_gb"]}
             counted = {"num_crops": stage.num_crops, "visible_tokens": stage.visible_tokens}
-            found.append({**common, **counted, "kind": stage.kind, "seconds": record["seconds"]})
+            # of a segmenter only
+            share = record.get("encoder_share")
+            found.append({**common, **counted, "kind": stage.kind, "seconds": record["seconds"], "encoder_share": share})
             if "prediction_seconds" in record:
                 none = {"num_crops": 0, "visible_tokens": 0.0}
                 found.append({**common, **none, "kind": "prediction", "seconds": record["prediction_seconds"]})
-    return pd.DataFrame(found)
+    costs = pd.DataFrame(found)
+    return costs if costs.empty else costs.astype({"encoder_share": float})

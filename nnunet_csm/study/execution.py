@@ -23,6 +23,7 @@ from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
+from nnunet_csm.training import encoder_share
 
 RECORD = "record.json"
 TRAIN = "nnunetv2.run.run_training:run_training_entry"
@@ -73,6 +74,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
     }
     if run.kind == "fine-tuning":
         record["validation"] = validation_score(run)
+        record["encoder_share"] = encoder_share.share(encoder_share.read(run.folder))
     tables = [test(run, one, folder, place) for one in run.tests]
     if tables:
         scores = pd.concat(tables, ignore_index=True)

@@ -166,7 +166,7 @@ def make_tables(
         results: of segmentation, as statistics.py says, with the structures that are to be shown and averaged.
         predictions: of classification.
         costs: a row a run and the arm it served: run, kind ("pretraining", "fine-tuning", "prediction"), arm, labels, seconds,
-            peak_memory_gb, num_crops, visible_tokens (mean of a crop), device.
+            peak_memory_gb, num_crops, visible_tokens (mean of a crop), encoder_share (of a segmenter), device.
         baseline: the arm that all others are compared with, by default the first.
         against: further comparisons. Arms without results are not compared.
     """
@@ -225,6 +225,7 @@ def costs_by_arm(costs: pd.DataFrame) -> pd.DataFrame:
         peak_memory_gb=("peak_memory_gb", "max"),
         num_crops=("num_crops", "mean"),
         visible_tokens=("visible_tokens", "mean"),
+        encoder_share=("encoder_share", "mean"),
         device=("device", lambda devices: ", ".join(dict.fromkeys(devices))),
     ).reset_index()
 
@@ -484,12 +485,28 @@ def _cost_grid(costs: pd.DataFrame) -> Iterator[Grid]:
             _rounded(row["peak_memory_gb"], 1),
             _rounded(row["num_crops"], 0),
             _rounded(row["visible_tokens"], 0),
+            UNDEFINED if np.isnan(row["encoder_share"]) else f"{100 * row['encoder_share']:.0f} %",
             row["device"],
         )
         for _, row in costs.iterrows()
     )
-    header = ("Method", "Run", "Labels", "Runs", "Minutes a run", "Peak GB", "Crops", "Visible tokens a crop", "Device")
-    yield Grid("", "cost", "Cost: mean ± standard deviation over runs", header, rows, 3)
+    header = (
+        "Method",
+        "Run",
+        "Labels",
+        "Runs",
+        "Minutes a run",
+        "Peak GB",
+        "Crops",
+        "Visible tokens a crop",
+        "Encoder's share",
+        "Device",
+    )
+    caption = (
+        "Cost: mean ± standard deviation over runs; encoder's share: of the Dice, what is lost when a segmenter is given the "
+        "encoder's features of other patches"
+    )
+    yield Grid("", "cost", caption, header, rows, 3)
 
 
 def _rounded(value: float, digits: int) -> str:

@@ -45,6 +45,7 @@ class CSMTrainer(nnUNetTrainer):
     max_gradient_norm = 1.0
     # share of the iterations in which a pretrained encoder does not learn; None: no average of the weights is kept
     frozen_share = 0.0
+    network: Any
     average: WeightAverage | None = None
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
@@ -15,10 +16,12 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import Tensor, nn
 
+from nnunet_csm import nnunet
 from nnunet_csm.data.draws import Purpose, batches, key, seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.plans import SPLITS, Recipe, Schedule
+from nnunet_csm.training import encoder_share
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.host import CSMTrainer, without_copies
 from nnunet_csm.training.machine import num_workers
@@ -88,6 +91,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "ema"})
     max_gradient_norm = 12.0  # nnU-Net's
+    share: encoder_share.EncoderShare | None = None
 
     @staticmethod
     def choose_schedule(csm: Recipe) -> Schedule:
@@ -99,6 +103,11 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         self.frozen_share = finetuning.frozen_share
         if finetuning.ema > 0:
             self.average = WeightAverage(self.bare_network, finetuning.ema)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        last = self.current_epoch == self.num_epochs - 1
+        self.share = encoder_share.EncoderShare(self.bare_network) if last else None
 
     def on_fresh_start(self) -> None:
         name = self.plans_manager.dataset_name
@@ -188,7 +197,18 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     def validation_step(self, batch: dict) -> dict:
         with self.averaged():
-            return super().validation_step(batch)
+            if self.share is None:
+                return super().validation_step(batch)
+            # nnU-Net changes what is to be ignored in place
+            again = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+            own = super().validation_step(batch)
+            network = self.network
+            self.network = self.share.network
+            try:
+                self.share.add(own, super().validation_step(again))
+            finally:
+                self.network = network
+            return own
 
     def averaged(self) -> AbstractContextManager[None]:
         """The network has the averaged weights, if there are any."""
@@ -197,6 +217,12 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         with self.shared_by_nnunet():
             super().on_validation_epoch_end(val_outputs)
+        if self.share is not None:
+            counted = [sums for sums in self.ranks.gather(self.share.sums) if sums is not None]
+            dice = encoder_share.as_dice(np.sum(counted, axis=0)) if counted else {}
+            self.print_to_log_file(encoder_share.said(dice))
+            if self.ranks.rank == 0:
+                nnunet.save_json(dice, Path(self.output_folder) / encoder_share.FILE)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet(), self.averaged():
