@@ -1,339 +1,17 @@
 """`nnunet_csm`: commands beside nnU-Net's, with nnU-Net's flags."""
 
 import argparse
-import contextlib
 import io
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nnunet_csm import __version__, nnunet
-from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm import __version__, commands
+from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
+from nnunet_csm.errors import exit_on_user_error
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME
 
-if TYPE_CHECKING:
-    from nnunet_csm.planning.planner import Wishes
-    from nnunet_csm.planning.request import PlanRequest
-
-PRETRAINER, FINETUNER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
 NUM_PROCESSES = min(8, os.cpu_count() or 1)
-
-# every command imports what it runs when it runs: `nnunet_csm --help` must not wait for torch
-
-
-def env(args: argparse.Namespace) -> int:
-    print(f"export {nnunet.TRAINER_VARIABLE}={shlex.quote(nnunet.trainer_path())}")
-    return 0
-
-
-def doctor(args: argparse.Namespace) -> int:
-    from nnunet_csm.doctor import examine
-
-    findings = []
-    for finding in examine(args.d, args.c):
-        findings.append(finding)
-        print(finding, flush=True)
-    missing = sum(bool(f.remedy) for f in findings)
-    print(f"{missing} to look at" if missing else "all is well")
-    return 0
-
-
-def fingerprint(args: argparse.Namespace) -> int:
-    from nnunet_csm.fingerprint.command import fingerprint_dataset
-
-    for dataset in args.d:
-        fingerprint_dataset(dataset, args.series_alias, args.np, args.test_images, args.strict)
-    return 0
-
-
-def plan(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.command import plan_datasets
-
-    plan_datasets(args.d, *_asked(args))
-    return 0
-
-
-def _asked(args: argparse.Namespace) -> tuple["PlanRequest", "Wishes"]:
-    """The flags of planning."""
-    from nnunet_csm.planning.planner import Wishes
-    from nnunet_csm.planning.request import PlanRequest
-
-    request = PlanRequest(
-        configuration=args.c,
-        base_plans_name=args.p,
-        plans_name=_plans_name(args),
-        aliases=tuple(args.series_alias),
-        joint=args.joint,
-        test_images=args.test_images,
-        target_spacing=tuple(args.overwrite_target_spacing) if args.overwrite_target_spacing else None,
-        num_processes=args.np,
-        strict=args.strict,
-    )
-    wishes = Wishes(
-        preset=args.preset,
-        patch_size=tuple(args.overwrite_patch_size) if args.overwrite_patch_size else None,
-        token_size=tuple(args.overwrite_token_size) if args.overwrite_token_size else None,
-        series=tuple(args.series) if args.series else None,
-        gpu_memory_target=args.gpu_memory_target,
-    )
-    return request, wishes
-
-
-def _plans_name(args: argparse.Namespace) -> str:
-    return args.overwrite_plans_name or (JOINT_PLANS_NAME if args.joint else PLANS_NAME)
-
-
-def split(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.classification import split_dataset
-
-    split_dataset(args.d, args.repeats, args.seed, args.overwrite)
-    return 0
-
-
-def classification_check(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.classification import check_classification
-
-    for dataset in args.d:
-        check_classification(dataset, args.strict)
-    return 0
-
-
-def preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.preprocessing import preprocess_datasets
-
-    preprocess_datasets(args.d, args.c, args.p, args.np, args.overwrite)
-    return 0
-
-
-def plan_and_preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.preprocessing import preprocess_datasets
-    from nnunet_csm.planning.request import check_raw, check_request, described
-    from nnunet_csm.raw.check import has_labels
-
-    names = check_request(args.d, *_asked(args))
-    for name in names:
-        check_raw(name)
-    labelled = [str(nnunet.dataset_id(name)) for name in names if has_labels(described(name)[0])]
-    if labelled:
-        flags = ["-d", *labelled, "-c", args.c, "-np", str(args.np), "-npfp", str(args.np)]
-        flags += ["--verify_dataset_integrity"] if args.verify_dataset_integrity else []
-        flags += ["--no_pp"] if args.joint else []
-        nnunet.run("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_and_preprocess_entry", flags)
-    plan(args)
-    preprocess_datasets(names, args.c, _plans_name(args), args.np, False)
-    return 0
-
-
-def train(args: argparse.Namespace) -> int:
-    from nnunet_csm.training.ranks import leave, started
-
-    with started(args.device, args.num_gpus) as ranks, contextlib.ExitStack() as stack:
-        if ranks.rank:
-            # what all ranks print alike is printed once
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        code = _train(args, ranks.num_ranks)
-    return leave(ranks, code)
-
-
-def _train(args: argparse.Namespace, num_ranks: int) -> int:
-    from nnunet_csm.planning.preprocessing import check_plans
-
-    for name in ("encoder", "accumulate", "bank"):
-        if getattr(args, name, None) is not None:
-            # where nnU-Net's own commands take it from
-            os.environ[f"nnUNet_csm_{name}"] = str(getattr(args, name))
-    if num_ranks > 1 and len(args.f) > 1:
-        raise UserError(f"torchrun and srun train one fold a call, -f names {len(args.f)}; call once for each")
-    datasets = [args.d] if isinstance(args.d, str) else args.d
-    plans_name = args.p or (PLANS_NAME if len(datasets) == 1 else JOINT_PLANS_NAME)
-    name = check_plans(datasets, plans_name, args.c, finetuning=args.tr != PRETRAINER)
-    for fold in args.f:
-        flags = [name, args.c, fold, "-tr", args.tr, "-p", plans_name, "-device", args.device, "-num_gpus", str(args.num_gpus)]
-        flags += [f"--{flag}" for flag in ("c", "val", "npz") if getattr(args, f"flag_{flag}")]
-        entry_point = "nnunetv2.run.run_training:run_training_entry"
-        if len(args.f) == 1:
-            _run_ranks(entry_point, flags)
-        # nnU-Net's command can run once in a process: it sets the number of torch's threads
-        elif code := nnunet.run_apart(entry_point, flags):
-            return code
-    return 0
-
-
-def _run_ranks(entry_point: str, flags: Sequence[str]) -> None:
-    """Run nnU-Net's command, which starts a process for each of several GPUs.
-
-    Raises:
-        UserError: one of them ended without a word.
-    """
-    from torch.multiprocessing import ProcessExitedException
-
-    try:
-        nnunet.run(entry_point, flags)
-    except ProcessExitedException as error:
-        if error.exit_code == 2:
-            # it has said why
-            raise SystemExit(2) from None
-        how = error.signal_name or f"exit code {error.exit_code}"
-        raise UserError(
-            f"rank {error.error_index} ended with {how}, and the others with it; see why, then go on from the latest checkpoint "
-            f"with --c, on any number of ranks"
-        ) from None
-
-
-def predict(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.segmentation import PredictRequest
-    from nnunet_csm.inference.segmentation import predict as run_segmenter
-
-    run_segmenter(
-        PredictRequest(
-            dataset=args.d,
-            trainer=args.tr,
-            plans=args.p,
-            configuration=args.c,
-            folds=tuple(args.f),
-            checkpoint_name=args.chk,
-            images=Path(args.i),
-            output=Path(args.o),
-            device=args.device,
-            step_size=args.step_size,
-            mirroring=not args.disable_tta,
-            save_probabilities=args.save_probabilities,
-            continue_prediction=args.continue_prediction,
-            num_preprocessing=args.npp,
-            num_export=args.nps,
-            num_parts=args.num_parts,
-            part_id=args.part_id,
-            on_device=not args.not_on_device,
-            progress_bar=not args.disable_progress_bar,
-        )
-    )
-    return 0
-
-
-def classify(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.classification import ClassifyRequest
-    from nnunet_csm.inference.classification import classify as run_classifier
-
-    request = ClassifyRequest(
-        dataset=args.d,
-        trainer=args.tr,
-        plans=args.p,
-        configuration=args.c,
-        folds=tuple(args.f),
-        checkpoint_name=args.chk,
-        images=Path(args.i),
-        masks=Path(args.m),
-        output=Path(args.o),
-        device=args.device,
-        maps=args.maps,
-        strict=args.strict,
-        overwrite=args.overwrite,
-    )
-    for line in run_classifier(request):
-        print(line)
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    from nnunet_csm.evaluation.command import evaluate_dataset
-
-    images = Path(args.images) if args.images else None
-    evaluate_dataset(
-        args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, images, args.np
-    )
-    return 0
-
-
-def evaluate_classes(args: argparse.Namespace) -> int:
-    from nnunet_csm.evaluation.repeats import evaluate_runs
-
-    evaluate_runs([Path(path) for path in args.pred], [Path(path) for path in args.against], Path(args.o) if args.o else None)
-    return 0
-
-
-def convert(args: argparse.Namespace) -> int:
-    import importlib
-
-    given = {"regions": args.regions or None, "task": args.task, "class_column": args.class_column, "mask": args.mask}
-    given["labels"] = args.labels
-    # installed beside the package, see setup.py
-    module = importlib.import_module("nnunet_csm.dataset_conversion")
-    module.convert(
-        args.format,
-        Path(args.i),
-        Path(args.o) if args.o else nnunet.folder("nnUNet_raw"),
-        args.d,
-        args.name,
-        {name: value for name, value in given.items() if value is not None},
-        reference=args.reference,
-        register=args.register,
-        overwrite=args.overwrite,
-        strict=args.strict,
-        num_processes=args.np,
-    )
-    return 0
-
-
-def fill_missing(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.missing import fill_missing as fill
-    from nnunet_csm.raw.check import load_dataset_json
-
-    name = nnunet.dataset_name(args.d)
-    folders = [nnunet.folder(variable) / name for variable in ("nnUNet_preprocessed", "nnUNet_raw")]
-    described = load_dataset_json(next((f for f in folders if (f / "dataset.json").is_file()), folders[-1]))
-    names, ending = nnunet.channel_names(described), described["file_ending"]
-    for line in fill(Path(args.i), Path(args.o), names, ending, not args.keep_copies, args.copy, args.overwrite):
-        print(line)
-    return 0
-
-
-def export_msd(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.msd_export import export_msd as export
-
-    predictions, tasks = [Path(i) for i in args.i], [Path(task) for task in args.task]
-    export(predictions, Path(args.o), tasks, args.labels_from, args.leave_out, args.overwrite)
-    return 0
-
-
-def study(args: argparse.Namespace) -> int:
-    from nnunet_csm.study.command import StudyRequest, list_studies, run_study
-
-    if args.file is None:
-        list_studies()
-        return 0
-    if args.d is None:
-        raise UserError("which dataset? give -d; `nnunet_csm study` alone lists the studies")
-    request = StudyRequest(
-        study=args.file,
-        preset=args.preset,
-        dataset=args.d,
-        configuration=args.c,
-        output=Path(args.o) if args.o else None,
-        device=args.device,
-        num_gpus=args.num_gpus,
-        jobs=args.jobs,
-        slurm=None if args.slurm is None else _parameters(args.slurm),
-    )
-    run_study(request, args.dry_run, args.report_only)
-    return 0
-
-
-def _parameters(given: Sequence[str]) -> dict[str, str | int]:
-    """NAME=VALUE, numbers as numbers."""
-    pairs = [one.partition("=") for one in given]
-    if wrong := [name for name, equals, value in pairs if not (equals and name and value)]:
-        raise UserError(f"-slurm {wrong[0]!r} is not of the form NAME=VALUE; write for example slurm_partition=gpu")
-    return {name: int(value) if value.isdigit() else value for name, _, value in pairs}
-
-
-def demo(args: argparse.Namespace) -> int:
-    from nnunet_csm.demo import run_demo
-
-    run_demo(Path(args.o), args.seed)
-    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -355,10 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='Stock nnUNetv2_... commands do the same once `eval "$(nnunet_csm env)"` was run.',
     )
     parser.add_argument("--version", action="version", version=f"nnunet_csm {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], what: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
+        command = subcommands.add_parser(
             name,
             help=what,
             description=what,
@@ -370,22 +48,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "demo",
-        demo,
+        commands.demo,
         "Run everything on a phantom, on two CPU cores, in minutes, with a summary page.",
         "nnunet_csm demo -o csm_demo",
     )
     p.add_argument("-o", default="csm_demo", help="output folder; holds the nnU-Net folders of the demo and summary.html")
     p.add_argument("-seed", type=int, default=0, help="seed of the phantom")
 
-    add("env", env, "Print the export that lets stock nnUNetv2_... commands find our trainers.", 'eval "$(nnunet_csm env)"')
+    add(
+        "env",
+        commands.env,
+        "Print the export that lets stock nnUNetv2_... commands find our trainers.",
+        'eval "$(nnunet_csm env)"',
+    )
 
-    p = add("doctor", doctor, "Check versions, folders, GPU, trainers, and what a dataset lacks.", "nnunet_csm doctor -d 21")
+    p = add(
+        "doctor", commands.doctor, "Check versions, folders, GPU, trainers, and what a dataset lacks.", "nnunet_csm doctor -d 21"
+    )
     p.add_argument("-d", help="dataset name or ID")
     p.add_argument("-c", default="3d_fullres", help="configuration")
 
     p = add(
         "convert",
-        convert,
+        commands.convert,
         "A release to an nnU-Net raw dataset: series on one grid, zeros for missing ones, a manifest, splits by patient.",
         "nnunet_csm convert table -i series.csv -d 501 -name Prostate -reference T2w",
     )
@@ -411,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "fingerprint",
-        fingerprint,
+        commands.fingerprint,
         "Which series every case has, copies in place of missing ones, intensities, geometry, misaligned series; with a picture.",
         "nnunet_csm fingerprint -d 21 -np 8",
     )
@@ -420,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "plan",
-        plan,
+        commands.plan,
         "Write CSM plans from nnU-Net's plans and the fingerprint; preprocessed data is reused.",
         "nnunet_csm plan -d 21 -gpu_memory_target 40",
     )
@@ -428,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "classification_check",
-        classification_check,
+        commands.classification_check,
         "Count a dataset's classes by fold and say what is wrong with its classification.csv.",
         "nnunet_csm classification_check -d 21",
     )
@@ -437,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "split",
-        split,
+        commands.split,
         "Write splits_final.json by patient and class: five folds, or repeats of 8:1:1 as in the paper.",
         "nnunet_csm split -d 21 -repeats 10",
     )
@@ -448,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "preprocess",
-        preprocess,
+        commands.preprocess,
         "Make the preprocessed images that CSM plans need and that are not there: for joint plans, or without labels.",
         "nnunet_csm preprocess -d 1 21 -p nnUNetCSMJointPlans",
     )
@@ -460,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "plan_and_preprocess",
-        plan_and_preprocess,
+        commands.plan_and_preprocess,
         "nnU-Net's fingerprint, plans and preprocessing, then CSM plans; for datasets without labels as well.",
         "nnunet_csm plan_and_preprocess -d 21 -preset B",
     )
@@ -469,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "pretrain",
-        train,
+        commands.train,
         "Pretrain the encoder on the images of a fold; with joint plans on several datasets, the first of which owns the run.",
         "nnunet_csm pretrain -d 21 -f 0 -device cpu",
     )
@@ -484,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "finetune",
-        train,
+        commands.train,
         f"Fine-tune a segmenter from the pretrained encoder; with -tr {CLASSIFIER} a classifier.",
         "nnunet_csm finetune -d 21 -f 0 1 2 --npz",
     )
@@ -497,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "predict",
-        predict,
+        commands.predict,
         "Segment images as nnUNetv2_predict does, in less time, with a check of the inputs; a case may lack series.",
         "nnunet_csm predict -d 21 -f 0 -i in -o out",
     )
@@ -524,7 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "classify",
-        classify,
+        commands.classify,
         "Probabilities of the classes, from images and masks; with maps of what drove them, series by series.",
         "nnunet_csm classify -d 21 -f 0 1 2 3 4 -i images -m masks -o predictions.csv --maps",
     )
@@ -544,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "fill_missing",
-        fill_missing,
+        commands.fill_missing,
         "Write zeros for series that cases lack, or hold a copy in place of, so that stock nnUNetv2_predict reads them.",
         "nnunet_csm fill_missing -d 21 -i images -o images_filled",
     )
@@ -557,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "export_msd",
-        export_msd,
+        commands.export_msd,
         "Pack predictions as the Medical Segmentation Decathlon wants them, after checking every case.",
         "nnunet_csm export_msd -i out -o submission.zip -task Task01_BrainTumour",
     )
@@ -575,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "evaluate",
-        evaluate,
+        commands.evaluate,
         "Score predictions per label and per region, with tables and overlay pictures.",
         "nnunet_csm evaluate -d 21 -ref labelsTs -pred out -images imagesTs",
     )
@@ -590,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "evaluate_classes",
-        evaluate_classes,
+        commands.evaluate_classes,
         "Metrics of a classifier over folds or repeats, with intervals over patients, alone or against another training.",
         "nnunet_csm evaluate_classes -pred fold_?/test/predictions.csv -against scratch/fold_?/test/predictions.csv",
     )
@@ -600,7 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "study",
-        study,
+        commands.study,
         "Run a table of methods, label shares and repeats; write it with intervals, as LaTeX and a page; go on where it was.",
         "nnunet_csm study table1 -d 1 -num_gpus 4 -dry_run",
     )
