@@ -31,7 +31,8 @@ class Architecture:
 
     `channels`: where each of the series stands in nnU-Net's tensor; channels of the dataset that are not named are not used.
     `joint_tokens`: one token holds a cube's voxels of all series (MAE3D's network), not one token for each series.
-    `stem`: how raw voxels reach the segmenter's last block, past the encoder: in full, through a gate that starts almost closed,
+    `decoder`: of the segmenter; UNETR's, or a light one to which nothing comes but the encoder's features.
+    `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
     `fusion`: how the segmenter makes one map of the encoder's features of all series: their mean over those that are present, or
     the mean after a linear layer for each.
@@ -46,6 +47,7 @@ class Architecture:
     features: int
     drop_path: float
     joint_tokens: bool = False
+    decoder: Literal["unetr", "light"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
     fusion: Literal["mean", "projected"] = "mean"
 

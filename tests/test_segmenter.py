@@ -14,21 +14,19 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunet_csm.model.decoders import level_strides
 from nnunet_csm.model.fusion import SeriesProjections, mean_over_present
-from nnunet_csm.model.segmenter import CSMSegmenter, level_strides, series_present
+from nnunet_csm.model.segmenter import CSMSegmenter, series_present
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 
 NUM_CLASSES = 4
+LIGHT = {"decoder": "light", "fusion": "projected"}
 
 
 def build(series=SERIES, token_size=TOKEN_SIZE, channels=None, input_channels=None, **changes):
     torch.manual_seed(0)
     channels = range(len(series)) if channels is None else channels
     network = CSMSegmenter(input_channels or len(series), NUM_CLASSES, series, channels, token_size, **{**TINY, **changes})
-    for name, weight in network.named_parameters():
-        if name.startswith("fusions."):
-            # as learned: all series begin alike
-            nn.init.xavier_normal_(weight)
     return network.eval()
 
 
@@ -40,7 +38,8 @@ def random_volume(b=2, absent=(), patch_size=PATCH_SIZE, s=3):
 
 def per_series(network):
     """The weights that belong to a series: their name, and the axis along which the series are."""
-    axes = {"encoder.series_embedding": 0, "stem.0.weight": 1}
+    axes = {"encoder.series_embedding": 0}
+    axes |= {"stem.0.weight": 1} if network.stem is not None else {}
     axes |= {name: 0 for name in network.state_dict() if name.startswith("fusions.")}
     assert axes.keys() <= network.state_dict().keys()
     return axes
@@ -54,7 +53,7 @@ def logits(network, volume):
 # --- series by name ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"features": 4}, {"features": 3}, {"fusion": "projected"}])
+@pytest.mark.parametrize("changes", [{"features": 4}, {"features": 3}, {"fusion": "projected"}, LIGHT])
 def test_series_in_another_order_give_the_same_logits(changes):
     order = [2, 0, 1]
     network, permuted = build(**changes), build([SERIES[n] for n in order], **changes)
@@ -65,9 +64,9 @@ def test_series_in_another_order_give_the_same_logits(changes):
     torch.testing.assert_close(logits(permuted, volume[:, order]), logits(network, volume), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fusion", ["mean", "projected"])
-def test_an_absent_series_influences_nothing(fusion):
-    network, volume = build(fusion=fusion), random_volume(absent=[1])
+@pytest.mark.parametrize("changes", [{}, {"fusion": "projected"}, {"decoder": "light"}, LIGHT])
+def test_an_absent_series_influences_nothing(changes):
+    network, volume = build(**changes), random_volume(absent=[1])
     before = logits(network, volume)
     weights = network.state_dict()
     for name, axis in per_series(network).items():
@@ -82,10 +81,10 @@ def test_a_sample_with_an_absent_series_does_not_depend_on_its_batch():
     torch.testing.assert_close(logits(network, volume)[1:2], logits(network, volume[1:2]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fusion", ["mean", "projected"])
+@pytest.mark.parametrize("changes", [{}, {"fusion": "projected"}, LIGHT])
 @pytest.mark.parametrize("absent", [(), (1,), (0, 2)])
-def test_tokens_of_absent_series_left_out_or_masked_give_the_same_logits(absent, fusion):
-    network, volume = build(fusion=fusion), random_volume(absent=absent)
+def test_tokens_of_absent_series_left_out_or_masked_give_the_same_logits(absent, changes):
+    network, volume = build(**changes), random_volume(absent=absent)
     shown = [number for number in range(3) if number not in absent]
     encoded = []
     network.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0].shape[1]))
@@ -102,15 +101,52 @@ def test_the_mean_is_over_the_series_that_are_present():
     torch.testing.assert_close(fused[1], features[1, 1])
 
 
-def test_projections_begin_as_the_mean_and_learn_to_tell_series_apart():
-    features, present = torch.randn(2, 3, 5, 4), torch.tensor([[True, False, True], [True, True, True]])
-    fuse = SeriesProjections(3, 4)
-    torch.testing.assert_close(fuse(features, present), mean_over_present(features, present))
+def test_projections_tell_series_apart_from_the_start_and_keep_the_size_of_features():
+    features, present = torch.randn(50, 3, 5, 16), torch.ones(50, 3, dtype=torch.bool)
+    present[0, 1] = False
+    torch.manual_seed(0)
+    fuse = SeriesProjections(3, 16)
     with torch.no_grad():
-        fuse.weight.normal_()
-    exchanged = features[:, [2, 1, 0]]
-    torch.testing.assert_close(mean_over_present(features, present)[1], mean_over_present(exchanged, present)[1])
-    assert not torch.allclose(fuse(features, present)[1], fuse(exchanged, present)[1])
+        fused, exchanged = fuse(features, present), fuse(features[:, [2, 1, 0]], present)
+        # what differs from one series to the next is kept, in all
+        assert fused[1:].square().mean().item() == pytest.approx(features[1:].square().mean().item(), rel=0.1)
+        for weight in fuse.weight:
+            torch.testing.assert_close(weight @ weight.T, 3 * torch.eye(16))
+    torch.testing.assert_close(mean_over_present(features, present)[1], mean_over_present(features[:, [2, 1, 0]], present)[1])
+    assert not torch.allclose(fused[1], exchanged[1])
+    by_hand = (features[0, 0] @ fuse.weight[0] + features[0, 2] @ fuse.weight[2]) / 2
+    torch.testing.assert_close(fused[0], by_hand)
+
+
+@pytest.mark.parametrize("token_size", [(4, 4, 4), (1, 4, 4), (2, 8, 8), (8, 8, 2), (16, 16, 16), (2, 1, 1)])
+@pytest.mark.parametrize("joint_tokens", [False, True])
+def test_the_light_decoder_reads_nothing_but_the_features(token_size, joint_tokens):
+    depth = max(4, max(token_size).bit_length())
+    network = build(token_size=token_size, depth=depth, joint_tokens=joint_tokens, **LIGHT)
+    patch_size = tuple(2 * t for t in token_size)
+    volume = random_volume(patch_size=patch_size)
+    with torch.no_grad():
+        volume, present = network.present_series(volume)
+        features = network.encode(volume, present)
+        found = network.decode(volume, features)
+        assert found.shape == (2, NUM_CLASSES, *patch_size)
+        assert network.decode(torch.zeros_like(volume), features).equal(found)
+        # a token's voxels come from its features alone
+        changed = [torch.cat([f[..., :1] + 1, f[..., 1:]], dim=-1) for f in features]
+        same = network.decode(volume, changed) == found
+    assert same[..., token_size[-1] :].all() and not same[..., : token_size[-1]].all()
+    assert network.stem is None and network.stem_gate is None and not len(network.skips)
+
+
+def test_all_weights_of_the_light_decoder_learn_and_other_class_counts_load():
+    network = build(**LIGHT)
+    network(random_volume()).square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+    heads = [name for name in network.state_dict() if ".seg_layers." in name]
+    torch.manual_seed(0)
+    other = CSMSegmenter(3, NUM_CLASSES + 1, SERIES, (0, 1, 2), TOKEN_SIZE, **{**TINY, **LIGHT})
+    assert len(heads) == 2
+    assert {n for n, t in network.state_dict().items() if t.shape != other.state_dict()[n].shape} <= set(heads)
 
 
 def test_without_several_series_there_is_nothing_to_project():

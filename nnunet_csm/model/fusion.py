@@ -14,15 +14,18 @@ def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[T
 
 
 class SeriesProjections(nn.Module):
-    """A linear layer for each series, then the average over those that are present; it begins as the average.
+    """A linear layer for each series, then the average over those that are present; each begins as a rotation of its own.
 
     The average alone hardly tells a place that is bright in one series from one that is bright in another; with a layer for
-    each, this is one linear layer over the features of all series side by side (docs/experiments.md, E1 and E2).
+    each, this is one linear layer over the features of all series side by side (docs/experiments.md, E1, E2 and E7).
     """
 
     def __init__(self, num_series: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(width).repeat(num_series, 1, 1))
+        self.weight = nn.Parameter(torch.empty(num_series, width, width))
+        for weight in self.weight:
+            # the average of rotated features then has the size of one
+            nn.init.orthogonal_(weight, gain=num_series**0.5)
 
     def forward(
         self, features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"], series: Sequence[int] | None = None

@@ -1,18 +1,14 @@
-"""UNETR on the cross-series encoder: what nnU-Net builds from CSM plans for fine-tuning and prediction (paper III-C, IV-A).
-
-Level i has a resolution i halvings below the input; level n, where n = log2 of the longest token edge, is the token grid.
-A short token edge is halved at the coarse levels only, as nnU-Net treats thick slices.
-"""
+"""The segmenter: what nnU-Net builds from CSM plans for fine-tuning and prediction, on the encoder (paper III-C, IV-A)."""
 
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nnunet_csm.model.decoders import LightDecoder, Skip, UNETRDecoder, conv_block, level_strides
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.fusion import SeriesProjections, mean_over_present
 from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, join, select, to_map, to_tokens
@@ -28,80 +24,6 @@ def series_present(volume: Float[Tensor, "b s z y x"]) -> Bool[Tensor, "b s"]:
     """
     present = (volume != 0).flatten(2).any(2)
     return present | ~present.any(1, keepdim=True)
-
-
-def level_strides(token_size: Sequence[int]) -> list[Size]:
-    """Strides from level i to level i + 1, finest first; their product is the token size."""
-    halvings = [t.bit_length() - 1 for t in token_size]
-    num_levels = max(halvings)
-    strides = []
-    for level in range(num_levels):
-        z, y, x = (2 if level >= num_levels - h else 1 for h in halvings)
-        strides.append((z, y, x))
-    return strides
-
-
-def conv_block(input_channels: int, output_channels: int, kernel_size: Size) -> BasicBlockD:
-    """UNETR's residual block: two convolutions with instance norm and leaky ReLU."""
-    return BasicBlockD(
-        nn.Conv3d,
-        input_channels,
-        output_channels,
-        kernel_size,
-        stride=1,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )
-
-
-class Skip(nn.Module):
-    """Bring a map from the token grid up to one level."""
-
-    def __init__(self, width: int, channels: int, strides: Sequence[Size], kernel_sizes: Sequence[Size]) -> None:
-        super().__init__()
-        first, *further = strides
-        layers: list[nn.Module] = [nn.ConvTranspose3d(width, channels, first, first)]
-        for stride, kernel_size in zip(further, kernel_sizes[1:], strict=True):
-            layers += [nn.ConvTranspose3d(channels, channels, stride, stride), conv_block(channels, channels, kernel_size)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-class UNETRDecoder(nn.Module):
-    """Upsample, concatenate with the skip of that level, convolve; logits at full resolution.
-
-    `seg_layers` is nnU-Net's name: `-pretrained_weights` leaves these out, so that other class counts load. Without
-    `finest_skip`, the last block convolves the upsampled map alone.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        channels: Sequence[int],
-        strides: Sequence[Size],
-        kernel_sizes: Sequence[Size],
-        num_classes: int,
-        finest_skip: bool = True,
-    ):
-        super().__init__()
-        inputs = [*channels[1:], width]
-        levels = list(zip(inputs, channels, strides, kernel_sizes, strict=True))[::-1]
-        self.upsamplings = nn.ModuleList(nn.ConvTranspose3d(i, c, stride, stride) for i, c, stride, _ in levels)
-        num_maps = [2] * (len(levels) - 1) + [2 if finest_skip else 1]
-        self.blocks = nn.ModuleList(
-            conv_block(n * c, c, kernel_size) for n, (_, c, _, kernel_size) in zip(num_maps, levels, strict=True)
-        )
-        self.seg_layers = nn.ModuleList([nn.Conv3d(channels[0], num_classes, 1)])
-
-    def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor:
-        for upsampling, block, skip in zip(self.upsamplings, self.blocks, reversed(skips), strict=True):
-            x = upsampling(x)
-            x = block(x if skip is None else torch.cat([x, skip], dim=1))
-        return self.seg_layers[0](x)
 
 
 class CSMSegmenter(nn.Module):
@@ -126,6 +48,7 @@ class CSMSegmenter(nn.Module):
         features: int,
         drop_path: float,
         joint_tokens: bool = False,
+        decoder: Literal["unetr", "light"] = "unetr",
         stem: Literal["full", "gated", "none"] = "full",
         fusion: Literal["mean", "projected"] = "mean",
         deep_supervision: bool = False,
@@ -148,10 +71,16 @@ class CSMSegmenter(nn.Module):
         if fusion == "projected" and len(series) > 1 and not joint_tokens:
             self.fusions = nn.ModuleList(SeriesProjections(len(series), width) for _ in self.taps)
         self.stem: nn.Module | None = None
+        self.stem_gate: nn.Parameter | None = None
+        if decoder == "light":
+            self.skips = nn.ModuleList()
+            self.decoder: nn.Module = LightDecoder(width, len(self.taps), widths, strides, num_classes)
+            return
         if stem != "none":
             # the first layer holds all weights that belong to a series
             self.stem = nn.Sequential(nn.Conv3d(len(series), features, 1), conv_block(features, features, kernel_sizes[0]))
-        self.stem_gate = nn.Parameter(torch.full((1,), GATE)) if stem == "gated" else None
+        if stem == "gated":
+            self.stem_gate = nn.Parameter(torch.full((1,), GATE))
         self.skips = nn.ModuleList(
             Skip(width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
         )
@@ -180,6 +109,8 @@ class CSMSegmenter(nn.Module):
         self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b e gz gy gx"]]
     ) -> Float[Tensor, "b c z y x"]:
         """Logits from the voxels of the series and the features of `encode`."""
+        if isinstance(self.decoder, LightDecoder):
+            return self.decoder(features)
         *taps, bottleneck = features
         skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
         return self.decoder(bottleneck, skips)

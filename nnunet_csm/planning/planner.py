@@ -155,7 +155,8 @@ def plan(
         decisions.append(Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}"))
     decisions += sized.decisions
     n = preset.network
-    text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; UNETR features {n.features}"
+    decoder = f"UNETR features {n.features}" if n.decoder == "unetr" else "light decoder"
+    text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; {decoder}"
     decisions.append(Decision("network", text, f"preset {name}: {preset.description}{why_network}"))
     decisions += mask_decisions(preset, facts, len(sized.pretraining_architecture.series), sized.num_pretraining_tokens)
     r = preset.reconstruction

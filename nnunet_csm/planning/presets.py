@@ -19,6 +19,7 @@ class PresetNetwork:
     features: int
     drop_path: float
     joint_tokens: bool = False
+    decoder: Literal["unetr", "light"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
     fusion: Literal["mean", "projected"] = "mean"
 

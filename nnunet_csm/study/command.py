@@ -213,6 +213,9 @@ def report(study: Study, name: str, dataset: Dataset, runs: Runs, records: Mappi
             temporary.replace(folder / file)
     done = sum(row.run in records for row in runs.rows)
     text = f"{study.description}. Dataset {dataset.name}, {done} of {len(runs.rows)} runs of the tables are done."
+    if not results.empty and study.structures and not set(study.structures) & set(results["structure"]):
+        shown = ", ".join(dict.fromkeys(results["structure"]))
+        text += f" The dataset has none of the structures to report ({', '.join(study.structures)}); shown: {shown}."
     page = write_report(
         folder,
         f"Study {name}",
