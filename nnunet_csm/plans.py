@@ -94,6 +94,10 @@ class Schedule:
         return self.num_epochs * self.iterations_per_epoch
 
 
+# of the iterations, from a closed stem to an open one
+STEM_OPENS = 0.1
+
+
 @dataclass(frozen=True)
 class Finetuning:
     """What the segmentation trainer does beside its schedule.
@@ -102,6 +106,8 @@ class Finetuning:
         encoder: auto (the pretrained encoder of the same plans and fold), all (that of fold all), scratch, or a path.
         mirroring: nnU-Net's test-time augmentation by flips.
         frozen_share: of the iterations, the first, in which a pretrained encoder stays as it is and only the rest learns.
+        stem_closed_share: of the iterations, the first, in which no voxel comes past the encoder, so that UNETR's decoder learns
+            to need it; the stem then opens over `STEM_OPENS` of them.
         transferred_blocks: blocks that are loaded, counted from the input; the others start as drawn. None: all.
         ema: decay by iteration of the average of the weights that validation and prediction use; 0: the last weights.
     """
@@ -109,6 +115,7 @@ class Finetuning:
     encoder: str
     mirroring: bool
     frozen_share: float = 0.0
+    stem_closed_share: float = 0.0
     transferred_blocks: int | None = None
     ema: float = 0.0
 
@@ -328,9 +335,14 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
     if not 0.0 <= csm.masking.mask_ratio < 1.0:
         raise UserError(f"{where}.csm.masking.mask_ratio is {csm.masking.mask_ratio}, expected 0 <= mask_ratio < 1")
-    for name in ("frozen_share", "ema"):
+    for name in ("frozen_share", "stem_closed_share", "ema"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
             raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
+    if csm.finetuning.stem_closed_share and (architecture.stem == "none" or architecture.decoder == "light"):
+        raise UserError(
+            f"{where}.csm.finetuning.stem_closed_share is {csm.finetuning.stem_closed_share}, but the network has no stem; make "
+            f"it 0, or set decoder to 'unetr' and stem to 'full' in arch_kwargs"
+        )
     num_blocks = csm.finetuning.transferred_blocks
     if num_blocks is not None and not 0 <= num_blocks <= architecture.depth:
         raise UserError(

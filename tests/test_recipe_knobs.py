@@ -22,6 +22,7 @@ from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer
+from nnunet_csm.training.segmentation import stem_opening
 
 
 def segmenter(stem: Any) -> CSMSegmenter:
@@ -94,32 +95,68 @@ def test_the_classifier_has_no_stem() -> None:
 def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
     plans = csm_plans()
     entry = plans["configurations"]["3d_fullres"]
-    del entry["architecture"]["arch_kwargs"]["stem"]
-    for name in ("frozen_share", "transferred_blocks", "ema"):
+    for name in ("stem", "decoder", "fusion"):
+        del entry["architecture"]["arch_kwargs"][name]
+    for name in ("frozen_share", "stem_closed_share", "transferred_blocks", "ema"):
         del entry["csm"]["finetuning"][name]
     assert read_configuration(plans, "3d_fullres", "plans") == settings()
     found = settings()
     finetuning = found.csm.finetuning
-    knobs = (found.architecture.stem, finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema)
-    assert knobs == ("full", 0.0, None, 0.0)
+    knobs = (found.architecture.stem, found.architecture.decoder, found.architecture.fusion)
+    assert knobs == ("full", "unetr", "mean")
+    assert (finetuning.frozen_share, finetuning.stem_closed_share, finetuning.transferred_blocks, finetuning.ema) == (
+        0,
+        0,
+        None,
+        0,
+    )
 
 
-@pytest.mark.parametrize(("knob", "value"), [("frozen_share", 1.0), ("ema", -0.1), ("ema", 1), ("transferred_blocks", 4)])
+@pytest.mark.parametrize(
+    ("knob", "value"), [("frozen_share", 1.0), ("stem_closed_share", 1.0), ("ema", -0.1), ("ema", 1), ("transferred_blocks", 4)]
+)
 def test_values_that_cannot_be_name_themselves(knob: str, value: float) -> None:
     with pytest.raises(UserError, match=f"finetuning.{knob} is {value}"):
         settings(finetuning={knob: value})
+
+
+@pytest.mark.parametrize("network", [{"stem": "none"}, {"decoder": "light"}])
+def test_a_stem_that_is_not_there_cannot_be_closed(network: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"stem_closed_share is 0\.5, but the network has no stem"):
+        settings(architecture=network, finetuning={"stem_closed_share": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("done", "closed", "expected"),
+    [(0.1, 0.5, 0.0), (0.5, 0.5, 0.0), (0.55, 0.5, 0.5), (0.6, 0.5, 1.0), (1.0, 0.5, 1.0), (1.0, 0.95, 1.0), (0.97, 0.94, 0.5)],
+)
+def test_a_stem_stays_closed_and_then_opens(done: float, closed: float, expected: float) -> None:
+    assert stem_opening(done, closed) == pytest.approx(expected)
+
+
+def test_a_closed_stem_lets_nothing_past_the_encoder_and_an_open_one_all() -> None:
+    full = segmenter("full")
+    expected = full(volume())
+    full.open_stem(1.0)
+    assert full(volume()).equal(expected)
+    full.open_stem(0.0)
+    assert reaches_past_the_encoder(full) == 0
+    # what was saved while it was closed predicts with an open one
+    assert "stem_opening" not in full.state_dict()
 
 
 def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     from factories import GuessedMemory, base_plans
 
     preset = {"inherits_from": "S", "network": {"stem": "gated"}, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
+    preset |= {"stem_closed_share": 0.4}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     wishes = Wishes(str(tmp_path / "preset.json"))
     plans, _ = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
     planned = read_configuration(plans, "3d_fullres", "plans")
     finetuning = planned.csm.finetuning
     assert (finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema) == (0.1, 8, 0.999)
+    assert finetuning.stem_closed_share == 0.4
     assert planned.architecture.stem == planned.pretraining_architecture.stem == "gated"
 
 
@@ -254,7 +291,7 @@ def kill_after(trainer: Any, num_steps: int) -> None:
 
 def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_finetuner: Callable[..., Any]) -> None:
     # 9 steps in 3 epochs: the kill falls between the last checkpoint and the end of the frozen part
-    knobs = {"stem": "gated", "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
+    knobs = {"stem": "gated", "stem_closed_share": 0.3, "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
     whole = make_finetuner(**knobs)
     whole.run_training()
     expected = saved_by(whole)

@@ -58,7 +58,7 @@ class CSMClassifier(nn.Module):
     """Classify a patch from any subset of its series.
 
     Args are nnU-Net's `input_channels`, the number of classes, the fields of `plans.Architecture` (of which `features`,
-    `stem` and `fusion` belong to the segmenter's decoder and have no effect here), and `pooling` of `plans.Classification`.
+    `decoder`, `stem` and `fusion` belong to the segmenter and have no effect here), and `pooling` of `plans.Classification`.
 
     Raises:
         ValueError: channels that are not the planned series.
@@ -77,6 +77,7 @@ class CSMClassifier(nn.Module):
         features: int,
         drop_path: float,
         joint_tokens: bool = False,
+        decoder: str = "unetr",
         stem: str = "full",
         fusion: str = "mean",
         pooling: Literal["attentive", "mean"] = "attentive",

@@ -72,6 +72,9 @@ class CSMSegmenter(nn.Module):
             self.fusions = nn.ModuleList(SeriesProjections(len(series), width) for _ in self.taps)
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
+        # no part of the weights: a trained network is open
+        self.stem_opening: Tensor | None
+        self.register_buffer("stem_opening", None, persistent=False)
         if decoder == "light":
             self.skips = nn.ModuleList()
             self.decoder: nn.Module = LightDecoder(width, len(self.taps), widths, strides, num_classes)
@@ -120,8 +123,16 @@ class CSMSegmenter(nn.Module):
         if self.stem is None:
             return None
         x = self.stem(volume)
-        # in the precision of the map, which autocast would otherwise raise to that of the gate
-        return x if self.stem_gate is None else x * self.stem_gate.to(x.dtype)
+        for factor in (self.stem_gate, self.stem_opening):
+            # in the precision of the map, which autocast would otherwise raise to that of the factor
+            x = x if factor is None else x * factor.to(x.dtype)
+        return x
+
+    def open_stem(self, opening: float) -> None:
+        """Let voxels come past the encoder in full (1), in part, or not at all (0); while training, see `Finetuning`."""
+        if self.stem_opening is None:
+            self.stem_opening = torch.ones((), device=self.encoder.embedding.weight.device)
+        self.stem_opening.fill_(opening)
 
     def planned_series(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b s z y x"]:
         """The planned series, in their order, of patches with nnU-Net's channels.

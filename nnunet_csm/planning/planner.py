@@ -189,7 +189,14 @@ def plan(
         reconstruction=preset.reconstruction,
         pretraining=pretraining,
         finetuning_schedule=finetuning,
-        finetuning=Finetuning(preset.encoder, preset.mirroring, preset.frozen_share, preset.transferred_blocks, preset.ema),
+        finetuning=Finetuning(
+            preset.encoder,
+            preset.mirroring,
+            preset.frozen_share,
+            preset.stem_closed_share,
+            preset.transferred_blocks,
+            preset.ema,
+        ),
         classification=classification,
         reasons={d.name: (d.value, d.reason) for d in decisions},
     )

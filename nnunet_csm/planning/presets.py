@@ -80,6 +80,7 @@ class Preset:
     encoder: str
     mirroring: bool
     frozen_share: float = 0.0
+    stem_closed_share: float = 0.0
     transferred_blocks: int | None = None
     ema: float = 0.0
 

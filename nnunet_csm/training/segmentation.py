@@ -20,7 +20,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.draws import Purpose, batches, key, seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.plans import SPLITS, Recipe, Schedule
+from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
 from nnunet_csm.training import encoder_share
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.host import CSMTrainer, without_copies
@@ -82,6 +82,11 @@ def no_worker_processes() -> Iterator[None]:
             os.environ["nnUNet_n_proc_DA"] = before
 
 
+def stem_opening(done: float, closed: float) -> float:
+    """How far the stem is open when a share `done` of the iterations is: not at all for a share `closed`, then more and more."""
+    return min(1.0, max(0.0, (done - closed) / min(STEM_OPENS, 1.0 - closed)))
+
+
 class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named so
     """nnU-Net's segmentation training with the network, schedule and encoder of the CSM plans.
 
@@ -89,7 +94,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     `nnUNet_csm_encoder`: auto, all, scratch, or a path.
     """
 
-    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "ema"})
+    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "stem_closed_share", "ema"})
     max_gradient_norm = 12.0  # nnU-Net's
     share: encoder_share.EncoderShare | None = None
 
@@ -103,6 +108,12 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         self.frozen_share = finetuning.frozen_share
         if finetuning.ema > 0:
             self.average = WeightAverage(self.bare_network, finetuning.ema)
+
+    def before_step(self) -> None:
+        super().before_step()
+        closed = self.settings.csm.finetuning.stem_closed_share
+        if closed > 0:
+            self.bare_network.open_stem(stem_opening(self.iteration / self.schedule.num_iterations, closed))
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
