@@ -231,7 +231,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         if self.share is not None:
             counted = [sums for sums in self.ranks.gather(self.share.sums) if sums is not None]
             dice = encoder_share.as_dice(np.sum(counted, axis=0)) if counted else {}
-            self.print_to_log_file(encoder_share.said(dice))
+            if line := encoder_share.said(dice):
+                self.print_to_log_file(line)
             if self.ranks.rank == 0:
                 nnunet.save_json(dice, Path(self.output_folder) / encoder_share.FILE)
 
