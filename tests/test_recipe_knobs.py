@@ -291,7 +291,7 @@ def kill_after(trainer: Any, num_steps: int) -> None:
 
 def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_finetuner: Callable[..., Any]) -> None:
     # 9 steps in 3 epochs: the kill falls between the last checkpoint and the end of the frozen part
-    knobs = {"stem": "gated", "stem_closed_share": 0.3, "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
+    knobs = {"stem": "gated", "stem_closed_share": 0.5, "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
     whole = make_finetuner(**knobs)
     whole.run_training()
     expected = saved_by(whole)
@@ -309,6 +309,21 @@ def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_finetuner: Callable
         assert all(torch.equal(found[part][name], tensor) for name, tensor in expected[part].items())
     assert found["logging"]["val_losses"] == expected["logging"]["val_losses"]
     assert not all(torch.equal(found["learning_weights"][n], t) for n, t in found["network_weights"].items())
+
+
+def test_the_trainer_opens_the_stem_step_by_step(make_finetuner: Callable[..., Any]) -> None:
+    trainer = make_finetuner(stem_closed_share=0.5)
+    openings: list[float] = []
+    original = trainer.learn
+
+    def learn(batch: Any) -> torch.Tensor:
+        openings.append(float(trainer.bare_network.stem_opening))
+        return original(batch)
+
+    trainer.learn = learn
+    trainer.run_training()
+    # 9 steps: after 4 of them the half is not over, 5 of them are 0.556 of all
+    assert openings == pytest.approx([0, 0, 0, 0, (5 / 9 - 0.5) / 0.1, 1, 1, 1, 1], abs=1e-6)
 
 
 def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_finetuner: Callable[..., Any]) -> None:

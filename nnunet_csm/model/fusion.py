@@ -24,7 +24,7 @@ class SeriesProjections(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_series, width, width))
         for weight in self.weight:
-            # the average of rotated features then has the size of one
+            # the average of the rotated features of all series then has the size of one of them
             nn.init.orthogonal_(weight, gain=num_series**0.5)
 
     def forward(

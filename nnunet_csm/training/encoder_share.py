@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,28 +19,30 @@ FILE = "encoder_share.json"
 HARDLY = 0.05
 # nnU-Net's names for voxels found, wrongly found and missed, by class
 COUNTS = ("tp_hard", "fp_hard", "fn_hard")
+WAYS = ("own_features", "features_of_others")
 
 
 class FeaturesOfOthers(nn.Module):
-    """The segmenter; every patch is decoded with the encoder's features of the one before it, also of the batch before.
+    """The segmenter; every patch is decoded with the encoder's features of the patch at its place in the batch before.
+
+    nnU-Net's batches hold foreground at the same places, so patches with lesions mostly get features of others with lesions,
+    seldom of the same patient. Each rank exchanges its own.
 
     Attributes:
-        exchanged: whether the last batch was; a first one of a single patch cannot be.
+        exchanged: whether the last batch was; the first has its own features.
     """
 
     def __init__(self, segmenter: CSMSegmenter) -> None:
         super().__init__()
         self.segmenter = segmenter
-        self.last: list[Tensor] | None = None
+        self.before: list[Tensor] | None = None
         self.exchanged = False
 
     def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c z y x"]:
         volume, present = self.segmenter.present_series(volume)
         own = self.segmenter.encode(volume, present)
-        self.exchanged = len(volume) > 1 or self.last is not None
-        before = self.last or [features[-1:] for features in own]
-        self.last = [features[-1:] for features in own]
-        others = [torch.cat([first, features[:-1]]) for first, features in zip(before, own, strict=True)]
+        self.exchanged = self.before is not None
+        others, self.before = self.before or own, own
         return self.segmenter.decode(volume, others)
 
 
@@ -60,17 +61,18 @@ class EncoderShare:
 
 
 def as_dice(sums: Float[np.ndarray, "way count c"]) -> dict[str, float | None]:
-    """nnU-Net's pseudo Dice, of the voxels of all patches together and mean over classes; None without any foreground."""
-    dice: dict[str, float | None] = {}
-    for name, (found, wrong, missed) in zip(("own_features", "features_of_others"), sums, strict=True):
-        total = 2 * found + wrong + missed
-        dice[name] = float(np.mean((2 * found[total > 0]) / total[total > 0])) if total.any() else None
-    return dice
+    """Of the voxels of all patches together, mean over the classes that are in them; None when none is."""
+    found, wrong, missed = sums.swapaxes(0, 1)
+    there = (found + missed)[0] > 0
+    if not there.any():
+        return dict.fromkeys(WAYS)
+    dice = (2 * found[:, there] / (2 * found + wrong + missed)[:, there]).mean(axis=1)
+    return dict(zip(WAYS, map(float, dice), strict=True))
 
 
 def share(dice: Mapping[str, float | None]) -> float | None:
     """The part of the Dice that is lost with the features of others; None where there is no Dice to lose."""
-    own, others = dice.get("own_features"), dice.get("features_of_others")
+    own, others = map(dice.get, WAYS)
     return None if not own or others is None else 1.0 - others / own
 
 
@@ -84,7 +86,7 @@ def said(dice: Mapping[str, float | None]) -> str:
         f"{dice['features_of_others']:.3f})"
     )
     if lost < HARDLY:
-        line += "; this segmenter can do without its encoder, so pretraining cannot help it"
+        line += "; it hardly reads its encoder, and what does not cannot gain by pretraining: docs/experiments.md, E4 and E8"
     return line
 
 

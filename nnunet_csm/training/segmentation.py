@@ -124,6 +124,9 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         name = self.plans_manager.dataset_name
         if not any(source.labelled for source in self.settings.csm.sources if source.dataset == name):
             raise UserError(f"{name} has no labels to fine-tune on; fine-tune another dataset from its encoder")
+        if self.ranks.rank == 0:
+            # of an earlier run
+            (Path(self.output_folder) / encoder_share.FILE).unlink(missing_ok=True)
         finetuning = self.settings.csm.finetuning
         self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
 
