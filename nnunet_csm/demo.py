@@ -76,7 +76,7 @@ def run_demo(folder: Path, seed: int) -> None:
     folder = folder.resolve()
     print(
         f"This makes a phantom of {NUM_TRAINING + NUM_TEST} subjects and four series, pretrains a small encoder on its images,\n"
-        f"fine-tunes it for segmentation, predicts and scores {NUM_TEST} test subjects: about 8 minutes on two CPU cores.\n"
+        f"fine-tunes it for segmentation, predicts and scores {NUM_TEST} test subjects: about 10 minutes on two CPU cores.\n"
         f"All of it goes to {folder}"
     )
     demo = Demo(folder)
@@ -134,7 +134,8 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         "Pretraining",
         f"On series hidden whole, where another series is visible, the mean squared error is {whole['network']:.3f}; "
         f"the best voxel-wise linear map (ridge regression on the series visible at the voxel) reaches {whole['linear']:.3f}, "
-        f"the mean {whole['mean']:.3f}. Subjects of the validation fold, foreground voxels, z-scored units.",
+        f"that of whole tokens {whole['token_linear']:.3f}, the mean {whole['mean']:.3f}. "
+        "Subjects of the validation fold, foreground voxels, z-scored units.",
         [Table(tuple(errors.columns), [tuple(row) for row in errors.itertuples(index=False)])],
         [
             (pretraining / "progress.png", "Loss, errors, learning rate and speed"),

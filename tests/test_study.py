@@ -214,11 +214,18 @@ def test_expanding_twice_names_the_same_runs_and_a_moved_study_too(dataset: Data
     assert list(first.runs) == list(Expansion(study, "s", elsewhere, {}).expand().runs)
 
 
-def test_every_subset_of_series_is_tested_by_one_network(expand: Callable[..., Runs], dataset: Dataset) -> None:
-    runs = expand(arms=[SCRATCH], tested="subsets")
+@pytest.mark.parametrize(
+    ("tested", "expected"), [("all", lambda n: 1), ("one_missing", lambda n: n + 1), ("subsets", lambda n: 2**n - 1)]
+)
+def test_subsets_of_series_are_tested_by_one_network(
+    expand: Callable[..., Runs], dataset: Dataset, tested: str, expected: Callable[[int], int]
+) -> None:
+    runs = expand(arms=[SCRATCH], tested=tested)
     (run, *_) = runs.runs.values()
     num_series = len(dataset.series)
-    assert len(run.tests) == 2**num_series - 1
+    assert len({test.name for test in run.tests}) == len(run.tests) == expected(num_series)
+    if tested == "one_missing":
+        assert all(test.name == "all" or len(test.name.split("+")) == num_series - 1 for test in run.tests)
     for test in run.tests:
         wanted = set(dataset.series) if test.name == "all" else set(test.name.split("+"))
         for case, channels in test.channels.items():

@@ -1,5 +1,6 @@
 """What a study found, in pictures: scores over the number of labelled cases, differences patient by patient."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from nnunet_csm.figures.canvas import INK, new_figure, save_figure
 # Pixels.
 WIDTH = 900
 PANEL_HEIGHT = 330
+# of a title over the whole width
+TITLE_LETTERS = 110
 
 # dark ones of canvas.COLOURS, for lines on white
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
@@ -62,7 +65,7 @@ def save_label_efficiency(path: str | Path, panels: Mapping[str, Sequence[Curve]
         axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:.0f}" for tick in ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _dress(axes, title, "labelled training cases", measure)
+        _dress(axes, textwrap.fill(title, TITLE_LETTERS // num_columns), "labelled training cases", measure)
         if position == 1:
             axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
@@ -86,7 +89,12 @@ def save_patient_differences(path: str | Path, comparisons: Sequence[PatientDiff
         axes.axhline(one.mean, color=INK, linewidth=1.2, linestyle="--", label=_mean_text(one))
         axes.set_ylim(-reach, reach)
         num_better = int((values > 0).sum())
-        _dress(axes, one.name, f"patients, sorted: {num_better} of {len(values)} better", unit)
+        _dress(
+            axes,
+            textwrap.fill(one.name, TITLE_LETTERS // num_columns),
+            f"patients, sorted: {num_better} of {len(values)} better",
+            unit,
+        )
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     save_figure(figure, path)

@@ -326,13 +326,11 @@ class Expansion:
         return found
 
     def tests(self, fold: int, series: Sequence[str], removed: Mapping[str, tuple[str, ...]]) -> tuple[Evaluation, ...]:
-        """The test cases of a division with all their series, or with every subset; cases that have none of it are left out."""
+        """Test cases of a division with the subsets of series that are asked for; cases that have none of them are left out."""
         channels, present = self.dataset.found.channels, self.dataset.present
-        subsets = [tuple(series)]
-        if self.study.tested == "subsets":
-            subsets = [s for n in range(1, len(series) + 1) for s in itertools.combinations(series, n)]
+        fewest = {"all": len(series), "one_missing": max(1, len(series) - 1), "subsets": 1}[self.study.tested]
         tests = []
-        for subset in subsets:
+        for subset in (s for n in range(fewest, len(series) + 1) for s in itertools.combinations(series, n)):
             given = {
                 case: tuple(channels[name] for name in subset if name in present[case] and name not in removed.get(case, ()))
                 for case in self.divisions[fold].test

@@ -87,7 +87,8 @@ class Study:
         arms: rows.
         baseline: the arm that all others are compared with; the first when empty.
         finetuned: "all" series, "each" by itself and their mean, or "both".
-        tested: the series given at test time: "all", or "subsets": every non-empty subset from one network.
+        tested: the series given at test time, to one network: "all"; "one_missing": all, and all but each; "subsets": every
+            non-empty subset.
         search: path in the preset (`finetuning.learning_rate`) to values: every arm, label share and division takes the values
             that are best on the validation patients of the division, with its first seed; every arm tries as many.
         structures: labels or regions to report, as far as the dataset has them; when none, the regions that the labels imply,
@@ -103,7 +104,7 @@ class Study:
     arms: tuple[Arm, ...]
     baseline: str = ""
     finetuned: Literal["all", "each", "both"] = "all"
-    tested: Literal["all", "subsets"] = "all"
+    tested: Literal["all", "one_missing", "subsets"] = "all"
     search: dict[str, Any] = field(default_factory=dict)
     structures: tuple[str, ...] = ()
 
