@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from nnunet_csm import __version__, commands
 from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
 from nnunet_csm.errors import exit_on_user_error
-from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME
+from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
 NUM_PROCESSES = min(8, os.cpu_count() or 1)
 
@@ -322,7 +322,7 @@ def _add_reading(p: argparse.ArgumentParser) -> None:
 def _add_planning(p: argparse.ArgumentParser) -> None:
     p.add_argument("-d", nargs="+", required=True, help="dataset names or IDs")
     p.add_argument("-c", default="3d_fullres", help="configuration of nnU-Net's plans to build on")
-    p.add_argument("-p", default="nnUNetPlans", help="nnU-Net's plans to build on")
+    p.add_argument("-p", default=STOCK_PLANS_NAME, help="nnU-Net's plans to build on")
     p.add_argument(
         "-preset",
         default="auto",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME
+from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
 if TYPE_CHECKING:
     from nnunet_csm.planning.planner import Wishes
@@ -113,15 +113,30 @@ def plan_and_preprocess(args: argparse.Namespace) -> int:
     names = check_request(args.d, *_asked(args))
     for name in names:
         check_raw(name)
-    labelled = [str(nnunet.dataset_id(name)) for name in names if has_labels(described(name)[0])]
-    if labelled:
-        flags = ["-d", *labelled, "-c", args.c, "-np", str(args.np), "-npfp", str(args.np)]
-        flags += ["--verify_dataset_integrity"] if args.verify_dataset_integrity else []
-        flags += ["--no_pp"] if args.joint else []
-        nnunet.run("nnunetv2.experiment_planning.plan_and_preprocess_entrypoints:plan_and_preprocess_entry", flags)
+    if labelled := [name for name in names if has_labels(described(name)[0])]:
+        _plan_and_preprocess_by_nnunet(labelled, args)
     plan(args)
     preprocess_datasets(names, args.c, _plans_name(args), args.np, False)
     return 0
+
+
+def _plan_and_preprocess_by_nnunet(names: Sequence[str], args: argparse.Namespace) -> None:
+    """nnU-Net's fingerprint, plans and data; for other plans than its default ones, which have planners of their own, data."""
+    entry = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"
+    flags = ["-d", *(str(nnunet.dataset_id(name)) for name in names), "-c", args.c, "-np", str(args.np)]
+    if args.p == STOCK_PLANS_NAME:
+        flags += ["-npfp", str(args.np), *(["--verify_dataset_integrity"] if args.verify_dataset_integrity else [])]
+        nnunet.run(f"{entry}:plan_and_preprocess_entry", [*flags, *(["--no_pp"] if args.joint else [])])
+        return
+    for name in names:
+        path = nnunet.folder("nnUNet_preprocessed") / name / f"{args.p}.json"
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no such file; make it with nnU-Net's planner of that name first, as nnUNetv2_plan_and_preprocess "
+                f"-d {nnunet.dataset_id(name)} -pl nnUNetPlannerResEncM --no_pp makes nnUNetResEncUNetMPlans"
+            )
+    if not args.joint:
+        nnunet.run(f"{entry}:preprocess_entry", [*flags, "-plans_name", args.p])
 
 
 def train(args: argparse.Namespace) -> int:

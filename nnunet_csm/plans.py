@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from nnunet_csm.errors import UserError
 
+# nnU-Net's default
+STOCK_PLANS_NAME = "nnUNetPlans"
 PLANS_NAME = "nnUNetCSMPlans"
 JOINT_PLANS_NAME = "nnUNetCSMJointPlans"
 NETWORK_CLASS = "nnunet_csm.model.segmenter.CSMSegmenter"

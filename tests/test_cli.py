@@ -139,6 +139,15 @@ def test_a_dataset_that_nnunet_has_not_planned_is_refused_with_the_remedy(datase
     assert str(dataset / "nnUNetPlans.json") in message and "nnUNetv2_plan_and_preprocess -d 1" in message
 
 
+def test_plans_of_another_planner_are_asked_for_before_nnunet_makes_its_own(planned_dataset, capsys, monkeypatch):
+    for name, value in planned_dataset.environment.items():
+        monkeypatch.setenv(name, value)
+    before = sorted(planned_dataset.folders.preprocessed.rglob("*"))
+    message = refused(["plan_and_preprocess", "-d", "900", "-p", "nnUNetResEncUNetMPlans"], capsys)
+    assert "nnUNetResEncUNetMPlans.json: no such file" in message and "-pl nnUNetPlannerResEncM" in message
+    assert sorted(planned_dataset.folders.preprocessed.rglob("*")) == before
+
+
 def test_a_plans_file_that_is_no_json_is_named(dataset, capsys):
     (dataset / "nnUNetPlans.json").write_text("{")
     assert "nnUNetPlans.json: not valid JSON" in refused(ON_A_DATASET["plan"], capsys)

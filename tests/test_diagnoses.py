@@ -25,6 +25,7 @@ from nnunet_csm.data.diagnoses import (
 )
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import check_classification, series_lines, split_dataset, take_class_table
+from nnunet_csm.raw.writer import MANIFEST
 
 TABLE = "case,class,mask_label,patient\nb,benign,2,P1\nb,malignant,1,P1\na,malignant,1,P1\nc,benign,1,P2\n"
 SAMPLES = (
@@ -322,6 +323,21 @@ def test_splits_of_others_are_kept_unless_asked(raw: Path, nnunet_folders: Nnune
     split_dataset("1", 10, 0, overwrite=True)
     splits = json.loads((nnunet_folders.preprocessed / NAME / "splits_final.json").read_text())
     assert len(splits) == 10 and sorted(case for split in splits for case in split["test"]) == CASES
+
+
+@pytest.mark.parametrize("num_repeats", [None, 10])
+def test_a_visit_without_a_class_is_where_others_of_its_patient_are(
+    raw: Path, nnunet_folders: NnunetFolders, num_repeats: int | None
+) -> None:
+    write_mask(raw, "second_visit")
+    write_mask(raw, "stranger")
+    (raw / MANIFEST).write_text(json.dumps({"cases": {"second_visit": {"patient": "P3"}}}))
+    split_dataset("1", num_repeats, 0, overwrite=True)
+    splits = json.loads((nnunet_folders.preprocessed / NAME / "splits_final.json").read_text())
+    for split in splits:
+        side = {case: where for where, cases in split.items() for case in cases}
+        assert side["second_visit"] == side[CASES[3]] and side["stranger"] == "train"
+    assert {"val", "train"} <= {where for split in splits for where, cases in split.items() if "second_visit" in cases}
 
 
 def truncate_mask(raw: Path) -> str:

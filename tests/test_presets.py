@@ -2,9 +2,12 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.planning.presets import Preset, PresetNetwork, paper_preset, preset_names, read_preset
 from nnunet_csm.plans import Masking, Reconstruction, from_dict
 
@@ -65,3 +68,26 @@ def test_the_papers_datasets_are_found_by_their_series_in_any_order() -> None:
 def test_no_preset_inherits_from_a_paper_preset(name: str) -> None:
     content = json.loads((files("nnunet_csm.presets") / f"{name}.json").read_text())
     assert content.get("inherits_from") not in PAPER
+
+
+def write(path: Path, content: dict[str, Any]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_file_inherits_from_a_file_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "folder" / "half.json", {"inherits_from": "S", "masking": {"mask_ratio": 0.5}})
+    child = read_preset(write(tmp_path / "folder" / "child.json", {"inherits_from": "half.json", "ema": 0.9}))
+    assert (child.masking.mask_ratio, child.ema) == (0.5, 0.9) and child.network == read_preset("S").network
+
+
+@pytest.mark.parametrize(
+    ("parent", "complaint"),
+    [("b.json", "inherits from it"), ("a.json", "inherits from it"), ("paper", "no preset 'paper'"), (3, "3")],
+)
+def test_what_cannot_be_inherited_is_named(tmp_path: Path, parent: Any, complaint: str) -> None:
+    write(tmp_path / "b.json", {"inherits_from": "a.json"})
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_preset(write(tmp_path / "a.json", {"inherits_from": parent}))
+    assert "auto" not in str(caught.value)

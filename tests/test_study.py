@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
 
+from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
-from nnunet_csm.study.command import StudyRequest, run_study
+from nnunet_csm.raw.writer import MANIFEST
+from nnunet_csm.study.command import StudyRequest, run_study, study_name
 from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
-from nnunet_csm.study.dataset import Dataset
-from nnunet_csm.study.divisions import divide, labelled, taken_away, with_unclassified
+from nnunet_csm.study.dataset import Dataset, hashed
+from nnunet_csm.study.divisions import divide, everybody, labelled, taken_away
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
-from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs
+from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, essence
 from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
 
 JOINT = {"network": {"joint_tokens": True}, "masking": {"mask_ratio": 0.75, "places": "shared", "hidden_series": "none"}}
@@ -94,6 +97,9 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"repeats": {"kind": "folds", "number": 1}}, "2 folds"),
         ({"search": {"pretraining.learning_rate": [1]}}, "concerns pretraining"),
         ({"search": {"finetuning.learning_rate": 0.1}}, "list of values"),
+        ({"search": {"finetuning.learning_rate": [0.1]}, "task": "classification"}, "does nothing for classification"),
+        ({"search": {"classification.schedule.learning_rate": [0.1]}}, "does nothing for segmentation"),
+        ({"arms": [{**CSM, "changes": {"stem_closed_share": 0.5}}], "task": "classification"}, "arm 'CSM': stem_closed_share"),
         ({"search": {"network.width": [24, 48]}}, "concerns pretraining"),
         ({"arms": [{**CSM, "incomplete": {"share": 2, "remove": [1]}}]}, "share above 0"),
         ({"arms": [CSM, {"name": "n", "nnunet": {"plans": "p", "minutes_of": "n", "with_pretraining": False}}]}, "minutes_of"),
@@ -320,9 +326,56 @@ def test_what_would_stop_runs_hours_later_is_told_at_once(expand: Callable[..., 
 
 def test_cases_without_a_class_are_segmented_all_the_same() -> None:
     table = make_table(3, 1)
-    everybody = with_unclassified(table, [*(sample.case for sample in table.samples), "x", "y"])
-    assert [sample.patient for sample in everybody.samples][-2:] == ["x", "y"] and len(everybody.samples) == 5
-    assert with_unclassified(table, [sample.case for sample in table.samples]) is table
+    cases = [sample.case for sample in table.samples]
+    found = everybody(table, [*cases, "x", "y"], {"y": table.samples[0].patient})
+    assert [sample.patient for sample in found.samples][-2:] == ["x", table.samples[0].patient] and len(found.samples) == 5
+    assert everybody(table, cases, {}) is table
+
+
+def test_visits_of_a_patient_stay_on_one_side_without_a_class_table(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "raw" / dataset.name
+    shutil.copytree(nnunet.folder("nnUNet_raw") / dataset.name, raw)
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    cases = sorted(sample.case for sample in dataset.table.samples)
+    assert len({sample.patient for sample in dataset.table.samples}) == len(cases) > 3
+    manifest = {"cases": {case: {"patient": f"p{number // 2}"} for number, case in enumerate(cases[1:])}}
+    nnunet.save_json(manifest, raw / MANIFEST)
+    again = Dataset("900", "3d_fullres", dataset.folder)
+    patients = {sample.case: sample.patient for sample in again.table.samples}
+    assert patients == {cases[0]: cases[0], **{case: f"p{number // 2}" for number, case in enumerate(cases[1:])}}
+    for division in divide(again.table, Repeats("folds", 2)):
+        sides = [{patients[case] for case in side} for side in (division.train, division.val, division.test)]
+        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert f"{len(cases)} cases of {len(set(patients.values()))} patients" in again.described()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("few_labels", "few_labels"), ("a/b c.json", "b-c"), ("__x__y_.json", "x_y"), ("_.json", "study")]
+)
+def test_the_name_of_a_study_can_be_part_of_nnunets_names(given: str, name: str) -> None:
+    assert study_name(given) == name
+
+
+def test_what_only_people_read_makes_no_other_run(dataset: Dataset) -> None:
+    plans = dataset.plans(str(TINY_PRESET), {})
+    other = json.loads(json.dumps(plans))
+    csm = other["configurations"]["3d_fullres"]["csm"]
+    csm["preset"], csm["reasons"] = "x", {}
+    assert essence(plans) == essence(other) and hashed(plans) != hashed(other)
+    csm["masking"]["mask_ratio"] = 0.123
+    assert essence(plans) != essence(other)
+
+
+def test_stock_nnunet_is_given_what_it_was_trained_with(expand: Callable[..., Runs], dataset: Dataset) -> None:
+    given = {"arms": [CSM, {"name": "n", "nnunet": {"plans": "nnUNetPlans", "minutes_of": "CSM", "with_pretraining": False}}]}
+    runs = expand({run.id: {"seconds": 60.0} for run in expand(**given).runs.values()}, **given)
+    assert any(len(names) < len(dataset.series) for names in dataset.present.values())
+    for row in runs.rows:
+        (test,) = runs.runs[row.run].tests
+        for case, channels in test.channels.items():
+            assert len(channels) == (len(dataset.series) if row.arm == "n" else len(dataset.present[case]))
 
 
 def test_a_run_is_done_when_it_has_the_tests_asked_for(tmp_path: Path) -> None:

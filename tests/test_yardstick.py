@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_csm.errors import UserError
 from nnunet_csm.plans import Yardstick, read_yardstick
 from nnunet_csm.training import yardstick
-from nnunet_csm.training.yardstick import NUM_EPOCHS, PolyInTime, epoch_length, nnUNetTrainerCSMYardstick
+from nnunet_csm.training.yardstick import NUM_EPOCHS, SECONDS_FILE, PolyInTime, epoch_length, nnUNetTrainerCSMYardstick
 
 SECONDS_A_STEP = 3.0
 KEY: dict[str, Any] = {"minutes": 1.0, "splits": "splits_study.json"}
@@ -178,6 +178,7 @@ def test_time_before_a_kill_counts(make_trainer: Callable[..., Any], rates: list
     resumed.run_training()
     assert len(rates) == 8 + 20 - 7
     assert sum(log_of(resumed)["seconds_used"]) == pytest.approx(60)
+    assert json.loads((Path(resumed.output_folder) / SECONDS_FILE).read_text())["seconds"] == pytest.approx(60)
     assert rates[8] == pytest.approx(0.01 * (1 - 21 / 60) ** 0.9)
 
 

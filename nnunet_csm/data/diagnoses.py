@@ -246,7 +246,10 @@ def deal(table: ClassTable, num_parts: int, rng: np.random.Generator) -> list[li
     for sample in table.samples:
         samples[sample.patient].append(sample)
     if len(samples) < num_parts:
-        raise UserError(f"{len(samples)} patients in {FILE_NAME} cannot be dealt into {num_parts} parts; take fewer folds")
+        raise UserError(
+            f"{len(samples)} patients cannot be dealt into {num_parts} parts; take fewer folds, of which repeats of 8:1:1 need "
+            f"{NUM_TENTHS}"
+        )
     patients = sorted(samples)
     rng.shuffle(patients)
     patients.sort(key=lambda patient: -len(samples[patient]))

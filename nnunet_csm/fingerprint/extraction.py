@@ -39,7 +39,7 @@ from nnunet_csm.fingerprint.record import (
     with_manifest,
 )
 from nnunet_csm.plans import from_dict
-from nnunet_csm.raw.writer import MANIFEST
+from nnunet_csm.raw.writer import read_manifest
 
 # Cases handed out but not yet measured, for each process: enough that none waits, and no more in memory than that.
 JOBS_PER_PROCESS = 4
@@ -90,7 +90,7 @@ def extract(
                 stream.flush()
                 progress.update()
     cases = name_copies({name: done[name] for name in keys}, series)
-    fingerprint = with_manifest(Fingerprint(VERSION, raw_folder.name, tuple(series), cases), _manifest(raw_folder))
+    fingerprint = with_manifest(Fingerprint(VERSION, raw_folder.name, tuple(series), cases), read_manifest(raw_folder))
     if strict:
         _refuse_problems(fingerprint)
     save_fingerprint(fingerprint, output)
@@ -198,15 +198,6 @@ def _measured(jobs: Sequence[Job], num_processes: int) -> Generator[tuple[str, C
         raise UserError(msg) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _manifest(raw_folder: Path) -> dict[str, Any]:
-    """What our converter wrote down; {} for datasets that it did not make."""
-    try:
-        manifest = json.loads((raw_folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _refuse_problems(fingerprint: Fingerprint) -> None:

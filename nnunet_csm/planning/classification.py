@@ -29,6 +29,7 @@ from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.raw.subjects import CaseError, Volume
 from nnunet_csm.raw.volumes import read_volume
+from nnunet_csm.raw.writer import patients_of
 
 SPLITS = "splits_final.json"
 Extent = tuple[float, float, float]
@@ -59,9 +60,18 @@ def take_class_table(name: str, dataset_json: Mapping[str, Any]) -> ClassTable |
 
 
 def with_other_cases(splits: Sequence[Mapping[str, list[str]]], table: ClassTable, name: str) -> list[dict[str, list[str]]]:
-    """The splits with all cases of the dataset: those without a class train in every fold of the other trainers."""
-    others = sorted(set(training_cases(name)) - {sample.case for sample in table.samples})
-    return [{**split, "train": sorted([*split["train"], *others])} for split in splits]
+    """The splits with all cases of the dataset, for the other trainers.
+
+    Those without a class are where others of their patient are, as the converter's manifest tells, else they train.
+    """
+    others = set(training_cases(name)) - {sample.case for sample in table.samples}
+    patients = patients_of(nnunet.folder("nnUNet_raw") / name)
+    found = []
+    for split in splits:
+        side = {sample.patient: where for where, cases in split.items() for sample in table.of(cases)}
+        added = {case: side.get(patients.get(case, case), "train") for case in others}
+        found.append({where: sorted([*cases, *(c for c in others if added[c] == where)]) for where, cases in split.items()})
+    return found
 
 
 def training_cases(name: str) -> list[str]:

@@ -18,11 +18,9 @@ from nnunet_csm.planning.planner import Decision, Facts, Wishes, base_configurat
 from nnunet_csm.planning.preprocessing import is_preprocessed
 from nnunet_csm.planning.request import PlanRequest, check_request, described, series_of
 from nnunet_csm.planning.unlabelled import image_files, plan_without_labels
-from nnunet_csm.plans import Source, read_configuration
+from nnunet_csm.plans import STOCK_PLANS_NAME, Source, read_configuration
 from nnunet_csm.raw.check import has_labels
 from nnunet_csm.raw.series import SeriesMatch
-
-DEFAULT_BASE_PLANS = "nnUNetPlans"
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def look_at(name: str, names: Sequence[str], request: PlanRequest) -> Found:
     remedy = f"run nnUNetv2_plan_and_preprocess -d {nnunet.dataset_id(name)} -c {request.configuration} first"
     if labelled:
         nnunet.read_json(path, remedy)  # before all images are read
-    elif request.base_plans_name != DEFAULT_BASE_PLANS:
+    elif request.base_plans_name != STOCK_PLANS_NAME:
         raise UserError(f"{name}: has no labels, and is planned for by nnU-Net's default planner only; leave out -p")
     matches = series_of(name, names, request)
     print_series(name, matches)
@@ -180,7 +178,7 @@ def facts_of(one: Found, request: PlanRequest, sources: Sequence[Source], base_p
     else:
         training = [case for case in fingerprint.cases.values() if case.subset == "imagesTr"]
         num_cases, counts = len(training), num_with_series(fingerprint)
-        seen = set(sources[0].channels)
+        seen = {series for source in sources if source.dataset == one.name for series in source.channels}
         present = dict(Counter(sum(r.absent is None for n, r in case.series.items() if n in seen) for case in training))
     return Facts(
         channels=one.channels,

@@ -104,13 +104,18 @@ def read_preset(name: str) -> Preset:
     return preset
 
 
-def _read(name: str) -> dict[str, Any]:
-    if name.endswith(".json"):
-        text = Path(name).read_text() if Path(name).is_file() else None
+def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".json") else None
+    if path is not None:
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
     else:
-        text = (files("nnunet_csm.presets") / f"{name}.json").read_text() if name in preset_names() else None
+        text = (files("nnunet_csm.presets") / f"{name}.json").read_text(encoding="utf-8") if name in preset_names() else None
     if text is None:
-        raise UserError(f"no preset {name!r}; expected paper, one of {', '.join(preset_names())}, or the path of a JSON file")
+        by_dataset = "" if children else "auto, paper, "
+        child = f"preset {children[-1]}: inherits_from: " if children else ""
+        raise UserError(
+            f"{child}no preset {name!r}; expected {by_dataset}one of {', '.join(preset_names())}, or the path of a JSON file"
+        )
     try:
         data: dict[str, Any] = json.loads(text)
     except ValueError as error:
@@ -118,7 +123,17 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"preset {name}: expected a JSON object, found {type(data).__name__}")
     parent = data.pop("inherits_from", None)
-    return data if parent is None else merged(_read(parent), data)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise UserError(
+            f"preset {name}: inherits_from is {parent!r}; expected the name of another preset or the path of its file"
+        )
+    if path is not None and parent.endswith(".json"):
+        parent = str(path.parent / parent)
+    if parent in (name, *children):
+        raise UserError(f"preset {name}: inherits from {parent}, which inherits from it; leave inherits_from out in one of them")
+    return merged(_read(parent, (*children, name)), data)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -489,6 +489,22 @@ def _write_tables(folder: Path, written: Sequence[Case], dataset: Dataset, left_
     return lines
 
 
+def read_manifest(raw_folder: Path) -> dict[str, Any]:
+    """What `write_dataset` wrote down of a dataset; {} for datasets that it did not make."""
+    try:
+        manifest = json.loads((raw_folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def patients_of(raw_folder: Path) -> dict[str, str]:
+    """Case to its patient, as far as the manifest tells."""
+    cases = read_manifest(raw_folder).get("cases")
+    entries = cases.items() if isinstance(cases, Mapping) else ()
+    return {case: str(entry["patient"]) for case, entry in entries if isinstance(entry, Mapping) and entry.get("patient")}
+
+
 def splits_by_patient(patients: Mapping[str, str]) -> list[dict[str, list[str]]]:
     """nnU-Net's splits_final from training case to patient: no patient on both sides of a fold.
 

@@ -90,6 +90,7 @@ def collect_costs(rows: Sequence[Row], runs: Mapping[str, Run], records: Mapping
             found.append({**common, **counted, "kind": stage.kind, "seconds": record["seconds"], "encoder_share": share})
             if "prediction_seconds" in record:
                 none = {"num_crops": 0, "visible_tokens": 0.0}
+                none["peak_memory_gb"] = record.get("prediction_peak_memory_gb", float("nan"))
                 found.append({**common, **none, "kind": "prediction", "seconds": record["prediction_seconds"]})
     costs = pd.DataFrame(found)
     return costs if costs.empty else costs.astype({"encoder_share": float})

@@ -66,9 +66,7 @@ def run_study(request: StudyRequest, dry_run: bool, report_only: bool) -> None:
     folder = request.output or results / f"study_{name}"
     folder.mkdir(parents=True, exist_ok=True)
     dataset = Dataset(request.dataset, request.configuration, folder.resolve())
-    print(
-        f"{name}: {study.description}\n{dataset.name}: {len(dataset.table.samples)} samples, series {', '.join(dataset.series)}"
-    )
+    print(f"{name}: {study.description}\n{dataset.described()}")
     runs, records = expanded(study, name, dataset)
     if dry_run:
         print(announcement(runs, records, study, dataset, request))
@@ -92,8 +90,9 @@ def run_study(request: StudyRequest, dry_run: bool, report_only: bool) -> None:
 
 
 def study_name(given: str) -> str:
-    """The name of a study in folders and plans."""
-    return "".join(c if c.isalnum() else "-" for c in Path(given).name.removesuffix(".json"))
+    """The name of a study in folders and plans. Two underscores part the names in nnU-Net's folders."""
+    text = "".join(c if c.isalnum() else "_" if c == "_" else "-" for c in Path(given).name.removesuffix(".json"))
+    return "_".join(part for part in text.split("_") if part) or "study"
 
 
 def list_studies() -> None:

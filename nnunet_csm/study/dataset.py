@@ -19,8 +19,9 @@ from nnunet_csm.planning.classification import take_class_table, training_cases
 from nnunet_csm.planning.command import Found, look_at, planned
 from nnunet_csm.planning.planner import Wishes
 from nnunet_csm.planning.request import PlanRequest
-from nnunet_csm.plans import PLANS_NAME, Configuration, parse_configuration
-from nnunet_csm.study.divisions import one_class, with_unclassified
+from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, parse_configuration
+from nnunet_csm.raw.writer import patients_of
+from nnunet_csm.study.divisions import everybody
 
 # between the series of a subset
 JOIN = "+"
@@ -33,7 +34,7 @@ class Dataset:
 
     def __init__(self, dataset: str, configuration: str, folder: Path) -> None:
         self.name, self.configuration, self.folder = nnunet.dataset_name(dataset), configuration, folder
-        self.request = PlanRequest(configuration, "nnUNetPlans", PLANS_NAME)
+        self.request = PlanRequest(configuration, STOCK_PLANS_NAME, PLANS_NAME)
         self.known: dict[str, dict[str, Any]] = {}
 
     @cached_property
@@ -64,10 +65,17 @@ class Dataset:
 
     @cached_property
     def table(self) -> ClassTable:
-        """All cases by patient, as far as a class table tells patients; any other case is a patient of its own."""
+        """All cases by patient, as class table and manifest tell; any other case is a patient of its own."""
         table = take_class_table(self.name, self.found.dataset_json)
-        cases = training_cases(self.name)
-        return one_class(cases) if table is None else with_unclassified(table, cases)
+        return everybody(table, training_cases(self.name), patients_of(nnunet.folder("nnUNet_raw") / self.name))
+
+    def described(self) -> str:
+        """A line for the user, who may know better how many patients there are."""
+        cases, patients = ({getattr(sample, of) for sample in self.table.samples} for of in ("case", "patient"))
+        line = f"{self.name}: {len(cases)} cases of {len(patients)} patients, series {', '.join(self.series)}"
+        if len(cases) == len(patients):
+            line += f" (patients with several cases are told by the column patient of {FILE_NAME}, or by what `convert` wrote)"
+        return line
 
     def stock_plans(self, name: str) -> dict[str, Any]:
         """nnU-Net's own plans.
@@ -102,7 +110,7 @@ class Dataset:
 
     def plans(self, preset: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What `nnunet_csm plan` would write for a preset with changes; a copy to be changed further."""
-        content = {"inherits_from": preset, **changes}
+        content = {"inherits_from": str(Path(preset).resolve()) if preset.endswith(".json") else preset, **changes}
         digest = hashed(content)
         if digest not in self.known:
             path = self.folder / "presets" / f"{digest}.json"
@@ -110,7 +118,8 @@ class Dataset:
             nnunet.save_json(content, path)
             ((_, plans, _),) = planned([self.found], self.request, Wishes(preset=str(path)))
             # the folder of a study may be moved
-            self.known[digest] = json.loads(json.dumps(plans).replace(str(path), f"{preset}, changed ({digest})"))
+            text = json.dumps(plans, ensure_ascii=False).replace(str(path), f"{preset}, changed ({digest})")
+            self.known[digest] = json.loads(text)
         return deepcopy(self.known[digest])
 
     def settings(self, plans: Mapping[str, Any]) -> Configuration:

@@ -1,7 +1,7 @@
 """Which patients train, validate and test, and which of the training patients are labelled."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,18 +22,20 @@ class Division:
     test: tuple[str, ...]
 
 
-def one_class(cases: Collection[str]) -> ClassTable:
-    """For a dataset without classes: every case is a patient."""
-    return ClassTable(("case",), tuple(Sample(case, 0, None, case) for case in sorted(cases)))
+def everybody(table: ClassTable | None, cases: Collection[str], patients: Mapping[str, str]) -> ClassTable:
+    """All cases: those without a class are of a class of their own.
 
-
-def with_unclassified(table: ClassTable, cases: Collection[str]) -> ClassTable:
-    """The table with all cases: those without a class are patients of their own, of a class of their own."""
-    others = sorted(set(cases) - {sample.case for sample in table.samples})
-    if not others:
+    Args:
+        table: classes and patients, of some cases or none.
+        cases: all.
+        patients: of the other cases; one that is not in it is a patient of its own.
+    """
+    classes, samples = (table.classes, table.samples) if table is not None else ((), ())
+    others = sorted(set(cases) - {sample.case for sample in samples})
+    if table is not None and not others:
         return table
-    further = (Sample(case, len(table.classes), None, case) for case in others)
-    return ClassTable((*table.classes, "without a class"), (*table.samples, *further))
+    further = (Sample(case, len(classes), None, patients.get(case, case)) for case in others)
+    return ClassTable((*classes, "without a class"), (*samples, *further))
 
 
 def divide(table: ClassTable, repeats: Repeats) -> list[Division]:

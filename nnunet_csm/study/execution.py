@@ -20,10 +20,10 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
-from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
 from nnunet_csm.training import encoder_share
+from nnunet_csm.training.yardstick import SECONDS_FILE
 
 RECORD = "record.json"
 TRAIN = "nnunetv2.run.run_training:run_training_entry"
@@ -80,7 +80,9 @@ def execute(run: Run, study: Path, place: Place) -> None:
         scores = pd.concat(tables, ignore_index=True)
         scores.to_csv(folder / ".scores.tmp", index=False)
         (folder / ".scores.tmp").replace(folder / "scores.csv")
-        record["prediction_seconds"] = sum(nnunet.read_json(path, "")["seconds"] for path in folder.glob("predict_*.json"))
+        measured = [nnunet.read_json(path, "") for path in folder.glob("predict_*.json")]
+        record["prediction_seconds"] = sum(one["seconds"] for one in measured)
+        record["prediction_peak_memory_gb"] = max((one["peak_memory_gb"] for one in measured), default=None)
     nnunet.save_json({**record, "seconds": trained_seconds(run, record["seconds"])}, folder / RECORD)
 
 
@@ -128,22 +130,19 @@ def test(run: Run, one: Evaluation, folder: Path, place: Place) -> pd.DataFrame:
         images, references = (Path(temporary) / name for name in ("images", "references"))
         link_cases(raw, dataset_json, one, images, references)
         if not predictions.is_dir():
-            predict(run, images, predictions, folder, place, dataset_json)
+            predict(run, images, predictions, folder, place)
         table = evaluate_folder(references, predictions, dataset_json, progress_bar=False).table
     return table.assign(tested=one.name)
 
 
-def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Place, dataset_json: Mapping[str, Any]) -> None:
+def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Place) -> None:
     """Into a folder that gets its name when it is whole: a killed export leaves files that read as images."""
     begun = predictions.with_name(f".{predictions.name}.tmp")
     done = folder / f"predict_{predictions.name}.json"
     for path in (begun, done):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     begun.parent.mkdir(parents=True, exist_ok=True)
-    command = "predict"
-    if run.trainer == YARDSTICK:
-        command, given, images = PREDICT, images, images.with_name("filled")
-        fill_missing(given, images, nnunet.channel_names(dataset_json), dataset_json["file_ending"])
+    command = PREDICT if run.trainer == YARDSTICK else "predict"
     model = ["-d", run.dataset, "-c", run.configuration, "-p", run.plans_name, "-tr", run.trainer, "-f", str(run.fold)]
     # on a CPU the network takes all cores, and processes beside it take long to start
     processes = ["-npp", "0", "-nps", "0"] if place.device == "cpu" and command == "predict" else []
@@ -175,9 +174,13 @@ def validation_score(run: Run) -> float:
 
 
 def trained_seconds(run: Run, seconds: float) -> float:
-    """What the epochs took, of all starts of a training that was interrupted; `seconds` for stock nnU-Net."""
+    """What the epochs took, of all starts of a training that was interrupted.
+
+    `seconds` where stock nnU-Net did not write it down.
+    """
     if run.trainer == YARDSTICK:
-        return seconds
+        path = run.folder / SECONDS_FILE
+        return float(nnunet.read_json(path, "")["seconds"]) if path.is_file() else seconds
     log = checkpoint.load(run.folder / "checkpoint_final.pth")["logging"]
     ends, starts = log["epoch_end_timestamps"], log["epoch_start_timestamps"]
     return float(sum(end - start for start, end in zip(starts, ends, strict=True)))

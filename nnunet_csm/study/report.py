@@ -37,10 +37,11 @@ structure that is neither there nor predicted has no Dice and does not count.
 
 A comparison takes the cases and repeats that both arms have: the difference of each, averaged over a patient's repeats, then
 over patients; so it may differ slightly from the difference of two means over repeats. Intervals are {100 * CONFIDENCE:g} %
-percentile bootstrap intervals of {NUM_RESAMPLES} resamples, each of patients and of repeats, independently. In simulations
-with patients, repeats and noise of a likely size they cover the truth in 95 to 99 % of studies: they are rather too wide
-than too narrow. Those of a score, in the curves, hold the variation between patients, which a paired difference does not
-have: curves with overlapping bands can differ clearly.
+percentile bootstrap intervals of {NUM_RESAMPLES} resamples, each of patients and, independently, of divisions and the seeds
+within them. In simulations with patients, repeats and noise of a likely size they cover the truth in 95 to 100 % of studies:
+they are rather too wide than too narrow. With one division, all is said of its one pretraining. Intervals of a score, in the
+curves, hold the variation between patients, which a paired difference does not have: curves with overlapping bands can
+differ clearly.
 
 P-values are two-sided (Wilcoxon's signed-rank test over patients' means, which takes the repeats as given; of an AUC, the
 bootstrap's) and corrected by Holm's method for all tests of a table. Where p and interval disagree, the interval is the more

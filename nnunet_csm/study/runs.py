@@ -260,7 +260,10 @@ class Expansion:
         for fold, seed in itertools.product(range(len(self.divisions)), range(self.study.repeats.seeds)):
             plans = self.dataset.stock_plans(arm.nnunet.plans)
             plans["csm_yardstick"] = {"minutes": max(0.1, minutes), "splits": self.splits(share, seed), "seed": SEED + seed}
-            run = self.add("fine-tuning", plans, YARDSTICK, fold, tests=self.tests(fold, self.dataset.series, {}))
+            # it knows nothing of missing series and copies, neither in training nor here
+            everything = tuple(self.dataset.found.channels.values())
+            test = Evaluation(ALL, {case: everything for case in self.divisions[fold].test if self.dataset.present[case]})
+            run = self.add("fine-tuning", plans, YARDSTICK, fold, tests=(test,))
             self.result.rows.append(self.row(run, arm, share, fold, seed, ALL))
 
     def add(
@@ -276,7 +279,7 @@ class Expansion:
     ) -> Run:
         del plans["plans_name"]
         pretraining = self.result.runs[needs].plans_name if needs else None
-        digest = hashed([trainer, pretraining, plans])
+        digest = hashed([trainer, pretraining, essence(plans)])
         plans_name = f"{PLANS_NAME}_{self.name}_{digest}"
         run = Run(
             id=f"{digest}_{fold}",
@@ -339,6 +342,18 @@ class Expansion:
             if any(given.values()):
                 tests.append(Evaluation(name, {case: numbers for case, numbers in given.items() if numbers}))
         return tuple(tests)
+
+
+def essence(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans without what only people read: a reason in other words makes no other run."""
+    told = ("preset", "reasons")
+    configurations = {
+        name: {**entry, "csm": {key: value for key, value in entry["csm"].items() if key not in told}}
+        if "csm" in entry
+        else entry
+        for name, entry in plans["configurations"].items()
+    }
+    return {**plans, "configurations": configurations}
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,14 @@ def _check(study: Study, where: str) -> None:
         raise UserError(f"{where}: labels {study.labels}; expected shares above 0 and up to 1, each once")
     if study.repeats.number < (2 if study.repeats.kind == "folds" else 1) or study.repeats.seeds < 1:
         raise UserError(f"{where}: repeats {study.repeats}; expected at least 1 split or 2 folds, and at least 1 seed")
+    idle = OTHER_TASKS_KEYS[study.task]
+    given = {path.split(".")[0]: f"search.{path}" for path in study.search}
+    given |= {key: f"changes of arm {arm.name!r}: {key}" for arm in study.arms for key in arm.changes}
+    if wrong := sorted(given.keys() & idle):
+        raise UserError(
+            f"{where}: {given[wrong[0]]} does nothing for {study.task}; a classifier's settings are in `classification`, its "
+            f"learning rate is classification.schedule.learning_rate, a segmenter's finetuning.learning_rate"
+        )
     for path, values in study.search.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise UserError(f"{where}: search.{path} is {values!r}, expected a list of values to try")
@@ -205,6 +213,11 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
 PRETRAINING_KEYS = frozenset(
     {"pretraining", "pretraining_grid", "masking", "reconstruction", "token_edge", "token_size", "patch_size", "max_patch_voxels"}
 )
+# what the trainer of the one task does not read of a preset
+OTHER_TASKS_KEYS = {
+    "classification": frozenset({"finetuning", "frozen_share", "stem_closed_share", "transferred_blocks", "ema"}),
+    "segmentation": frozenset({"classification"}),
+}
 ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "joint_tokens"})
 
 

@@ -208,14 +208,15 @@ def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFram
     for pair in pairs(results, contrasts):
         num_unpaired = _num_unpaired(pair)
         for structure, matrix in differences(pair).items():
-            found = matrix.to_numpy()
-            low, high = interval(found, divisions(pair.arm, matrix.columns))
+            found, of_division = matrix.to_numpy(), divisions(pair.arm, matrix.columns)
+            low, high = interval(found, of_division)
+            there = (~np.isnan(found)).any(0)
             rows.append(
                 {
                     **pair.names,
                     "structure": structure,
                     "num_patients": len(found),
-                    "num_repeats": int((~np.isnan(found)).any(0).sum()),
+                    "num_repeats": int(there.sum()),
                     "num_pairs": int((~np.isnan(found)).sum()),
                     "num_unpaired": num_unpaired[structure],
                     "difference": _mean_of_means(found),
@@ -223,7 +224,7 @@ def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFram
                     "high": high,
                     "test": "Wilcoxon",
                     "p_value": signed_rank(_means(found)),
-                    "note": _note(len(found), int((~np.isnan(found)).any(0).sum())),
+                    "note": _note(len(found), int(there.sum()), len({*of_division[there]})),
                 }
             )
     return _with_holm(rows)
@@ -246,12 +247,14 @@ def _num_unpaired(pair: Pair) -> dict[str, int]:
     }
 
 
-def _note(num_patients: int, num_repeats: int) -> str:
+def _note(num_patients: int, num_repeats: int, num_divisions: int) -> str:
     if num_patients == 0:
         return "no case that both have"
     if num_patients == 1:
         return "one patient: no interval, no test"
-    return "one repeat: the interval is over patients alone" if num_repeats == 1 else ""
+    if num_repeats == 1:
+        return "one repeat: the interval is over patients alone"
+    return "one division: all is said of its one pretraining" if num_divisions == 1 else ""
 
 
 def _with_holm(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -413,7 +416,7 @@ def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) ->
                 "high": high,
                 "test": "bootstrap",
                 "p_value": _two_sided(resampled),
-                "note": _note(num_patients, len(runs)),
+                "note": _note(num_patients, len(runs), len({*divisions(pair.arm, pair.arm["repeat"].unique())})),
             }
         )
     return _with_holm(rows)

@@ -16,6 +16,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_csm import nnunet
 from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
@@ -28,6 +29,7 @@ NUM_EPOCHS = 10
 # more than time allows
 MAX_EPOCHS = 10**6
 SECONDS = "seconds_used"
+SECONDS_FILE = "seconds.json"
 
 
 class TimeIsUp(Exception):  # noqa: N818, no error
@@ -127,6 +129,10 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
             super().run_training()
         except TimeIsUp:
             self.on_train_end()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        nnunet.save_json({"seconds": self.seconds_used()}, Path(self.output_folder) / SECONDS_FILE)
 
     def on_epoch_start(self) -> None:
         left = self.seconds - self.seconds_used()
