@@ -152,11 +152,14 @@ def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     preset |= {"stem_closed_share": 0.4}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     wishes = Wishes(str(tmp_path / "preset.json"))
-    plans, _ = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
+    plans, decisions = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
     planned = read_configuration(plans, "3d_fullres", "plans")
     finetuning = planned.csm.finetuning
     assert (finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema) == (0.1, 8, 0.999)
     assert finetuning.stem_closed_share == 0.4
+    told = {decision.name: decision.value for decision in decisions}
+    assert "first 10%" in told["frozen encoder"] and "first 40%" in told["stem of raw voxels"]
+    assert (told["transferred blocks"], told["weights of the segmenter"]) == ("the first 8", "averaged, decay 0.999")
     assert planned.architecture.stem == planned.pretraining_architecture.stem == "gated"
 
 

@@ -172,6 +172,7 @@ def plan(
         ("fine-tuning", finetuning, preset.finetuning, facts.num_cases),
     ):
         decisions.append(Decision(stage, length_text(chosen), schedule_reason(chosen, wanted, num_cases)))
+    decisions += knob_decisions(preset)
     classification, why_classification = plan_classification(preset, facts, sized, entry["spacing"])
     decisions.append(Decision("classification", length_text(classification.schedule), why_classification))
     mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
@@ -376,6 +377,22 @@ def choose_network(wishes: Wishes, series: Sequence[str], sized_by: Callable[[st
         if not sized_by(name).squeezed:
             return name, f"; the largest of {', '.join(AUTOMATIC)} that fits into {wishes.gpu_memory_target:g} GiB"
     return AUTOMATIC[-1], f"; the smallest of {', '.join(AUTOMATIC)}"
+
+
+def knob_decisions(preset: Preset) -> list[Decision]:
+    """What fine-tuning does beyond the plain: a line for what the preset asks for, none for what it leaves out."""
+    why = "as in the preset; docs/planning.md"
+    told = []
+    if preset.frozen_share:
+        told.append(Decision("frozen encoder", f"for the first {preset.frozen_share:.0%} of fine-tuning", why))
+    if preset.stem_closed_share:
+        value = f"closed for the first {preset.stem_closed_share:.0%} of fine-tuning"
+        told.append(Decision("stem of raw voxels", value, "the decoder is to learn to read its encoder; docs/planning.md"))
+    if preset.transferred_blocks is not None:
+        told.append(Decision("transferred blocks", f"the first {preset.transferred_blocks}", why))
+    if preset.ema:
+        told.append(Decision("weights of the segmenter", f"averaged, decay {preset.ema:g}", why))
+    return told
 
 
 def mask_decisions(preset: Preset, facts: Facts, num_series: int, num_tokens: int) -> list[Decision]:
