@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
@@ -201,15 +201,9 @@ def predict(args: argparse.Namespace) -> int:
 
     run_segmenter(
         PredictRequest(
-            dataset=args.d,
-            trainer=args.tr,
-            plans=args.p,
-            configuration=args.c,
-            folds=tuple(args.f),
-            checkpoint_name=args.chk,
+            **_model(args),
             images=Path(args.i),
             output=Path(args.o),
-            device=args.device,
             step_size=args.step_size,
             mirroring=not args.disable_tta,
             save_probabilities=args.save_probabilities,
@@ -230,16 +224,10 @@ def classify(args: argparse.Namespace) -> int:
     from nnunet_csm.inference.classification import classify as run_classifier
 
     request = ClassifyRequest(
-        dataset=args.d,
-        trainer=args.tr,
-        plans=args.p,
-        configuration=args.c,
-        folds=tuple(args.f),
-        checkpoint_name=args.chk,
+        **_model(args),
         images=Path(args.i),
         masks=Path(args.m),
         output=Path(args.o),
-        device=args.device,
         maps=args.maps,
         strict=args.strict,
         overwrite=args.overwrite,
@@ -247,6 +235,19 @@ def classify(args: argparse.Namespace) -> int:
     for line in run_classifier(request):
         print(line)
     return 0
+
+
+def _model(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that name a trained model, and its device."""
+    return {
+        "dataset": args.d,
+        "trainer": args.tr,
+        "plans": args.p,
+        "configuration": args.c,
+        "folds": tuple(args.f),
+        "checkpoint_name": args.chk,
+        "device": args.device,
+    }
 
 
 def evaluate(args: argparse.Namespace) -> int:

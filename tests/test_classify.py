@@ -25,7 +25,9 @@ from nnunet_csm import checkpoint
 from nnunet_csm.data.lesions import cut_around
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
-from nnunet_csm.inference.classification import TRAINER, ClassifyRequest, Frame, classify, made_ahead
+from nnunet_csm.inference.classification import ClassifyRequest, classify, made_ahead
+from nnunet_csm.inference.ensemble import TRAINER
+from nnunet_csm.inference.frame import Frame
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.tokens import grid_size, to_map, to_tokens
 from nnunet_csm.plans import read_configuration

@@ -259,7 +259,7 @@ def request_(nnunet_folders, tmp_path):
             values = series * (case != 1 or channel != 0)
             sitk.WriteImage(sitk.GetImageFromArray(values + channel * (values != 0)), images / f"case{case}_{channel:04d}.nii.gz")
     return PredictRequest(
-        "1", TRAINER, PLANS, "3d_fullres", ("0", "1"), "checkpoint_final.pth", images, tmp_path / "ours", "cpu",
+        "1", TRAINER, PLANS, "3d_fullres", ("0", "1"), "checkpoint_final.pth", "cpu", images, tmp_path / "ours",
         num_preprocessing=0, num_export=0, progress_bar=False,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.inference.missing import fill_missing
+from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.sliding_window import BatchedPredictor, keep_freed_memory
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.raw.check import check_inputs
@@ -28,12 +29,10 @@ TRAINER = "nnUNetTrainerCSM"
 
 
 @dataclass(frozen=True)
-class PredictRequest:
+class PredictRequest(ModelRequest):
     """What is to be segmented by what; as the flags of `nnUNetv2_predict`.
 
     Attributes:
-        dataset: name or ID; with trainer, plans and configuration, it names the folder of the model.
-        folds: whose logits are averaged.
         images: folder with CASE_0000.nii.gz ..., as far as a case has the series.
         output: folder to write to.
         step_size: from tile to tile, as a share of the patch.
@@ -44,15 +43,8 @@ class PredictRequest:
         on_device: keep image and results in GPU memory.
     """
 
-    dataset: str
-    trainer: str
-    plans: str
-    configuration: str
-    folds: tuple[str, ...]
-    checkpoint_name: str
     images: Path
     output: Path
-    device: str
     step_size: float = 0.5
     mirroring: bool = True
     save_probabilities: bool = False
@@ -94,8 +86,7 @@ def predict(request: PredictRequest) -> None:
         UserError: no such model, or images that cannot be used; nothing has been written then.
     """
     model = load_model(request)
-    if request.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device found; predict on the CPU with -device cpu, or check the driver with nvidia-smi")
+    request.torch_device()  # said before the images are read, which takes long
     with complete_cases(request.images, model.dataset_json, model.settings) as images:
         predictor = build_predictor(request, model)
         cases = create_lists_from_splitted_dataset_folder(str(images), model.dataset_json["file_ending"])
@@ -124,8 +115,7 @@ def load_model(request: PredictRequest) -> Model:
     Raises:
         UserError: a fold that was not trained, or with another network than the plans have.
     """
-    name = nnunet.dataset_name(request.dataset)
-    folder = nnunet.folder("nnUNet_results") / name / f"{request.trainer}__{request.plans}__{request.configuration}"
+    folder = request.model
     folds = " ".join(request.folds)
     remedy = f"train with `nnunet_csm finetune -d {request.dataset} -f {folds}`, or choose trained folds with -f"
     paths = [folder / f"fold_{fold}" / request.checkpoint_name for fold in request.folds]
@@ -152,9 +142,9 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
     """A predictor with the weights of all folds, on the device asked for.
 
     Raises:
-        UserError: weights that are not those of the planned network.
+        UserError: no such device, or weights that are not those of the planned network.
     """
-    device = torch.device(request.device)
+    device = request.torch_device()
     if device.type == "cuda":
         torch.set_num_threads(1)  # as stock: the CPU's other cores are for the other processes
     elif device.type == "cpu":

@@ -1,0 +1,245 @@
+"""The classifiers of some folds: loading, what they see of a case, and what they decide."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from jaxtyping import Float
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor
+
+from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.data.diagnoses import Sample
+from nnunet_csm.data.lesions import cut_around, sample_mask
+from nnunet_csm.errors import UserError
+from nnunet_csm.inference.frame import Frame
+from nnunet_csm.inference.request import ModelRequest
+from nnunet_csm.model.attribution import series_shares, token_maps
+from nnunet_csm.model.classifier import CSMClassifier, build_classifier, probabilities
+from nnunet_csm.model.segmenter import series_present
+from nnunet_csm.plans import Configuration, read_configuration
+from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.subjects import CaseError, Volume
+from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
+
+TRAINER = "nnUNetTrainerCSMClassifier"
+# nnU-Net keeps segmentations as 16-bit integers
+LARGEST_LABEL = 2**15 - 1
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The classifiers of some folds, and what they share.
+
+    Attributes:
+        by_mask_label: labels of a mask are samples of their own, as in training.
+        mask_labels: those that training had samples of; None where a checkpoint does not tell, and any label is classified.
+        members: fold to classifier.
+        provenance: of each of them, for the record.
+    """
+
+    settings: Configuration
+    plans: PlansManager
+    configuration: ConfigurationManager
+    dataset_json: dict[str, Any]
+    classes: tuple[str, ...]
+    by_mask_label: bool
+    mask_labels: frozenset[int] | None
+    members: dict[str, CSMClassifier]
+    provenance: list[dict[str, Any]]
+    device: torch.device
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        return self.settings.architecture.series
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """Where a case lies: `images` in the order of the channels, all of them there; the mask may be missing."""
+
+    name: str
+    images: tuple[Path, ...]
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A sample as the classifiers see it.
+
+    Attributes:
+        sample: its class is not known, and is 0.
+        voxels: (1, n, z, y, x).
+        frame: where they are on the grid of the files.
+    """
+
+    sample: Sample
+    voxels: Tensor
+    frame: Frame
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the ensemble says of a sample.
+
+    Attributes:
+        by_fold: probabilities of the classes.
+        shares: of the series in the decision for the most probable class; empty without maps.
+    """
+
+    sample: Sample
+    series_present: tuple[str, ...]
+    by_fold: dict[str, Float[np.ndarray, " c"]]
+    shares: dict[str, float]
+
+    @property
+    def probabilities(self) -> Float[np.ndarray, " c"]:
+        return np.mean(list(self.by_fold.values()), axis=0)
+
+    @property
+    def class_index(self) -> int:
+        return int(self.probabilities.argmax())
+
+
+def load_ensemble(request: ModelRequest) -> Ensemble:
+    """The classifiers of all folds asked for, in evaluation mode.
+
+    Raises:
+        UserError: a fold that was not trained, with other plans or classes than the others, or by another trainer.
+    """
+    remedy = f"train with `nnUNetv2_train {request.dataset} {request.configuration} FOLD -tr {TRAINER} -p {request.plans}`"
+    dataset_json = nnunet.read_json(request.model / "dataset.json", remedy)
+    if dataset_json["file_ending"] not in READABLE_ENDINGS:
+        known = ", ".join(READABLE_ENDINGS)
+        raise UserError(f"files that end in {dataset_json['file_ending']} cannot be classified; convert them to one of {known}")
+    plans_file = request.model / "plans.json"
+    plans = nnunet.read_json(plans_file, remedy)
+    settings = read_configuration(plans, request.configuration, str(plans_file))
+    device = request.torch_device()
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(request.configuration)
+    members: dict[str, CSMClassifier] = {}
+    provenance: list[dict[str, Any]] = []
+    told: dict[Path, tuple[tuple[str, ...], bool]] = {}
+    mask_labels: set[int] | None = set()
+    for fold in dict.fromkeys(request.folds):
+        path = request.model / f"fold_{fold}" / request.checkpoint_name
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint; {remedy}, or choose trained folds with -f")
+        saved = checkpoint.load(path)
+        _check_checkpoint(saved, path, settings, configuration)
+        told[path] = (tuple(saved["classes"]), bool(saved["by_mask_label"]))
+        mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
+        network = build_classifier(settings, len(nnunet.channel_names(dataset_json)), len(saved["classes"]))
+        network.load_state_dict(saved["network_weights"])
+        members[fold] = network.eval().to(device)
+        entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
+        provenance.append(entry | {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved})
+    if len(set(told.values())) > 1:
+        found = (f"{path} knows {', '.join(names)}{' by mask label' if by else ''}" for path, (names, by) in told.items())
+        raise UserError("; ".join(found) + "; train them alike")
+    classes, by_mask_label = next(iter(told.values()))
+    labels = None if mask_labels is None else frozenset(mask_labels)
+    return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, labels, members, provenance, device)
+
+
+def prepare(case: CaseFiles, ensemble: Ensemble) -> tuple[list[Patch], dict[str, str]]:
+    """Preprocess a case as nnU-Net does and cut the patch of each of its samples.
+
+    Returns:
+        The patches, and why other samples (or the case) cannot be cut, by name.
+    """
+    reason, labels = _look_at_mask(case)
+    if reason:
+        return [], {case.name: reason}
+    volume, segmentation, properties = DefaultPreprocessor(verbose=False).run_case(
+        [str(file) for file in case.images], str(case.mask), ensemble.plans, ensemble.configuration, ensemble.dataset_json
+    )
+    settings = ensemble.settings.csm.classification
+    patches: list[Patch] = []
+    left_out: dict[str, str] = {}
+    for label in labels if ensemble.by_mask_label else (None,):
+        sample = Sample(case.name, 0, label, case.name)
+        if label is not None and ensemble.mask_labels is not None and label not in ensemble.mask_labels:
+            known = ", ".join(map(str, sorted(ensemble.mask_labels)))
+            left_out[sample.name] = f"{case.mask}: training had no sample of label {label}, only of {known}"
+            continue
+        mask = sample_mask(sample, segmentation[0])
+        if not mask.any():
+            left_out[sample.name] = f"{case.mask}: nothing of the mask is left at the spacing of the plans, or where images are"
+            continue
+        voxels, placement = cut_around(volume, mask, settings.patch_size, settings.margin)
+        if not voxels[list(ensemble.settings.architecture.channels)].any():
+            left_out[sample.name] = f"none of {', '.join(ensemble.series)}, which the classifier looks at, is present"
+            continue
+        patches.append(Patch(sample, voxels[None], Frame.of(placement, volume.shape[1:], properties, ensemble.plans)))
+    return patches, left_out
+
+
+def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision, Float[Tensor, "s gz gy gx"]]:
+    """Probabilities of a sample and, for its most probable class, the mean of the folds' maps (empty without maps).
+
+    Probabilities are means over flips when the plans ask for mirroring; maps are of the patch as it is.
+    """
+    voxels = patch.voxels.to(ensemble.device)
+    mirror = ensemble.settings.csm.finetuning.mirroring
+    by_fold = {fold: probabilities(one, voxels, mirror)[0].cpu().numpy() for fold, one in ensemble.members.items()}
+    broken = [fold for fold, one in by_fold.items() if not np.isfinite(one).all()]
+    if broken:
+        raise UserError(f"{patch.sample.name}: the classifier of fold {broken[0]} gives NaN; its training diverged, train again")
+    channels = list(ensemble.settings.architecture.channels)
+    present = series_present(voxels[:, channels])[0].tolist()
+    shown = tuple(name for name, is_there in zip(ensemble.series, present, strict=True) if is_there)
+    decision = Decision(patch.sample, shown, by_fold, {})
+    if not with_maps:
+        return decision, torch.empty(0, 0, 0, 0)
+    maps = torch.stack([token_maps(one, voxels, decision.class_index) for one in ensemble.members.values()]).mean(0)
+    shares = dict(zip(ensemble.series, series_shares(maps)[0].tolist(), strict=True))
+    return replace(decision, shares=shares), maps[0].cpu()
+
+
+def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configuration, configuration: ConfigurationManager) -> None:
+    if "classes" not in saved:
+        raise UserError(
+            f"{path}: a network of {saved['trainer_name']}, which gives no class probabilities; "
+            f"choose one of {TRAINER} with -tr, or segment with `nnunet_csm predict`"
+        )
+    init_args = saved["init_args"]
+    found = read_configuration(init_args["plans"], init_args["configuration"], str(path))
+    preprocessing = PlansManager(init_args["plans"]).get_configuration(init_args["configuration"])
+    pairs = {
+        "network": (found.architecture, settings.architecture),
+        "spacing": (list(preprocessing.spacing), list(configuration.spacing)),
+        "normalization_schemes": (preprocessing.normalization_schemes, configuration.normalization_schemes),
+        **{
+            f"classification.{name}": (getattr(found.csm.classification, name), getattr(settings.csm.classification, name))
+            for name in ("patch_size", "margin", "pooling")
+        },
+    }
+    for what, (one, other) in pairs.items():
+        if one != other:
+            raise UserError(f"{path}: {what} is {one}, plans.json of the model says {other}; train again, or restore the plans")
+
+
+def _look_at_mask(case: CaseFiles) -> tuple[str, list[int]]:
+    """Why a mask cannot be used (empty when it can), and the labels in it."""
+    if not case.mask.is_file():
+        return f"{case.mask}: no such mask", []
+    try:
+        mask = read_volume(Volume(case.mask))
+    except CaseError as error:
+        return str(error), []
+    grid, expected = Grid.of(mask), Grid.of(read_volume(Volume(case.images[0])))
+    if not grid.same_as(expected):
+        return f"{case.mask} is on a grid of {grid}, the images on one of {expected}; resample it to theirs", []
+    values = np.unique(sitk.GetArrayViewFromImage(mask))
+    wrong = [value for value in values if value != np.round(value) or value > LARGEST_LABEL]
+    if wrong:
+        return f"{case.mask}: the mask has the value {wrong[0]:g}, expected whole numbers up to {LARGEST_LABEL}, a label each", []
+    labels = [int(value) for value in values if value > 0]
+    return ("", labels) if labels else (f"{case.mask}: the mask is empty", [])

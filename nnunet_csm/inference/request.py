@@ -1,0 +1,50 @@
+"""What names a trained model on the command line, as in nnU-Net."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nnunet_csm import nnunet
+from nnunet_csm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A trained model, and where it is to run.
+
+    Attributes:
+        dataset: name or ID; with trainer, plans and configuration, it names the folder of the model.
+        folds: whose predictions are averaged.
+        device: cuda, cpu or mps.
+    """
+
+    dataset: str
+    trainer: str
+    plans: str
+    configuration: str
+    folds: tuple[str, ...]
+    checkpoint_name: str
+    device: str
+
+    @property
+    def model(self) -> Path:
+        """The folder of the model.
+
+        Raises:
+            UserError: no such dataset, or nnUNet_results is not set.
+        """
+        name = nnunet.dataset_name(self.dataset)
+        return nnunet.folder("nnUNet_results") / name / f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    def torch_device(self) -> torch.device:
+        """The device asked for.
+
+        Raises:
+            UserError: this machine has none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("no CUDA device found; use the CPU with -device cpu, or check the driver with nvidia-smi")
+        if self.device == "mps" and not torch.backends.mps.is_available():
+            raise UserError("no Apple GPU (mps) found; use the CPU with -device cpu")
+        return torch.device(self.device)
