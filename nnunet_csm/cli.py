@@ -293,7 +293,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-d", help="dataset name or ID")
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-o", help="folder of the study; default: study_NAME below the dataset's results")
-    p.add_argument("-preset", help="preset of all arms, instead of the study's: demo, S, B, L, or the path of a preset file")
+    p.add_argument(
+        "-preset", help="preset of all arms, instead of the study's: demo, S, B, L, few_labels, or the path of a preset file"
+    )
     p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
     p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine")
     p.add_argument("-jobs", type=int, default=1, help="runs at once on each GPU; on a CPU, or on a cluster, in all")
@@ -326,8 +328,8 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-preset",
         default="auto",
-        help="auto (B, or S where memory asks for it), demo, S, B, L, mae3d, paper (chosen by the series), or the path "
-        "of a preset file",
+        help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, mae3d, paper (chosen by the series), or the "
+        "path of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")
