@@ -1,6 +1,7 @@
 """A study's tables say what the statistics say, in every format, and its page holds all of it and loads nothing."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,10 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
+from nnunet_csm.study.grid import Grid, latex
 from nnunet_csm.study.report import CaseFiles, write_report
 from nnunet_csm.study.statistics import AVERAGE, Contrast
-from nnunet_csm.study.tables import Grid, latex, make_tables, mean_and_sd, p_text, points, share_of_labels
+from nnunet_csm.study.tables import make_tables, mean_and_sd, p_text, points, share_of_labels
 
 NAN = float("nan")
 NONE = pd.DataFrame()
@@ -131,6 +133,26 @@ def test_latex_is_balanced_and_escaped():
     labels = re.findall(r"\\label\{(.*)\}", body)
     assert len(set(labels)) == len(labels)
     assert latex("a_b & 5 %") == r"a\_b \& 5 \%"
+
+
+def test_details_that_all_rows_share_stand_in_the_caption():
+    rows = (("a − b", "all", "10 %", "1.00"), ("c − b", "all", "100 %", "2.00"))
+    grid = Grid("t", "n", "Differences", ("Comparison", "Series", "Labels", "Points"), rows, 3, frozenset({(1, 3)}))
+    grid = replace(grid, details=frozenset({"Series", "Labels"}))
+    brief = grid.brief()
+    assert brief.header == ("Comparison", "Labels", "Points") and brief.caption == "Differences. Series: all"
+    assert brief.rows == (("a − b", "10 %", "1.00"), ("c − b", "100 %", "2.00"))
+    assert brief.num_text == 2 and brief.best == {(1, 2)}
+    for text in (grid.to_markdown(), grid.to_latex(), grid.to_page().caption):
+        assert "Series: all" in text
+    assert replace(grid, rows=rows[:1]).brief().rows == rows[:1]
+
+
+def test_wide_latex_tables_have_headings_in_lines_and_smaller_type():
+    header, cells = ("Method", "Visible tokens a crop"), ("x", "1.0")
+    text = Grid("", "cost", "Cost", header, (cells,), 1).to_latex()
+    assert r"\shortstack[r]{Visible\\tokens a\\crop}" in text and "size" not in text
+    assert r"\footnotesize" in Grid("", "cost", "Cost", header, (("x" * 75, "1.0"),), 1).to_latex()
 
 
 def test_files_hold_what_the_tables_hold(tmp_path):

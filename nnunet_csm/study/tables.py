@@ -1,7 +1,7 @@
 """A study's tables in the layout of the paper's: CSV, Markdown, LaTeX with booktabs, and for the page."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
-from nnunet_csm.figures.page import Table
+from nnunet_csm.study.grid import HIDDEN, SHOWN, Grid
 from nnunet_csm.study.statistics import (
     ALL_SERIES,
     AUC,
@@ -26,93 +26,9 @@ from nnunet_csm.study.statistics import (
     with_single_mean,
 )
 
-SHOWN, HIDDEN = "●", "○"
 UNDEFINED = "–"
 # more choices of series than these stand below each other
 MOST_COLUMNS = 5
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "−": "$-$",
-    "–": "--",
-    SHOWN: r"$\bullet$",
-    HIDDEN: r"$\circ$",
-}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One table as it is read.
-
-    Attributes:
-        table: the study's table that it belongs to; empty for costs, which are of the whole study.
-        name: of this part of it; both together are unique.
-        rows: text; a block of rows, such as one share of labels, is ruled off from the next.
-        num_text: leading columns that hold names, not numbers.
-        best: (row, column) of the best values, drawn bold.
-        blocks: first row of every block.
-    """
-
-    table: str
-    name: str
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    num_text: int
-    best: frozenset[tuple[int, int]] = frozenset()
-    blocks: tuple[int, ...] = (0,)
-
-    def to_markdown(self) -> str:
-        """A pipe table with columns of equal width under its caption."""
-        rows = [self.header, *(self._marked(row, "**{}**".format) for row in range(len(self.rows)))]
-        escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-        widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(self.header))]
-        ruler = [":" + "-" * (w - 1) if c < self.num_text else "-" * (w - 1) + ":" for c, w in enumerate(widths)]
-        lines = [
-            "| " + " | ".join(self._aligned(cell, column, widths[column]) for column, cell in enumerate(row)) + " |"
-            for row in (escaped[0], ruler, *escaped[1:])
-        ]
-        return "\n".join([f"**{self.caption}**", "", *lines]) + "\n"
-
-    def _aligned(self, cell: str, column: int, width: int) -> str:
-        return cell.ljust(width) if column < self.num_text else cell.rjust(width)
-
-    def to_latex(self) -> str:
-        """A `table` of booktabs; needs no other package."""
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{latex(self.caption)}}}",
-            rf"\label{{tab:{_label(f'{self.table} {self.name}')}}}",
-        ]
-        lines.append(rf"\begin{{tabular}}{{{'l' * self.num_text}{'r' * (len(self.header) - self.num_text)}}}")
-        lines += [r"\toprule", _latex_row(map(latex, self.header)), r"\midrule"]
-        for row in range(len(self.rows)):
-            if row and row in self.blocks:
-                lines.append(r"\midrule")
-            lines.append(_latex_row(self._marked(row, r"\textbf{{{}}}".format, latex)))
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
-
-    def to_page(self) -> Table:
-        rows = [[*row[: self.num_text], *map(_unbroken, row[self.num_text :])] for row in self.rows]
-        return Table(self.header, rows, self.caption, self.best)
-
-    def _marked(self, row: int, mark: Callable[[str], str], escape: Callable[[str], str] = str) -> tuple[str, ...]:
-        cells = [escape(cell) for cell in self.rows[row]]
-        return tuple(mark(cell) if (row, column) in self.best else cell for column, cell in enumerate(cells))
 
 
 @dataclass(frozen=True)
@@ -230,27 +146,9 @@ def costs_by_arm(costs: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def latex(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def _latex_row(cells: Iterator[str] | Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-def _unbroken(cell: str) -> str:
-    """Numbers stay on one line; words may wrap."""
-    return cell if cell[:1].isalpha() else cell.replace(" ", "\u00a0")
-
-
 def _short(structure: str) -> str:
     """As the paper's tables name it."""
     return BRATS_REGIONS[structure][0] if structure in BRATS_REGIONS else structure
-
-
-def _label(name: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in name).strip("-").lower()
 
 
 def _series_of(summary: pd.DataFrame) -> list[str]:
@@ -320,7 +218,8 @@ def _main_grids(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
         caption = f"{name}: {measure}{only}, mean ± standard deviation over {sizes}"
         # shares of labels of one arm read better as one block
         blocks = [0] if with_labels and part["arm"].nunique() == 1 and not with_series else blocks
-        yield Grid(name, measure, caption, header, tuple(rows), 3 if with_series else 2, frozenset(best), tuple(blocks))
+        num_text, details = len(header) - len(columns), frozenset({"Labels (cases)"})
+        yield Grid(name, measure, caption, header, tuple(rows), num_text, frozenset(best), tuple(blocks), details)
 
 
 def _range(numbers: pd.Series) -> str:
@@ -401,7 +300,8 @@ def _robust_grid(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
     )
     header = ("Method", "Series", "Labels (cases)", "Structure", "Median", "Dice < 0.1", "Tested (patients)")
     caption = f"{name}: median Dice over patients, and the share of tested cases that are missed"
-    yield Grid(name, "failures", caption, header, rows, 4)
+    details = frozenset({"Series", "Labels (cases)", "Structure", "Tested (patients)"})
+    yield Grid(name, "failures", caption, header, rows, 4, details=details)
 
 
 def _number(value: float) -> str:
@@ -452,7 +352,8 @@ def _comparison_grid(name: str, part: str, comparisons: pd.DataFrame) -> Grid:
         f"Holm over the {num_tests} test{'s' if num_tests != 1 else ''} of this table)"
     )
     shown = tuple(tuple(row[i] for i in keep) for row in rows)
-    return Grid(name, part, caption, tuple(header[i] for i in keep), shown, 4)
+    details = frozenset({"Series", "Labels", "Structure", "Patients × repeats", "Note"})
+    return Grid(name, part, caption, tuple(header[i] for i in keep), shown, 4, details=details)
 
 
 def _versus(row: pd.Series) -> str:
@@ -506,7 +407,7 @@ def _cost_grid(costs: pd.DataFrame) -> Iterator[Grid]:
         "Cost: mean ± standard deviation over runs; encoder's share: of the Dice, what is lost when a segmenter is given the "
         "encoder's features of other patches"
     )
-    yield Grid("", "cost", caption, header, rows, 3)
+    yield Grid("", "cost", caption, header, rows, 3, details=frozenset({"Device"}))
 
 
 def _rounded(value: float, digits: int) -> str:
