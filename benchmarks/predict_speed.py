@@ -31,7 +31,8 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_csm.inference.sliding_window import BatchedPredictor, keep_freed_memory
+from nnunet_csm.inference.sliding_window import BatchedPredictor
+from nnunet_csm.machine import keep_freed_memory
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.phantom import LABELS, PhantomSpec, draw_subject
 from nnunet_csm.planning.presets import read_preset

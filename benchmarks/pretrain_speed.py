@@ -40,11 +40,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.data.draws import Purpose, ahead
+from nnunet_csm.machine import num_workers
 from nnunet_csm.planning.presets import read_preset
 from nnunet_csm.plans import Architecture, Reconstruction, Size
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.training.graphs import why_no_graphs
-from nnunet_csm.training.machine import num_workers
 from nnunet_csm.training.pretraining import MaskedBatches
 
 NUM_CASES = 12

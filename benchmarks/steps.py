@@ -9,6 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws
+from nnunet_csm.machine import keep_freed_memory
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.planning.memory import max_shown_series
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Size, to_dict
@@ -32,6 +33,8 @@ def architecture_of(num_series: int, token_size: Size, **network: Any) -> Archit
 
 def _bare(trainer_class: Any, network: nn.Module, device: torch.device, compiled: bool) -> Any:
     """A trainer that has what its step reads, and nothing else."""
+    if device.type == "cpu":
+        keep_freed_memory()
     trainer: Any = trainer_class.__new__(trainer_class)
     trainer.device, trainer.ranks, trainer.num_parts = device, Ranks(), 1
     trainer.network = torch.compile(network) if compiled else network

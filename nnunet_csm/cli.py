@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from nnunet_csm import __version__, commands
 from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
 from nnunet_csm.errors import exit_on_user_error
+from nnunet_csm.machine import num_cores
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
-NUM_PROCESSES = min(8, os.cpu_count() or 1)
+NUM_PROCESSES = min(8, num_cores())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nnunet_folders import NnunetFolders, PlannedDataset
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.training.machine import accumulation, check_compiler_cache, slices
+from nnunet_csm.machine import accumulation, check_compiler_cache, slices
 from nnunet_csm.training.ranks import Ranks, lost_rank_explained, running, started
 
 PLANS = "nnUNetCSMPlansRanks"

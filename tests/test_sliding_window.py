@@ -1,8 +1,5 @@
 """Our sliding window gives nnU-Net's logits, whatever the batches, and its command nnU-Net's segmentations."""
 
-import ctypes
-import resource
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.inference import sliding_window
 from nnunet_csm.inference.segmentation import PredictRequest, load_model, predict
-from nnunet_csm.inference.sliding_window import BatchedPredictor, keep_freed_memory, share_out
+from nnunet_csm.inference.sliding_window import BatchedPredictor, share_out
 
 CPU = torch.device("cpu")
 # logits are sums in fp16; a network that differs in its last bit moves a few of them by one step
@@ -218,17 +215,6 @@ def test_tokens_of_absent_series_are_left_out_tile_by_tile(monkeypatch):
     host.predict_logits_from_preprocessed_data(image())
     # some tiles are beyond the field of view of T1w; in those of background, all series count as present
     assert seen == {(0, 2), (0, 1, 2)}
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="memory is glibc's")
-def test_memory_that_was_freed_is_used_again():
-    num_pages = 4 * 2**24 // resource.getpagesize()
-    keep_freed_memory()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.zeros(2**24)
-    # otherwise each of them would be cleared by the system
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5 * num_pages
 
 
 # --- the command -------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from nnunet_csm.data.crops import Crops, Occupancy, Size, cut, gather, occupied_blocks
 from nnunet_csm.data.draws import Purpose, ahead, key
 from nnunet_csm.errors import UserError
+from nnunet_csm.machine import num_cores
 
 Where: TypeAlias = Literal["gpu", "memory", "disk"]
 # where the user insists on having the images
@@ -420,7 +421,7 @@ def read(files: Sequence[CaseFile], flat: Float16[Tensor, " n"] | None = None) -
     kept: list[CaseFile] = []
     shapes, present, offsets, maps = [], [], [], []
     left_out, end = [], 0
-    num_readers = min(NUM_READERS, os.cpu_count() or 1)
+    num_readers = min(NUM_READERS, num_cores())
     cases = ahead(partial(_read, keep=flat is not None), files, num_readers, torch.device("cpu"))
     with closing(cases):
         for case in tqdm(cases, total=len(files), desc="reading images", unit="case", disable=None, leave=False):

@@ -20,7 +20,8 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.inference.request import ModelRequest
-from nnunet_csm.inference.sliding_window import BatchedPredictor, keep_freed_memory
+from nnunet_csm.inference.sliding_window import BatchedPredictor
+from nnunet_csm.machine import keep_freed_memory
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.raw.check import check_inputs
 from nnunet_csm.raw.volumes import READABLE_ENDINGS

@@ -4,10 +4,8 @@ Tiles, weights, the order of every sum and its precision are nnU-Net's, so that 
 differs by when it sees a sample in another batch.
 """
 
-import ctypes
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 
@@ -31,7 +29,6 @@ MEMORY_SHARE = 0.7
 # oneDNN, which takes 1.4 times as long; more than two samples take no less time each.
 NUM_SAMPLES = {"cpu": 2}
 # glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class BatchedPredictor(nnUNetPredictor):
@@ -163,15 +160,3 @@ def share_out(num_samples: int, num_passes: int, num_left: int) -> tuple[int, in
 
 def _floor_power_of_two(number: int) -> int:
     return 1 << (number.bit_length() - 1)
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory it frees, for the next tile.
-
-    glibc returns large blocks to the system at once, which then has to clear them again, page by page: on a CPU a third of
-    the time of a network of ViT-S's size. Does nothing where there is no glibc.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from nnunet_csm import __version__
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.errors import UserError
+from nnunet_csm.machine import num_cores
 from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED
 from nnunet_csm.raw.check import check_dataset
 from nnunet_csm.raw.grid import (
@@ -289,7 +290,7 @@ def _convert_all(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Case to its entry in the manifest, and case to why it is left out, both in the order of the cases."""
     results: dict[str, dict[str, Any] | str] = {}
-    with closing(_results(convert, cases, num_processes or min(8, os.cpu_count() or 1))) as finished:
+    with closing(_results(convert, cases, num_processes or min(8, num_cores()))) as finished:
         for case, result in tqdm(finished, total=len(cases), desc="cases", unit="case"):
             if strict and isinstance(result, str):
                 raise CaseError(f"case {case.identifier}: {result}")

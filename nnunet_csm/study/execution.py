@@ -20,6 +20,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
+from nnunet_csm.machine import num_cores
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
 from nnunet_csm.training import encoder_share
@@ -195,7 +196,7 @@ def local(study: Path, device: str, num_gpus: int, jobs: int) -> tuple[Launch, i
     if device == "cuda":
         places = [Place(device, gpu) for _ in range(jobs) for gpu in visible_gpus(num_gpus)]
     else:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, num_cores() // jobs)
         places = [Place(device, num_threads=threads) for _ in range(jobs)]
     for place in places:
         free.put(place)

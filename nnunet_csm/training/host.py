@@ -23,11 +23,11 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.machine import ACCUMULATE_VARIABLE, accumulation, check_compiler_cache, keep_freed_memory, num_threads, slices
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.training.averaging import WeightAverage
-from nnunet_csm.training.machine import ACCUMULATE_VARIABLE, accumulation, check_compiler_cache, num_threads, slices
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.pretrained import find_encoder
 from nnunet_csm.training.progress import Progress
@@ -65,6 +65,7 @@ class CSMTrainer(nnUNetTrainer):
         if device.type == "cpu":
             # nnU-Net takes all cores for every process, whatever it was told
             torch.set_num_threads(num_threads(self.ranks.num_local))
+            keep_freed_memory()
         super().__init__(plans, configuration, fold, dataset_json, device)
         # nnU-Net takes the rank for the number of a GPU and wraps the network in place, where prediction and checkpoints want
         # it bare. It sees one process, unless a step of its own is to be shared

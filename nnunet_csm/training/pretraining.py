@@ -27,6 +27,7 @@ from nnunet_csm.evaluation.hidden import KINDS
 from nnunet_csm.evaluation.token_regression import TokenRidge
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.reconstructions import save_reconstruction
+from nnunet_csm.machine import num_workers
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.tokens import to_volume, to_voxels
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
@@ -37,7 +38,6 @@ from nnunet_csm.pretext.mae3d import MAE3D
 from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights, without_background
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer
-from nnunet_csm.training.machine import num_workers
 from nnunet_csm.training.probe import (
     LOGGED_ERRORS,
     LOGGED_PRECISION,

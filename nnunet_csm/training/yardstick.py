@@ -20,9 +20,9 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.machine import num_threads
 from nnunet_csm.plans import read_yardstick
 from nnunet_csm.training.host import CUDA
-from nnunet_csm.training.machine import num_threads
 
 # an epoch takes at most the tenth part of the time
 NUM_EPOCHS = 10

@@ -1,0 +1,36 @@
+"""What a process takes of its machine."""
+
+import ctypes
+import os
+import resource
+import sys
+
+import pytest
+import torch
+
+from nnunet_csm.machine import keep_freed_memory, num_cores, num_threads
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="memory is glibc's")
+def test_memory_that_was_freed_is_used_again():
+    num_pages = 4 * 2**24 // resource.getpagesize()
+    keep_freed_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(2**24)
+    # otherwise each of them would be cleared by the system
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5 * num_pages
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are given by Linux")
+def test_cores_are_those_that_the_process_was_given(monkeypatch):
+    given = os.sched_getaffinity(0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        os.sched_setaffinity(0, {min(given)})
+        assert num_cores() == 1 and num_threads(1) == num_threads(4) == 1
+    finally:
+        os.sched_setaffinity(0, given)
+    assert num_cores() == len(given) and num_threads(1) == len(given)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert num_threads(2) == 3
