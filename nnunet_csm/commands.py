@@ -201,7 +201,7 @@ def predict(args: argparse.Namespace) -> int:
 
     run_segmenter(
         PredictRequest(
-            **_model(args),
+            **_model_flags(args),
             images=Path(args.i),
             output=Path(args.o),
             step_size=args.step_size,
@@ -224,7 +224,7 @@ def classify(args: argparse.Namespace) -> int:
     from nnunet_csm.inference.classification import classify as run_classifier
 
     request = ClassifyRequest(
-        **_model(args),
+        **_model_flags(args),
         images=Path(args.i),
         masks=Path(args.m),
         output=Path(args.o),
@@ -237,7 +237,7 @@ def classify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace) -> dict[str, Any]:
+def _model_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that name a trained model, and its device."""
     return {
         "dataset": args.d,

@@ -11,6 +11,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
+from nnunet_csm.machine import num_cores
 from nnunet_csm.plans import PLANS_NAME, read_configuration
 from nnunet_csm.raw.check import check_dataset
 
@@ -51,7 +52,7 @@ def installation() -> Iterator[Finding]:
         yield Finding(
             "GPU", "none", "train with -device cpu and `nnunet_csm plan -preset demo`, or check nvidia-smi and the torch build"
         )
-    yield Finding("CPU", f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} torch threads")
+    yield Finding("CPU", f"{num_cores()} cores, {platform.machine()}, {torch.get_num_threads()} torch threads")
 
 
 def folders() -> Iterator[Finding]:

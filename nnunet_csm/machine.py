@@ -63,7 +63,7 @@ def check_compiler_cache() -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use; a cluster or a container gives it a part of the machine's."""
+    """Cores that this process may use; a cluster or `taskset` gives it a part of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -82,8 +82,8 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory it frees, for the next step or tile.
 
     glibc returns large blocks to the system at once, which then has to clear them again, page by page: on a CPU a third of
-    the time of predicting with a network of ViT-S's size, a seventh of a step of a small pretraining (docs/performance.md).
-    Does nothing where there is no glibc.
+    the time of predicting with a network of ViT-S's size, a seventh of a step of a small pretraining. The process holds its
+    peak until it ends. Does nothing where there is no glibc.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         libc = ctypes.CDLL(None)

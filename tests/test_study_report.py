@@ -148,11 +148,27 @@ def test_details_that_all_rows_share_stand_in_the_caption():
     assert replace(grid, rows=rows[:1]).brief().rows == rows[:1]
 
 
-def test_wide_latex_tables_have_headings_in_lines_and_smaller_type():
+def test_details_beside_blocks_numbers_and_best_values():
+    rows = (("CSM", "0.7", "64 × 3"), ("MAE3D", "0.6", "64 × 3"), ("CSM", "0.5", "64 × 3"))
+    grid = Grid("t", "n", "Dice", ("Method", "Dice", "Patients × repeats"), rows, 1, frozenset({(0, 1), (0, 2)}), (0, 2))
+    brief = replace(grid, details=frozenset({"Patients × repeats"})).brief()
+    assert brief.caption == "Dice. Patients × repeats: 64 × 3" and brief.header == ("Method", "Dice")
+    assert brief.num_text == 1 and brief.best == {(0, 1)} and brief.blocks == (0, 2)
+    page = replace(grid, details=frozenset({"Patients × repeats"})).to_page()
+    assert page.header == brief.header and all(len(row) == 2 for row in page.rows)
+    assert brief.to_latex().count(r"\midrule") == 2
+    none = replace(grid, rows=(), best=frozenset())
+    assert none.brief() is none and r"\toprule" in none.to_latex()
+
+
+def test_latex_headings_are_in_lines_and_wide_tables_are_scaled():
     header, cells = ("Method", "Visible tokens a crop"), ("x", "1.0")
     text = Grid("", "cost", "Cost", header, (cells,), 1).to_latex()
-    assert r"\shortstack[r]{Visible\\tokens a\\crop}" in text and "size" not in text
-    assert r"\footnotesize" in Grid("", "cost", "Cost", header, (("x" * 75, "1.0"),), 1).to_latex()
+    assert r"\shortstack[r]{Visible\\tokens\\a crop}" in text and "resizebox" not in text
+    wide = Grid("", "cost", "Cost", header, (("x" * 75, "1.0"),), 1).to_latex()
+    assert r"\resizebox{\linewidth}{!}{\begin{tabular}" in wide and wide.count("{") == wide.count("}")
+    # what would be an option of the line's end before it
+    assert r"\\{[}mm]" in Grid("", "n", "c", ("Method", "Dice [mm]"), (cells,), 1).to_latex()
 
 
 def test_files_hold_what_the_tables_hold(tmp_path):

@@ -73,6 +73,18 @@ def test_pretraining_sees_training_cases_of_its_fold_only_and_no_label(
     assert not set(training) & set(validation)
 
 
+@pytest.mark.parametrize("pretraining", [True, False])
+def test_trainers_on_a_cpu_keep_the_memory_they_free(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, pretraining: bool
+) -> None:
+    from nnunet_csm.training import host
+
+    calls: list[bool] = []
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: calls.append(True))
+    make_trainer(pretraining)
+    assert calls == [True]
+
+
 def test_fold_all_pretrains_on_every_case(make_trainer: Callable[..., Any]) -> None:
     trainer = make_trainer(True, fold="all")
     trainer.initialize()

@@ -110,7 +110,7 @@ def predict(request: PredictRequest) -> None:
         )
 
 
-def load_model(request: PredictRequest) -> Model:
+def load_model(request: ModelRequest) -> Model:
     """Read the checkpoints, without executing anything in them, and what stands beside them.
 
     Raises:

@@ -28,7 +28,6 @@ MEMORY_SHARE = 0.7
 # Samples at once where free memory is no guide; others as stock. On a CPU torch convolves a single small sample without
 # oneDNN, which takes 1.4 times as long; more than two samples take no less time each.
 NUM_SAMPLES = {"cpu": 2}
-# glibc's malloc.h
 
 
 class BatchedPredictor(nnUNetPredictor):

@@ -10,6 +10,9 @@ SHOWN, HIDDEN = "●", "○"
 
 LATEX = {
     "\\": r"\textbackslash{}",
+    # after a line's end they would be its options
+    "[": "{[}",
+    "*": "{*}",
     "&": r"\&",
     "%": r"\%",
     "$": r"\$",
@@ -29,11 +32,10 @@ LATEX = {
     HIDDEN: r"$\circ$",
 }
 
-
 # characters that the space between two columns is as wide as
 GAP = 2
-# characters of a row that fit, by size of type
-SIZES = ((72, ""), (92, r"\footnotesize"), (1000, r"\scriptsize"))
+# of a row, which fit between the margins of an article
+MOST_CHARACTERS = 72
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Grid:
         """The table without the details that all of several rows share; its caption ends with them."""
         columns = range(len(self.header))
         shared = {c for c in columns if self.header[c] in self.details and len({row[c] for row in self.rows}) == 1}
-        if not shared or len(self.rows) == 1:
+        if not shared or len(self.rows) <= 1:
             return self
         kept = [c for c in columns if c not in shared]
         told = "; ".join(f"{self.header[c]}: {self.rows[0][c]}" for c in sorted(shared))
@@ -74,7 +76,7 @@ class Grid:
             header=tuple(self.header[c] for c in kept),
             rows=tuple(tuple(row[c] for c in kept) for row in self.rows),
             num_text=sum(c < self.num_text for c in kept),
-            best=frozenset((row, kept.index(c)) for row, c in self.best),
+            best=frozenset((row, kept.index(c)) for row, c in self.best if c in kept),
         )
 
     def to_markdown(self) -> str:
@@ -82,7 +84,7 @@ class Grid:
         return self.brief()._to_markdown()
 
     def to_latex(self) -> str:
-        """A `table` of booktabs; needs no other package. Many columns are set in a smaller size."""
+        """A `table` of booktabs; one too wide for an article is scaled down by graphicx."""
         return self.brief()._to_latex()
 
     def to_page(self) -> Table:
@@ -105,25 +107,25 @@ class Grid:
         return cell.ljust(width) if column < self.num_text else cell.rjust(width)
 
     def _to_latex(self) -> str:
-        words = [max(map(len, name.split())) for name in self.header]
-        widths = [max(words[c], *(len(row[c]) for row in self.rows)) for c in range(len(self.header))]
-        columns = enumerate(zip(self.header, widths, strict=True))
-        header = [_stacked(name, width, column < self.num_text) for column, (name, width) in columns]
+        columns = range(len(self.header))
+        longest = [max(map(len, (*name.split(), *(row[c] for row in self.rows)))) for c, name in enumerate(self.header)]
+        header = [_stacked(self.header[c], longest[c], c < self.num_text) for c in columns]
         lines = [
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{latex(self.caption)}}}",
             rf"\label{{tab:{_label(f'{self.table} {self.name}')}}}",
         ]
-        if size := _size(sum(widths) + GAP * len(widths)):
-            lines += [size, r"\setlength{\tabcolsep}{3pt}"]
-        lines.append(rf"\begin{{tabular}}{{{'l' * self.num_text}{'r' * (len(self.header) - self.num_text)}}}")
+        is_wide = sum(longest) + GAP * len(longest) > MOST_CHARACTERS
+        alignment = "l" * self.num_text + "r" * (len(self.header) - self.num_text)
+        lines.append((r"\resizebox{\linewidth}{!}{" if is_wide else "") + rf"\begin{{tabular}}{{{alignment}}}")
         lines += [r"\toprule", _latex_row(header), r"\midrule"]
         for row in range(len(self.rows)):
             if row and row in self.blocks:
                 lines.append(r"\midrule")
             lines.append(_latex_row(self._marked(row, r"\textbf{{{}}}".format, latex)))
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+        lines += [r"\bottomrule", r"\end{tabular}" + ("}" if is_wide else ""), r"\end{table}"]
+        return "\n".join(lines) + "\n"
 
     def _marked(self, row: int, mark: Callable[[str], str], escape: Callable[[str], str] = str) -> tuple[str, ...]:
         cells = [escape(cell) for cell in self.rows[row]]
@@ -136,16 +138,11 @@ def latex(text: str) -> str:
 
 
 def _stacked(name: str, width: int, is_text: bool) -> str:
-    """A heading in lines about as long as the cells below it."""
-    lines = textwrap.wrap(name, width + 2, break_on_hyphens=False)
+    """A heading in lines no longer than `width`, or than its longest word."""
+    lines = textwrap.wrap(name, max(width, *map(len, name.split())), break_on_hyphens=False)
     if len(lines) == 1:
         return latex(name)
     return rf"\shortstack[{'l' if is_text else 'r'}]{{" + r"\\".join(map(latex, lines)) + "}"
-
-
-def _size(width: int) -> str:
-    """The size of type in which a row of that many characters fits between the margins of an article."""
-    return next((size for most, size in SIZES if width <= most), SIZES[-1][1])
 
 
 def _latex_row(cells: Iterator[str] | Sequence[str]) -> str:

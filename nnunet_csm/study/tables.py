@@ -51,7 +51,8 @@ class Tables:
         return "\n".join(grid.to_markdown() for grid in self.grids)
 
     def to_latex(self) -> str:
-        return "% needs \\usepackage{booktabs}\n" + "\n".join(grid.to_latex() for grid in self.grids)
+        needed = "% needs \\usepackage{booktabs}, and \\usepackage{graphicx} for wide tables"
+        return "\n".join([needed, *(grid.to_latex() for grid in self.grids)])
 
     def save(self, folder: Path) -> None:
         """Write summary.csv, comparisons.csv, costs_by_arm.csv (where there are costs), tables.md and tables.tex."""

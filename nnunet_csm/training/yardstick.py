@@ -20,7 +20,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.machine import num_threads
+from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import read_yardstick
 from nnunet_csm.training.host import CUDA
 
@@ -86,6 +86,7 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
         if device.type == "cpu":
             # nnU-Net takes all cores, whatever it was told, and other arms do not
             torch.set_num_threads(num_threads(1))
+            keep_freed_memory()
         super().__init__(plans, configuration, fold, dataset_json, device)
         with exit_on_user_error():
             if self.is_ddp:
