@@ -148,7 +148,8 @@ def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Plac
     # on a CPU the network takes all cores, and processes beside it take long to start
     processes = ["-npp", "0", "-nps", "0"] if place.device == "cpu" and command == "predict" else []
     io = ["-i", str(images), "-o", str(begun), "-device", place.device]
-    step(done, place, command, *model, *io, *processes)
+    # the log of a run is a file
+    step(done, place, command, *model, *io, *processes, "--disable_progress_bar")
     begun.replace(predictions)
 
 
