@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "pillow>=10,<14",  # PNG with a small palette
     "jinja2>=3.1,<4",  # the self-contained HTML page
     "scipy>=1.11,<2",  # tests of paired differences
+    "joblib>=1.3,<2",  # cores that a container or a cluster gives
     "scikit-learn>=1.4,<2",  # folds by patient; which of two equal series is the original
     "tqdm>=4.66,<5",  # progress of the longer steps
 ]

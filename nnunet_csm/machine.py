@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import joblib
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_csm.errors import UserError
@@ -63,8 +64,11 @@ def check_compiler_cache() -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use; a cluster or `taskset` gives it a part of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: a cluster, a container or `taskset` gives it a part of the machine's.
+
+    More threads than that wait for each other: a prediction with two on one core took several times as long.
+    """
+    return joblib.cpu_count()
 
 
 def num_threads(num_local_ranks: int) -> int:

@@ -21,7 +21,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.sliding_window import BatchedPredictor
-from nnunet_csm.machine import keep_freed_memory
+from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.raw.check import check_inputs
 from nnunet_csm.raw.volumes import READABLE_ENDINGS
@@ -149,6 +149,7 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
     if device.type == "cuda":
         torch.set_num_threads(1)  # as stock: the CPU's other cores are for the other processes
     elif device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), num_threads(1)))  # torch does not know a container's share
         keep_freed_memory()
     predictor = BatchedPredictor(
         tile_step_size=request.step_size,
