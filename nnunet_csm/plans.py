@@ -112,6 +112,8 @@ class Finetuning:
             to need it; the stem then opens over `STEM_OPENS` of them.
         transferred_blocks: blocks that are loaded, counted from the input; the others start as drawn. None: all.
         ema: decay by iteration of the average of the weights that validation and prediction use; 0: the last weights.
+        series_dropout: share of the training samples that lose one or more of their series, so that the segmenter learns to do
+            without any of them.
     """
 
     encoder: str
@@ -120,6 +122,7 @@ class Finetuning:
     stem_closed_share: float = 0.0
     transferred_blocks: int | None = None
     ema: float = 0.0
+    series_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -337,7 +340,7 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
     if not 0.0 <= csm.masking.mask_ratio < 1.0:
         raise UserError(f"{where}.csm.masking.mask_ratio is {csm.masking.mask_ratio}, expected 0 <= mask_ratio < 1")
-    for name in ("frozen_share", "stem_closed_share", "ema"):
+    for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
             raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
     if csm.finetuning.stem_closed_share and (architecture.stem == "none" or architecture.decoder == "light"):

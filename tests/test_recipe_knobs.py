@@ -1,6 +1,7 @@
 """The knobs of the fine-tuning recipe: each does what it says, and nothing changes where it is not set."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer
-from nnunet_csm.training.segmentation import stem_opening
+from nnunet_csm.training.segmentation import drop_series, stem_opening
 
 
 def segmenter(stem: Any) -> CSMSegmenter:
@@ -97,7 +98,7 @@ def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
     entry = plans["configurations"]["3d_fullres"]
     for name in ("stem", "decoder", "fusion"):
         del entry["architecture"]["arch_kwargs"][name]
-    for name in ("frozen_share", "stem_closed_share", "transferred_blocks", "ema"):
+    for name in ("frozen_share", "stem_closed_share", "transferred_blocks", "ema", "series_dropout"):
         del entry["csm"]["finetuning"][name]
     assert read_configuration(plans, "3d_fullres", "plans") == settings()
     found = settings()
@@ -113,7 +114,15 @@ def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knob", "value"), [("frozen_share", 1.0), ("stem_closed_share", 1.0), ("ema", -0.1), ("ema", 1), ("transferred_blocks", 4)]
+    ("knob", "value"),
+    [
+        ("frozen_share", 1.0),
+        ("stem_closed_share", 1.0),
+        ("ema", -0.1),
+        ("ema", 1),
+        ("series_dropout", 1.0),
+        ("transferred_blocks", 4),
+    ],
 )
 def test_values_that_cannot_be_name_themselves(knob: str, value: float) -> None:
     with pytest.raises(UserError, match=f"finetuning.{knob} is {value}"):
@@ -149,16 +158,17 @@ def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     from factories import GuessedMemory, base_plans
 
     preset = {"inherits_from": "S", "network": {"stem": "gated"}, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
-    preset |= {"stem_closed_share": 0.4}
+    preset |= {"stem_closed_share": 0.4, "series_dropout": 0.3}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     wishes = Wishes(str(tmp_path / "preset.json"))
     plans, decisions = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
     planned = read_configuration(plans, "3d_fullres", "plans")
     finetuning = planned.csm.finetuning
     assert (finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema) == (0.1, 8, 0.999)
-    assert finetuning.stem_closed_share == 0.4
+    assert (finetuning.stem_closed_share, finetuning.series_dropout) == (0.4, 0.3)
     told = {decision.name: decision.value for decision in decisions}
     assert "first 10%" in told["frozen encoder"] and "first 40%" in told["stem of raw voxels"]
+    assert "30%" in told["series dropped"]
     assert (told["transferred blocks"], told["weights of the segmenter"]) == ("the first 8", "averaged, decay 0.999")
     assert planned.architecture.stem == planned.pretraining_architecture.stem == "gated"
 
@@ -294,7 +304,14 @@ def kill_after(trainer: Any, num_steps: int) -> None:
 
 def test_with_all_knobs_a_killed_run_goes_on_to_the_bit(make_finetuner: Callable[..., Any]) -> None:
     # 9 steps in 3 epochs: the kill falls between the last checkpoint and the end of the frozen part
-    knobs = {"stem": "gated", "stem_closed_share": 0.5, "frozen_share": 0.6, "transferred_blocks": 2, "ema": 0.9}
+    knobs = {
+        "stem": "gated",
+        "stem_closed_share": 0.5,
+        "frozen_share": 0.6,
+        "transferred_blocks": 2,
+        "ema": 0.9,
+        "series_dropout": 0.5,
+    }
     whole = make_finetuner(**knobs)
     whole.run_training()
     expected = saved_by(whole)
@@ -327,6 +344,52 @@ def test_the_trainer_opens_the_stem_step_by_step(make_finetuner: Callable[..., A
     trainer.run_training()
     # 9 steps: after 4 of them the half is not over, 5 of them are 0.556 of all
     assert openings == pytest.approx([0, 0, 0, 0, (5 / 9 - 0.5) / 0.1, 1, 1, 1, 1], abs=1e-6)
+
+
+def test_dropped_series_are_as_many_as_masking_hides_and_never_all() -> None:
+    image = torch.arange(1.0, 6.0)[:, None, None, None].repeat(1, 2, 2, 2)
+    image[3] = 0
+    lost: Counter[tuple[int, ...]] = Counter()
+    for seed in range(3000):
+        dropped = image.clone()
+        drop_series(dropped, (0, 1, 3, 4), 0.75, seed)
+        again = image.clone()
+        drop_series(again, (0, 1, 3, 4), 0.75, seed)
+        assert dropped.equal(again)
+        absent = [c for c in (0, 1, 4) if not dropped[c].any()]
+        assert all(dropped[c].equal(image[c]) for c in range(5) if c not in absent)
+        lost[tuple(absent)] += 1
+    sizes = Counter({n: sum(count for which, count in lost.items() if len(which) == n) for n in range(4)})
+    assert sizes[3] == 0
+    assert [sizes[n] / 3000 for n in range(3)] == pytest.approx([0.25, 0.375, 0.375], abs=0.03)
+    # each series and each pair as likely
+    assert all(count / 3000 == pytest.approx(0.125, abs=0.025) for which, count in lost.items() if which)
+
+
+def test_a_sample_with_one_series_keeps_it() -> None:
+    image = torch.zeros(3, 2, 2, 2)
+    image[1] = 1
+    for seed in range(20):
+        drop_series(image, (0, 1, 2), 0.99, seed)
+    assert image[1].all()
+
+
+def test_training_patches_lose_series_and_validation_patches_do_not(make_finetuner: Callable[..., Any]) -> None:
+    trainer = make_finetuner(series_dropout=0.9)
+    channels = list(trainer.settings.architecture.channels)
+    shown: dict[str, list[torch.Tensor]] = {"train_step": [], "validation_step": []}
+    for name, seen in shown.items():
+        original = getattr(trainer, name)
+
+        def step(batch: Any, original: Any = original, seen: Any = seen) -> Any:
+            seen.append((batch["data"][:, channels] != 0).flatten(2).any(2))
+            return original(batch)
+
+        setattr(trainer, name, step)
+    trainer.run_training()
+    training, validation = (torch.cat(seen) for seen in shown.values())
+    assert training.any(1).all() and (~training).any(1).float().mean() > 0.5
+    assert (~validation).any(1).float().mean() < (~training).any(1).float().mean()
 
 
 def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_finetuner: Callable[..., Any]) -> None:

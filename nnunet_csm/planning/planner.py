@@ -197,6 +197,7 @@ def plan(
             preset.stem_closed_share,
             preset.transferred_blocks,
             preset.ema,
+            preset.series_dropout,
         ),
         classification=classification,
         reasons={d.name: (d.value, d.reason) for d in decisions},
@@ -392,6 +393,9 @@ def knob_decisions(preset: Preset) -> list[Decision]:
         told.append(Decision("transferred blocks", f"the first {preset.transferred_blocks}", why))
     if preset.ema:
         told.append(Decision("weights of the segmenter", f"averaged, decay {preset.ema:g}", why))
+    if preset.series_dropout:
+        value = f"one or more, in {preset.series_dropout:.0%} of the training samples"
+        told.append(Decision("series dropped", value, "the segmenter is to do without any; docs/planning.md"))
     return told
 
 

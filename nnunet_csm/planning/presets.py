@@ -83,6 +83,7 @@ class Preset:
     stem_closed_share: float = 0.0
     transferred_blocks: int | None = None
     ema: float = 0.0
+    series_dropout: float = 0.0
 
 
 def preset_names() -> list[str]:

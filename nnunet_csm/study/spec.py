@@ -215,7 +215,9 @@ PRETRAINING_KEYS = frozenset(
 )
 # what the trainer of the one task does not read of a preset
 OTHER_TASKS_KEYS = {
-    "classification": frozenset({"finetuning", "frozen_share", "stem_closed_share", "transferred_blocks", "ema"}),
+    "classification": frozenset(
+        {"finetuning", "frozen_share", "stem_closed_share", "transferred_blocks", "ema", "series_dropout"}
+    ),
     "segmentation": frozenset({"classification"}),
 }
 ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "joint_tokens"})

@@ -1,7 +1,7 @@
 """`nnUNetTrainerCSM`: fine-tune a segmenter from the pretrained encoder of the same plans and fold (paper III-C)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.draws import Purpose, batches, key, seed_everything
+from nnunet_csm.data.draws import Purpose, What, batches, key, seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.machine import num_workers
@@ -47,14 +47,41 @@ class KeepAbsentSeriesAbsent(BasicTransform):
         return data
 
 
+def drop_series(image: Tensor, channels: Sequence[int], share: float, seed: int) -> None:
+    """Set some of the series of a sample to zero, which is how a missing series looks, in place.
+
+    As many as cross-series masking hides whole: with p present series, k uniform on [1, p - 1], any k of them.
+
+    Args:
+        image: (c, z, y, x).
+        channels: of the series of the network.
+        share: probability that a sample loses any.
+        seed: what is drawn is a function of it.
+    """
+    draws = np.random.default_rng(seed)
+    present = [channel for channel in channels if image[channel].any()]
+    if draws.random() < share and len(present) > 1:
+        image[draws.permutation(present)[: draws.integers(1, len(present))]] = 0
+
+
 class AugmentedBatches:
     """Some samples of nnU-Net's batches, each a function of (epoch, step, place in the batch).
 
     nnU-Net's loader is asked for one sample at a time, so that ranks that share a batch make the samples one rank would.
     """
 
-    def __init__(self, loader: nnUNetDataLoader, batch_size: int, places: range, seed: int, purpose: Purpose) -> None:
+    def __init__(
+        self,
+        loader: nnUNetDataLoader,
+        batch_size: int,
+        places: range,
+        seed: int,
+        purpose: Purpose,
+        channels: Sequence[int] = (),
+        series_dropout: float = 0.0,
+    ) -> None:
         self.loader, self.places, self.seed, self.purpose = loader, places, seed, purpose
+        self.channels, self.series_dropout = channels, series_dropout
         self.first_oversampled = round(batch_size * (1 - loader.oversample_foreground_percent))
         loader.batch_size = 1
 
@@ -66,7 +93,11 @@ class AugmentedBatches:
         seed_everything(key(self.seed, self.purpose, epoch, step, place))
         # nnU-Net's rule: the last samples of a batch hold foreground
         self.loader.get_do_oversample = lambda _: place >= self.first_oversampled
-        return self.loader.generate_train_batch()
+        sample = self.loader.generate_train_batch()
+        if self.series_dropout > 0:
+            for_series = key(self.seed, self.purpose, epoch, step, place, What.SERIES)
+            drop_series(sample["data"][0], self.channels, self.series_dropout, for_series)
+        return sample
 
 
 @contextmanager
@@ -94,7 +125,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     `nnUNet_csm_encoder`: auto, all, scratch, or a path.
     """
 
-    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "stem_closed_share", "ema"})
+    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "stem_closed_share", "ema", "series_dropout"})
     max_gradient_norm = 12.0  # nnU-Net's
     share: encoder_share.EncoderShare | None = None
 
@@ -181,7 +212,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         num_train, num_val = self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         workers = num_workers(self.device)
         shared = self.schedule.batch_size, self.places, self.settings.csm.seed
-        make_train = AugmentedBatches(training.data_loader, *shared, Purpose.TRAINING)
+        dropout = self.settings.architecture.channels, self.settings.csm.finetuning.series_dropout
+        make_train = AugmentedBatches(training.data_loader, *shared, Purpose.TRAINING, *dropout)
         make_val = AugmentedBatches(validation.data_loader, *shared, Purpose.VALIDATION)
         return (
             batches(make_train, self.current_epoch, self.num_epochs, num_train, workers, pin),
