@@ -86,8 +86,7 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory it frees, for the next step or tile.
 
     glibc returns large blocks to the system at once, which then has to clear them again, page by page: on a CPU a third of
-    the time of predicting with a network of ViT-S's size, a seventh of a step of a small pretraining. The process holds its
-    peak until it ends. Does nothing where there is no glibc.
+    the time of predicting with a network of ViT-S's size (docs/performance.md). The process holds its peak until it ends. Does nothing where there is no glibc.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         libc = ctypes.CDLL(None)
