@@ -85,8 +85,8 @@ def num_workers(device: "torch.device") -> int:
 def keep_freed_memory() -> None:
     """Have this process keep the memory it frees, for the next step or tile.
 
-    glibc returns large blocks to the system at once, which then has to clear them again, page by page: on a CPU a third of
-    the time of predicting with a network of ViT-S's size (docs/performance.md). The process holds its peak until it ends. Does nothing where there is no glibc.
+    glibc returns large blocks to the system at once, which then has to clear them again, page by page: up to a sixth of the CPU
+    time of a step (docs/performance.md). The process holds its peak until it ends. Does nothing where there is no glibc.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         libc = ctypes.CDLL(None)
