@@ -172,7 +172,7 @@ def plan(
         ("fine-tuning", finetuning, preset.finetuning, facts.num_cases),
     ):
         decisions.append(Decision(stage, length_text(chosen), schedule_reason(chosen, wanted, num_cases)))
-    decisions += knob_decisions(preset)
+    decisions += knob_decisions(preset, len(series))
     classification, why_classification = plan_classification(preset, facts, sized, entry["spacing"])
     decisions.append(Decision("classification", length_text(classification.schedule), why_classification))
     mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
@@ -380,7 +380,7 @@ def choose_network(wishes: Wishes, series: Sequence[str], sized_by: Callable[[st
     return AUTOMATIC[-1], f"; the smallest of {', '.join(AUTOMATIC)}"
 
 
-def knob_decisions(preset: Preset) -> list[Decision]:
+def knob_decisions(preset: Preset, num_series: int) -> list[Decision]:
     """What fine-tuning does beyond the plain: a line for what the preset asks for, none for what it leaves out."""
     why = "as in the preset; docs/planning.md"
     told = []
@@ -393,7 +393,9 @@ def knob_decisions(preset: Preset) -> list[Decision]:
         told.append(Decision("transferred blocks", f"the first {preset.transferred_blocks}", why))
     if preset.ema:
         told.append(Decision("weights of the segmenter", f"averaged, decay {preset.ema:g}", why))
-    if preset.series_dropout:
+    if preset.series_dropout and num_series == 1:
+        told.append(Decision("series dropped", "none", "there is one series"))
+    elif preset.series_dropout:
         value = f"one or more, in {preset.series_dropout:.0%} of the training samples"
         told.append(Decision("series dropped", value, "the segmenter is to do without any; docs/planning.md"))
     return told

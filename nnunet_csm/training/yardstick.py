@@ -84,7 +84,7 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
             self.yardstick = read_yardstick(plans, source)
             self.seconds = 60 * self.yardstick.minutes
         if device.type == "cpu":
-            # nnU-Net takes all cores, whatever it was told, and other arms do not
+            # as the other arms; nnU-Net takes all cores, whatever it was told
             torch.set_num_threads(num_threads(1))
             keep_freed_memory()
         super().__init__(plans, configuration, fold, dataset_json, device)
