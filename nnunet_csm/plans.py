@@ -69,12 +69,16 @@ class Masking:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The decoder of pretraining, thrown away afterwards, and its targets."""
+    """The decoder of pretraining, thrown away afterwards, and its targets.
+
+    `rebuilt_share`: of the hidden tokens, those that a training step asks for, drawn anew in every step; validation asks for all.
+    """
 
     width: int
     depth: int
     num_heads: int
     normalize_targets: bool
+    rebuilt_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -340,6 +344,13 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
     if not 0.0 <= csm.masking.mask_ratio < 1.0:
         raise UserError(f"{where}.csm.masking.mask_ratio is {csm.masking.mask_ratio}, expected 0 <= mask_ratio < 1")
+    if csm.reconstruction.depth < 1:
+        raise UserError(f"{where}.csm.reconstruction.depth is {csm.reconstruction.depth}, expected 1 block or more")
+    if not 0.0 < csm.reconstruction.rebuilt_share <= 1.0:
+        raise UserError(
+            f"{where}.csm.reconstruction.rebuilt_share is {csm.reconstruction.rebuilt_share}, expected a share of the hidden tokens "
+            f"above 0 and at most 1; 1 rebuilds all of them"
+        )
     for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
             raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")

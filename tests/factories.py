@@ -6,9 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from nnunet_csm.planning.memory import Memory
 from nnunet_csm.planning.planner import Facts, Wishes, plan
 from nnunet_csm.plans import Architecture, Configuration, Masking, Reconstruction, Size, Source, read_configuration
+from nnunet_csm.pretext.csm import masked_mean
+from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SERIES = ("FLAIR", "T1w", "T2w")
@@ -160,3 +164,8 @@ def checkpoint_of(plans: dict[str, Any], weights: Mapping[str, Any]) -> dict[str
         "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": DATASET_JSON},
         "trainer_name": nnUNetTrainerCSM.__name__,
     }
+
+
+def loss_of(model: Any, volume: Tensor, mask: Mask) -> Tensor:
+    """What pretraining descends on."""
+    return masked_mean(model(volume, mask), mask)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import loss_of
 from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
@@ -34,7 +35,7 @@ from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dic
 from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import draw_mask, shown_series_weights
+from nnunet_csm.pretext.masking import ask_some, draw_mask, shown_series_weights
 
 MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 DECODER = Reconstruction(width=96, depth=2, num_heads=4, normalize_targets=False)
@@ -83,15 +84,19 @@ def measured(network: nn.Module, loss: Callable[[], torch.Tensor], backend: Back
     return 3 * weights + peak
 
 
-def pretraining_step(a: Architecture, patch_size: Size, batch_size: int, backend: Backend) -> int:
+def pretraining_step(
+    a: Architecture, patch_size: Size, batch_size: int, backend: Backend, decoder: Reconstruction = DECODER
+) -> int:
     num_series = len(a.series)
-    network = CSM(a, DECODER)
+    network = CSM(a, decoder)
     num_tokens = math.prod(p // t for p, t in zip(patch_size, a.token_size, strict=True))
     present = torch.ones(batch_size, num_series, dtype=torch.bool)
 
     def loss() -> torch.Tensor:
-        mask = draw_mask(Draws(0, torch.arange(batch_size)), present, max_shown_series(num_series, MASKING), num_tokens, MASKING)
-        return network(torch.randn(batch_size, num_series, *patch_size), mask).loss
+        draws = Draws(0, torch.arange(batch_size))
+        mask = draw_mask(draws, present, max_shown_series(num_series, MASKING), num_tokens, MASKING)
+        mask = ask_some(mask, draws, decoder.rebuilt_share)
+        return loss_of(network, torch.randn(batch_size, num_series, *patch_size), mask)
 
     return measured(network, loss, backend)
 
@@ -124,6 +129,13 @@ def test_pretraining_takes_what_was_predicted(num_series, token_size, width, dep
     assert close_and_not_below(predicted, pretraining_step(a, patch_size, batch_size, backend))
 
 
+def test_rebuilding_a_quarter_takes_what_was_predicted_and_less_than_rebuilding_all():
+    a, decoder, sizes = architecture(4, (4, 8, 8), 192), dataclasses.replace(DECODER, rebuilt_share=0.25), ((32, 64, 64), 2)
+    predicted = pretraining_memory(a, decoder, MASKING, *sizes, FP32)
+    assert close_and_not_below(predicted.total, pretraining_step(a, *sizes, FP32, decoder))
+    assert predicted.activations < 0.6 * pretraining_memory(a, DECODER, MASKING, *sizes, FP32).activations
+
+
 @pytest.mark.parametrize("num_series, token_size, width, depth, patch_size, batch_size", CONFIGURATIONS)
 def test_finetuning_takes_what_was_predicted(num_series, token_size, width, depth, patch_size, batch_size):
     a = architecture(num_series, token_size, width, depth)
@@ -137,7 +149,7 @@ def test_joint_tokens_take_what_was_predicted_and_less_than_separate_ones(backen
     joint, patch_size, batch_size = dataclasses.replace(a, joint_tokens=True), (8, 32, 32), 4
     network = MAE3D(joint, DECODER)
     mask = mae3d.draw_mask(Draws(0, torch.arange(batch_size)), torch.ones(batch_size, 3, dtype=torch.bool), 512, masking)
-    real = measured(network, lambda: network(torch.randn(batch_size, 3, *patch_size), mask).loss, backend)
+    real = measured(network, lambda: loss_of(network, torch.randn(batch_size, 3, *patch_size), mask), backend)
     assert close_and_not_below(pretraining_memory(joint, DECODER, masking, patch_size, batch_size, backend).total, real)
     tuning, separate = (finetuning_memory(one, NUM_CLASSES, patch_size, batch_size) for one in (joint, a))
     assert tuning.activations < separate.activations

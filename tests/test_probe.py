@@ -34,6 +34,8 @@ from nnunet_csm.evaluation.plateau import judge
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
 from nnunet_csm.evaluation.token_regression import TokenRidge, cell_size
 from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.tokens import to_tokens
+from nnunet_csm.pretext.csm import Rebuilt
 from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.training.probe import (
     HiddenErrors,
@@ -45,6 +47,7 @@ from nnunet_csm.training.probe import (
     label_file,
     place_features,
     samples_at_a_time,
+    validation_sums,
 )
 
 EPOCHS = np.arange(40)
@@ -357,7 +360,7 @@ def masked_batch(settings: Any, num: int) -> tuple[torch.Tensor, Mask]:
     hidden = torch.rand(num, 3, math.prod(settings.pretraining_grid), generator=draws) < 0.5
     hidden[:, 1] = True
     # which tokens the network sees, and which enter the loss, plays no part here
-    return volume, Mask(hidden, hidden, torch.zeros(num, 0, dtype=torch.long))
+    return volume, Mask(hidden, hidden, *torch.zeros(2, num, 0, dtype=torch.long))
 
 
 def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,10 +376,17 @@ def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(
         sizes.append(len(some))
         return of(some, s)
 
+    def off_by_two(some: torch.Tensor, _: Mask) -> Rebuilt:
+        tokens = to_tokens(some, settings.architecture.token_size)
+        return Rebuilt(torch.full(tokens.shape[:3], 4.0), tokens + 2)
+
     monkeypatch.setattr(HiddenTokens, "of", counted)
     maps = fit_linear_maps(lambda _: volume, settings, torch.device("cpu"))
     errors = HiddenErrors(settings, maps, torch.device("cpu"))
-    errors.add(volume, mask, whole.truth + 2)
+    errors.add(volume, mask, off_by_two)
+    sums = validation_sums(volume, mask, off_by_two, settings)
+    torch.testing.assert_close(sums["sums"], 4 * sums["counts"])
+    assert sums["counts"][:2].sum() == mask.rebuilt.sum() and sums["counts"][2:].sum() == errors.counts.sum()
     assert max(sizes) == most
     assert torch.equal(errors.counts, num_voxels(whole.inside, kinds))
     torch.testing.assert_close(errors.sums["network"], 4 * errors.counts)

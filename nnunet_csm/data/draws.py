@@ -71,9 +71,9 @@ class Draws:
         what = torch.arange(len(What), device=self.samples.device)
         return _scrambled(_scrambled(self.samples[:, None] * len(What) + what) + self.key)
 
-    def integers(self, what: What, num: int) -> Int[Tensor, "b n"]:
-        """Uniform on [0, 2**63), by SplitMix64 with a counter instead of a state."""
-        steps = torch.arange(1, num + 1, device=self.samples.device) * GOLDEN
+    def integers(self, what: What, num: int, first: int = 0) -> Int[Tensor, "b n"]:
+        """Uniform on [0, 2**63), by SplitMix64 with a counter, which begins at `first`, instead of a state."""
+        steps = torch.arange(first + 1, first + num + 1, device=self.samples.device) * GOLDEN
         return _scrambled(self._seeds[:, int(what), None] + steps) & (2**63 - 1)
 
     def uniform(self, what: What, num: int) -> Float[Tensor, "b n"]:

@@ -54,10 +54,10 @@ def draw_weights(module: nn.Module) -> None:
             key.copy_(query)
 
 
-def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0) -> nn.ModuleList:
+def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0, kind: type[Block] = Block) -> nn.ModuleList:
     """Pre-norm ViT blocks; the drop path rate rises linearly with depth."""
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    layers = [Block(width, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
+    layers = [kind(width, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
     for layer in layers:
         # timm's other path adds a boolean mask as 0 and 1 to the scores
         layer.attn.fused_attn = True  # type: ignore[misc]

@@ -1,20 +1,39 @@
-"""The light decoder of pretraining: from the encoding of what was visible to the voxels of every token (paper Eq. 1)."""
-
-import math
+"""The light decoder of pretraining: from the encoding of what was visible to the voxels of hidden tokens (paper Eq. 1)."""
 
 import torch
 from jaxtyping import Float, Int
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from nnunet_csm.model.encoder import SERIES_EMBEDDING_STD, blocks, draw_weights, of_series, sine_cosine
-from nnunet_csm.model.tokens import Size, all_tokens, coordinates
+from nnunet_csm.model.tokens import Size, coordinates
+
+
+class VisibleBlock(Block):
+    """A ViT block, with timm's weights, in which all tokens attend to the visible ones only.
+
+    Keys and values of the others are not made: attention with a mask would make them, and then pass over nine in ten.
+    """
+
+    def forward(self, x: Float[Tensor, "b n e"], num_visible: int, first: int) -> Float[Tensor, "b q e"]:  # type: ignore[override]
+        """New features of the tokens from number `first` on, of which the first `num_visible` of `x` are the visible ones."""
+        normed = self.norm1(x)
+        width = x.shape[-1]
+        to_query, to_key_value = self.attn.qkv.weight.split([width, 2 * width])
+        of_query, of_key_value = self.attn.qkv.bias.split([width, 2 * width])
+        query = linear(normed[:, first:], to_query, of_query)
+        key, value = linear(normed[:, :num_visible], to_key_value, of_key_value).chunk(2, -1)
+        heads = (part.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        x = x[:, first:] + self.attn.proj(scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
 
 
 class ReconstructionDecoder(nn.Module):
-    """Put a learned token at every place that was not visible, tell each its series and place, and rebuild all.
+    """Put a learned token at every place that is asked for, tell each its series and place, and rebuild it.
 
     Every token attends to the visible ones only: the others hold nothing that it does not know. So tokens of absent
-    series, which are never visible, influence nothing.
+    series, which are never visible, influence nothing, and a token's answer does not depend on which others are asked for.
 
     `num_voxels` is that of a token; with joint tokens, which are those of one series, of all series.
     """
@@ -25,29 +44,30 @@ class ReconstructionDecoder(nn.Module):
         self.embedding = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.series_embedding = nn.Parameter(torch.empty(num_series, width))
-        self.blocks = blocks(width, depth, num_heads)
+        self.blocks = blocks(width, depth, num_heads, kind=VisibleBlock)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_voxels)
         self.apply(draw_weights)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.normal_(self.series_embedding, std=SERIES_EMBEDDING_STD)
 
-    def forward(self, encoded: Float[Tensor, "b k e"], visible: Int[Tensor, "b k"], grid: Size) -> Float[Tensor, "b s l v"]:
-        """Rebuild every token.
+    def forward(
+        self, encoded: Float[Tensor, "b k e"], visible: Int[Tensor, "b k"], asked: Int[Tensor, "b m"], grid: Size
+    ) -> Float[Tensor, "b m v"]:
+        """Rebuild some tokens.
 
         Args:
             encoded: features of the visible tokens.
             visible: their numbers in the patch.
+            asked: the numbers of those to be rebuilt, none of them visible.
             grid: tokens of a series along (z, y, x).
         """
-        num_series = len(self.series_embedding)
-        index = all_tokens(num_series, grid, len(encoded), encoded.device)
-        place = coordinates(index, grid)
-        embedded = self.embedding(encoded)
-        hidden = self.mask_token.to(embedded.dtype).expand(*index.shape, self.width)
-        x = hidden.scatter(1, visible[..., None].expand_as(embedded), embedded)
+        seen, num_visible = self.embedding(encoded), visible.shape[1]
+        x = torch.cat([seen, self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)], dim=1)
+        place = coordinates(torch.cat([visible, asked], dim=1), grid)
         x = x + of_series(self.series_embedding, place[..., 0]) + sine_cosine(place, self.width)
-        attend = torch.zeros_like(index, dtype=torch.bool).scatter(1, visible, True)[:, None, None, :]
-        for block in self.blocks:
-            x = block(x, attn_mask=attend)
-        return self.head(self.norm(x)).unflatten(1, (num_series, math.prod(grid)))
+        for block in self.blocks[:-1]:
+            x = block(x, num_visible, 0)
+        # after the last one, nobody attends to the visible ones any more
+        x = self.blocks[-1](x, num_visible, num_visible)
+        return self.head(self.norm(x))

@@ -33,9 +33,9 @@ from torch.utils._pytree import tree_leaves
 
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
-from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.csm import CSM, masked_mean
 from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import Mask, num_visible
+from nnunet_csm.pretext.masking import Mask, num_asked, num_visible
 
 MIB, GIB = 2**20, 2**30
 
@@ -141,18 +141,22 @@ def pretraining_memory(
     num_tokens = math.prod(p // t for p, t in zip(patch_size, architecture.token_size, strict=True))
     num_shown = 1 if architecture.joint_tokens else max_shown_series(num_series, masking)
     num_visible_tokens = num_shown * num_visible(num_tokens, masking)
+    # of joint tokens, those of one series
+    num_hidden_tokens = (1 if architecture.joint_tokens else num_series) * num_tokens - num_visible_tokens
+    asked = num_asked(num_hidden_tokens, reconstruction.rebuilt_share) * (num_series if architecture.joint_tokens else 1)
     pretext = MAE3D if architecture.joint_tokens else CSM
 
     def make_batch() -> tuple[Tensor, Mask]:
         hidden, rebuilt = torch.empty(2, batch_size, num_series, num_tokens, dtype=torch.bool)
-        mask = Mask(hidden, rebuilt, torch.empty(batch_size, num_visible_tokens, dtype=torch.long))
+        visible, chosen = (torch.empty(batch_size, num, dtype=torch.long) for num in (num_visible_tokens, asked))
+        mask = Mask(hidden, rebuilt, visible, chosen)
         return torch.empty(batch_size, num_series, *patch_size), mask
 
     def loss(network: nn.Module, batch: tuple[Tensor, Mask], ledger: "Ledger") -> Tensor:
-        rebuilt = network(*batch)
+        error = network(*batch)
         # what a compiled network returns is in memory
-        ledger.write(rebuilt.loss, rebuilt.error, rebuilt.tokens)
-        return rebuilt.loss
+        ledger.write(error)
+        return masked_mean(error, batch[1])
 
     return _step(lambda: pretext(architecture, reconstruction), make_batch, loss, backend)
 

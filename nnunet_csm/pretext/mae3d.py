@@ -7,6 +7,7 @@ position embedding; initial weights; the size of the decoder; optimiser, schedul
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,17 +16,22 @@ from torch import Tensor, nn
 from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
-from nnunet_csm.model.tokens import coordinates, grid_size, join, select, separate, to_tokens
+from nnunet_csm.model.tokens import Size, coordinates, join, select, separate
 from nnunet_csm.plans import Architecture, Masking, Reconstruction
-from nnunet_csm.pretext.csm import Rebuilt, masked_mean
-from nnunet_csm.pretext.masking import Mask, num_visible, smallest
+from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.masking import Mask, apart, num_visible, smallest
 
 
-class MAE3D(nn.Module):
-    """Encoder and decoder of pretraining on joint tokens; takes the place of `CSM`."""
+class MAE3D(CSM):
+    """Encoder and decoder of pretraining on joint tokens; takes the place of `CSM`.
+
+    The targets are the voxels or, as published, each joint token normalised by its mean and deviation over the voxels of all
+    present series. Absent series are zero in the volume, and any that is counts as absent there. Errors are those of each
+    series in a joint token.
+    """
 
     def __init__(self, architecture: Architecture, reconstruction: Reconstruction) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         a, r = architecture, reconstruction
         assert a.joint_tokens, "separate tokens are CSM's"
         self.token_size = a.token_size
@@ -34,30 +40,28 @@ class MAE3D(nn.Module):
         self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads, joint_tokens=True)
         self.decoder = ReconstructionDecoder(1, len(a.series) * math.prod(a.token_size), a.width, r.width, r.depth, r.num_heads)
 
-    def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
-        """Rebuild a batch of patches from their visible joint tokens and compare with what was hidden.
-
-        The target is the voxels or, as published, each joint token normalised by its mean and deviation over the voxels of all
-        present series. Absent series are zero in `volume`, and any that is counts as absent there.
-        """
-        _, s, z, y, x = volume.shape
-        grid = grid_size((z, y, x), self.token_size)
-        tokens = to_tokens(volume, self.token_size)
+    def predicted(self, tokens: Float[Tensor, "b s l v"], mask: Mask, grid: Size) -> Float[Tensor, "b m v"]:
         # volumes come as fp16
         encoded = self.encoder(select(join(tokens), mask.visible).float(), coordinates(mask.visible, grid))[-1]
-        predicted = separate(self.decoder(encoded, mask.visible, grid).float(), s)
-        target = tokens.float()
+        num_series = tokens.shape[1]
+        # the numbers of the first series are those of joint tokens
+        places = mask.asked[:, : mask.asked.shape[1] // num_series]
+        return separate(self.decoder(encoded, mask.visible, places, grid).float()[:, None], num_series).flatten(1, 2)
+
+    def targets(
+        self, tokens: Float[Tensor, "b s l v"], mask: Mask
+    ) -> tuple[Tensor | float, Tensor | float, Float[Tensor, "b m v"]]:
         if not self.normalize_targets:
-            error = (predicted - target).square().mean(-1)
-            return Rebuilt(masked_mean(error, mask), error, predicted)
-        mean, scale = moments(target, target.flatten(2).any(2))
-        error = (predicted - (target - mean) / scale).square().mean(-1)
-        return Rebuilt(masked_mean(error, mask), error, predicted * scale + mean)
+            return super().targets(tokens, mask)
+        truth = select(tokens, mask.asked).float().unflatten(1, (tokens.shape[1], -1))
+        mean, scale = moments(truth, tokens.flatten(2).any(2))
+        shifts = (part.expand(*truth.shape[:3], 1).flatten(1, 2) for part in (mean, scale))
+        return *shifts, ((truth - mean) / scale).flatten(1, 2)
 
 
 def without_empty_series(mask: Mask, volume: Float[Tensor, "b s z y x"]) -> Mask:
     """A mask that asks for no series of which nothing is in the patch: a normalised target would be a constant."""
-    return Mask(mask.hidden, mask.rebuilt & volume.flatten(2).any(2)[..., None], mask.visible)
+    return replace(mask, rebuilt=mask.rebuilt & volume.flatten(2).any(2)[..., None])
 
 
 def moments(
@@ -83,11 +87,13 @@ def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_tokens: int
         masking: the ratio.
 
     Returns:
-        `hidden` is the same for all series, absent ones included; `visible` numbers joint tokens.
+        `hidden` is the same for all series, absent ones included; `visible` numbers joint tokens; `asked`, as in CSM, the tokens
+        of series, those of the first one first.
     """
     num_shown = num_visible(num_tokens, masking)
     hidden = ~smallest(draws.integers(What.TOKENS, num_tokens), num_shown)
-    # a stable sort leaves the visible ones in front, in rising order
-    visible = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_shown]
-    everywhere = hidden[:, None].expand(*series_present.shape, num_tokens)
-    return Mask(everywhere.contiguous(), everywhere & series_present[..., None], visible)
+    visible, asked = apart(hidden, num_shown)
+    num_series = series_present.shape[1]
+    everywhere = hidden[:, None].expand(-1, num_series, -1)
+    asked = torch.cat([asked + series * num_tokens for series in range(num_series)], dim=1)
+    return Mask(everywhere.contiguous(), everywhere & series_present[..., None], visible, asked)

@@ -1,6 +1,6 @@
 """Cross-series masking: what is hidden of each sample (paper III-B, figure 3)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,27 +25,49 @@ class Mask:
     """The hidden tokens that enter the loss: never those of absent series."""
     visible: Int[Tensor, "b k"]
     """Numbers of the visible tokens in the patch, in rising order."""
+    asked: Int[Tensor, "b m"]
+    """Numbers of the hidden tokens that the decoder is asked for: all of them, or some, see `ask_some`."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Hidden, rebuilt, visible and asked."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def series_hidden(self) -> Bool[Tensor, "b s"]:
         """Series of which nothing is visible (present or not)."""
         return self.hidden.all(dim=2)
 
+    @property
+    def weight(self) -> Float[Tensor, "b m"]:
+        """What the error of every asked token counts.
+
+        0 for those that are not rebuilt, else 1 when all hidden tokens are asked for. When some are, each stands for others of
+        its sample as well: the tokens to be rebuilt over those of them that are asked for.
+        """
+        counted = self.rebuilt.flatten(1).gather(1, self.asked).float()
+        return counted * (self.rebuilt.flatten(1).sum(1) / counted.sum(1).clamp(min=1))[:, None]
+
     def pin_memory(self) -> "Mask":
         """Called by torch's `DataLoader`."""
-        return Mask(self.hidden.pin_memory(), self.rebuilt.pin_memory(), self.visible.pin_memory())
+        return Mask(*(tensor.pin_memory() for tensor in self.tensors))
 
     def __getitem__(self, samples: slice) -> "Mask":
         """That of some samples."""
-        return Mask(self.hidden[samples], self.rebuilt[samples], self.visible[samples])
+        return Mask(*(tensor[samples] for tensor in self.tensors))
 
     def to(self, device: torch.device) -> "Mask":
-        return Mask(*(t.to(device, non_blocking=True) for t in (self.hidden, self.rebuilt, self.visible)))
+        return Mask(*(tensor.to(device, non_blocking=True) for tensor in self.tensors))
 
 
 def num_visible(num_tokens: int, masking: Masking) -> int:
     """Visible tokens of a series that is not hidden whole: 27 of 216 at the paper's 87.5 %."""
     return max(1, round((1.0 - masking.mask_ratio) * num_tokens))
+
+
+def num_asked(num_hidden: int, share: float) -> int:
+    """Hidden tokens of a patch that a training step asks the decoder for."""
+    return min(num_hidden, max(1, round(share * num_hidden)))
 
 
 def shown_series_weights(series_present: Bool[Tensor, "c s"], masking: Masking) -> Tensor:
@@ -93,10 +115,39 @@ def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_shown: int,
     chosen = smallest(places, count).expand(b, s, num_tokens)
 
     hidden = ~(chosen & shown[..., None])
-    # a stable sort leaves the visible ones in front, in rising order
-    visible = hidden.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)[:, : num_shown * count]
     in_loss = series_present if masking.hidden_series != "ignored" else series_present & shown
-    return Mask(hidden, hidden & in_loss[..., None], visible)
+    return Mask(hidden, hidden & in_loss[..., None], *apart(hidden.flatten(1), num_shown * count))
+
+
+def apart(hidden: Bool[Tensor, "b n"], num_visible: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
+    """Numbers of the visible and of the hidden tokens, each in rising order."""
+    # a stable sort leaves the visible ones in front
+    numbers = hidden.to(torch.uint8).argsort(dim=1, stable=True)
+    # not views: what a network was compiled for, and a graph captured with, has its strides
+    return numbers[:, :num_visible].contiguous(), numbers[:, num_visible:].contiguous()
+
+
+def ask_some(mask: Mask, draws: Draws, share: float, num_joined: int = 1) -> Mask:
+    """The mask with a share of the hidden tokens to be asked for, drawn among those that enter the loss as far as they suffice.
+
+    Their `weight` keeps the expected loss that of all (CrossMAE, arXiv 2401.14391, rebuilds a part of them too). Nothing here
+    waits for the device.
+
+    Args:
+        mask: one that asks for all hidden tokens.
+        draws: as for the mask; other numbers of them are used.
+        share: above 0 and at most 1, which leaves the mask as it is.
+        num_joined: series whose tokens of one place are asked for together; 1 unless they are joint.
+    """
+    if share == 1.0:
+        return mask
+    asked = mask.asked.unflatten(1, (num_joined, -1))
+    num_hidden, num_places = asked.shape[2], mask.hidden[0].numel()
+    in_loss = mask.rebuilt.flatten(1).gather(1, mask.asked).view_as(asked).any(1)
+    # beyond the numbers that the places were drawn with
+    preference = draws.integers(What.TOKENS, num_hidden, first=num_places) >> 1
+    order = torch.where(in_loss, preference, preference + (LAST >> 1)).argsort(1)[:, : num_asked(num_hidden, share)]
+    return replace(mask, asked=asked.gather(2, order[:, None].expand(-1, num_joined, -1)).flatten(1))
 
 
 def without_background(mask: Mask, volume: Float[Tensor, "b s z y x"], token_size: Size) -> Mask:

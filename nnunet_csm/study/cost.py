@@ -11,7 +11,7 @@ from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Configuration, to_dict
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.pretext.masking import Mask, num_asked
 
 # of the speed of large matrix products that whole training steps reach (docs/performance.md)
 SHARE_OF_PEAK = 0.5
@@ -39,7 +39,9 @@ def pretraining_cost(settings: Configuration, visible_tokens: float) -> Cost:
         network = (MAE3D if a.joint_tokens else CSM)(a, csm.reconstruction)
         volume = torch.empty(1, num_series, *csm.pretraining_patch_size)
         hidden = torch.empty(1, num_series, num_tokens, dtype=torch.bool)
-        mask = Mask(hidden, hidden, torch.empty(1, round(visible_tokens), dtype=torch.long))
+        visible, joined = round(visible_tokens), num_series if a.joint_tokens else 1
+        asked = num_asked(num_series // joined * num_tokens - visible, csm.reconstruction.rebuilt_share) * joined
+        mask = Mask(hidden, hidden, *(torch.empty(1, num, dtype=torch.long) for num in (visible, asked)))
         operations = counted(network, volume, mask)
     return Cost(csm.pretraining.num_iterations * csm.pretraining.batch_size, operations)
 

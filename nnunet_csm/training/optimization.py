@@ -28,18 +28,19 @@ def build_optimizer(network: nn.Module, encoder: Encoder, schedule: Schedule) ->
         groups.setdefault((scale, schedule.weight_decay if decays else 0.0), []).append(parameter)
     # the largest rate first: nnU-Net prints and draws that of group 0
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))
-    on_gpu = next(network.parameters()).device.type == "cuda"
+    device = next(network.parameters()).device.type
+    fused, on_gpu = device in ("cuda", "cpu"), device == "cuda"
     optimizer = torch.optim.AdamW(
         [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in ordered],
         lr=schedule.learning_rate,
         betas=schedule.betas,
-        fused=on_gpu,
+        fused=fused,
         capturable=on_gpu,
     )
 
     def keep_to_this_device(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
-            group.update(fused=on_gpu, capturable=on_gpu, lr=float(group["lr"]))
+            group.update(fused=fused, capturable=on_gpu, lr=float(group["lr"]))
 
     # a checkpoint may come from a run on another device
     optimizer.register_load_state_dict_pre_hook(keep_to_this_device)

@@ -35,7 +35,7 @@ from nnunet_csm.plans import Configuration, Recipe, Schedule, parse_configuratio
 from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM, Rebuilt, summed_error
 from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import Mask, draw_mask, shown_series_weights, without_background
+from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask, shown_series_weights, without_background
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer
 from nnunet_csm.training.probe import (
@@ -71,6 +71,8 @@ class MaskedBatches:
         present = present.any(1, keepdim=True) if settings.architecture.joint_tokens else present
         self.weights = shown_series_weights(present, settings.csm.masking).double()
         self.cumulative = self.weights.cumsum(0).to(bank.device)
+        # epochs are compared on all hidden tokens
+        self.share = settings.csm.reconstruction.rebuilt_share if purpose == Purpose.TRAINING else 1.0
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, Mask]:
         csm = self.settings.csm
@@ -97,7 +99,7 @@ class MaskedBatches:
             mask = mae3d.without_empty_series(mask, volume)
         if csm.masking.background == "ignored":
             mask = without_background(mask, volume, self.settings.architecture.token_size)
-        return volume, mask
+        return volume, ask_some(mask, draws, self.share, present.shape[1] if self.settings.architecture.joint_tokens else 1)
 
 
 def pick(cumulative: Float[Tensor, " n"], draws: Draws, what: What) -> Int[Tensor, " b"]:
@@ -291,7 +293,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         if self.graphed is None:
             return super().learn(batch)
         volume, mask = self.on_device(batch)
-        return self.graphed((volume, mask.hidden, mask.rebuilt, mask.visible))
+        return self.graphed((volume, *mask.tensors))
 
     def on_device(self, batch: tuple[Tensor, Mask]) -> tuple[Tensor, Mask]:
         return batch[0].to(self.device, non_blocking=True), batch[1].to(self.device)
@@ -305,11 +307,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def summed_loss(self, batch: tuple[Tensor, Mask]) -> Tensor:
         with self.autocast():
-            return summed_error(self.learning_network(*batch).error, batch[1])
+            return summed_error(self.learning_network(*batch), batch[1])
 
     def rebuild(self, volume: Tensor, mask: Mask) -> Rebuilt:
         with self.autocast():
-            return self.network(volume, mask)
+            return self.bare_network.rebuild(volume, mask)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -317,7 +319,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def validation_step(self, batch: tuple[Tensor, Mask]) -> dict:
         volume, mask = self.on_device(batch)
-        return validation_sums(volume, mask, self.rebuild(volume, mask), self.settings)
+        return validation_sums(volume, mask, self.rebuild, self.settings)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         # of all ranks, batch by batch
@@ -415,8 +417,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         with torch.no_grad():
             for step in range(max(4, math.ceil(NUM_COMPARED / self.batch_size))):
                 # epoch 1: other draws than those the epochs were judged by
-                volume, mask = self.on_device(self.val_batches(1, step))
-                errors.add(volume, mask, self.rebuild(volume, mask).tokens)
+                errors.add(*self.val_batches(1, step), self.rebuild)
         table = errors.table()
         table.to_csv(folder / "reconstruction.csv", index=False)
         save_json({"hidden_voxels": table.to_dict("records")}, str(folder / "summary.json"))

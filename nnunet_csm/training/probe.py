@@ -96,8 +96,14 @@ class HiddenTokens:
 
 
 def samples_at_a_time(settings: Configuration) -> int:
-    """So many that memory does not grow with the batch: linear maps work on all voxels in full precision."""
+    """So many that memory does not grow with the batch: scores and linear maps work on all voxels in full precision."""
     return max(1, min(CHUNK // math.prod(settings.pretraining_grid), settings.csm.pretraining.batch_size // HELD_OUT))
+
+
+def parts_of(num_samples: int, settings: Configuration) -> Iterator[slice]:
+    """The samples of a batch, some at a time."""
+    num = samples_at_a_time(settings)
+    return (slice(first, first + num) for first in range(0, num_samples, num))
 
 
 def fit_linear_maps(volume: Callable[[int], Tensor], settings: Configuration, device: torch.device) -> TokenRidge:
@@ -138,24 +144,30 @@ def fit_linear_maps(volume: Callable[[int], Tensor], settings: Configuration, de
 
 
 def validation_sums(
-    volume: Float[Tensor, "b s z y x"], mask: Mask, rebuilt: Rebuilt, settings: Configuration
+    volume: Float[Tensor, "b s z y x"], mask: Mask, rebuild: Callable[[Tensor, Mask], Rebuilt], settings: Configuration
 ) -> dict[str, Tensor]:
     """Errors of a validation batch and what they are to be divided by, to be summed over batches and ranks.
+
+    The batch is rebuilt and scored some samples at a time.
 
     Returns:
         `sums` and `counts`, each first of tokens by the loss, of series visible elsewhere and hidden whole, then of foreground
         voxels by `KINDS` and series.
     """
-    whole = mask.rebuilt & mask.series_hidden[..., None]
-    part = mask.rebuilt & ~mask.series_hidden[..., None]
-    batch = HiddenTokens.of(volume, settings)
-    kinds = kinds_of(mask.hidden, batch.present)
-    of_tokens = torch.stack([torch.where(tokens, rebuilt.error, 0.0).sum().double() for tokens in (part, whole)])
-    num_tokens = torch.stack([part.sum(), whole.sum()]).double()
-    return {
-        "sums": torch.cat([of_tokens, batch.errors(rebuilt.tokens, kinds).flatten()]),
-        "counts": torch.cat([num_tokens, num_voxels(batch.inside, kinds).flatten()]),
-    }
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    for part in parts_of(len(volume), settings):
+        some, hidden = volume[part], mask[part]
+        rebuilt = rebuild(some, hidden)
+        batch = HiddenTokens.of(some, settings)
+        kinds = kinds_of(hidden.hidden, batch.present)
+        whole = hidden.series_hidden[..., None]
+        tokens = [hidden.rebuilt & ~whole, hidden.rebuilt & whole]
+        of_tokens = torch.stack([torch.where(these, rebuilt.error, 0.0).sum().double() for these in tokens])
+        sums.append(torch.cat([of_tokens, batch.errors(rebuilt.tokens, kinds).flatten()]))
+        num_tokens = torch.stack([these.sum() for these in tokens]).double()
+        counts.append(torch.cat([num_tokens, num_voxels(batch.inside, kinds).flatten()]))
+    return {"sums": torch.stack(sums).sum(0), "counts": torch.stack(counts).sum(0)}
 
 
 class HiddenErrors:
@@ -170,20 +182,19 @@ class HiddenErrors:
         self.counts = torch.zeros(len(KINDS), len(self.series), dtype=torch.double)
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, volume: Float[Tensor, "b s z y x"], mask: Mask, rebuilt: Float[Tensor, "b s l v"] | None = None) -> None:
-        """Score a batch, wherever it is; without `rebuilt`, the linear maps only."""
-        num = samples_at_a_time(self.settings)
-        for first in range(0, len(volume), num):
-            part = slice(first, first + num)
-            some = None if rebuilt is None else rebuilt[part].to(self.device)
-            self._add_part(volume[part].to(self.device), mask[part].to(self.device), some)
+    def add(
+        self, volume: Float[Tensor, "b s z y x"], mask: Mask, rebuild: Callable[[Tensor, Mask], Rebuilt] | None = None
+    ) -> None:
+        """Score a batch, wherever it is; without `rebuild`, the linear maps only."""
+        for part in parts_of(len(volume), self.settings):
+            self._add_part(volume[part].to(self.device), mask[part].to(self.device), rebuild)
 
-    def _add_part(self, volume: Tensor, mask: Mask, rebuilt: Tensor | None) -> None:
+    def _add_part(self, volume: Tensor, mask: Mask, rebuild: Callable[[Tensor, Mask], Rebuilt] | None) -> None:
         batch = HiddenTokens.of(volume, self.settings)
         kinds = kinds_of(mask.hidden, batch.present)
         self.counts += num_voxels(batch.inside, kinds).cpu()
-        if rebuilt is not None:
-            self._add("network", batch.errors(rebuilt, kinds))
+        if rebuild is not None:
+            self._add("network", batch.errors(rebuild(volume, mask).tokens, kinds))
         if self.maps is not None:
             linear, token_linear = self.maps.estimates(batch.truth, ~mask.hidden)
             mean = torch.from_numpy(self.maps.voxelwise.mean).to(batch.truth)[:, None, None]
