@@ -135,7 +135,7 @@ def main() -> None:
     folders = {variable: root / variable for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    sizes = {901: args.n // 10, 902: args.n}
+    sizes = {901: max(1, args.n // 10), 902: args.n}
     environment = {**os.environ, **{variable: str(folder) for variable, folder in folders.items()}, "PYTHONWARNINGS": "ignore"}
     stock = str(Path(sys.executable).with_name("nnUNetv2_extract_fingerprint"))
     rows = []

@@ -1,7 +1,7 @@
 """Predicted against measured peak memory of pretraining and fine-tuning.
 
 On a CUDA device, `torch.cuda.max_memory_allocated` over three steps of the trainers' own step functions, compiled and under
-autocast as they run them, is compared with `planning/memory.py`. Each configuration runs in a process of its own, after one
+autocast as they run them, is compared with `pretext/memory.py`. Each configuration runs in a process of its own, after one
 step in which torch compiles and cuDNN tries its algorithms (with whatever memory is free; that step's peak is in the last
 column and is not judged). Passes when every ratio of predicted to measured lies within 1.00 and 1.15.
 
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from steps import MASKING, NUM_CLASSES, architecture_of, bare_finetuner, bare_pretrainer, labelled_batch, masked_batch
 
-from nnunet_csm.planning import memory
 from nnunet_csm.planning.presets import read_preset
 from nnunet_csm.plans import Architecture, Reconstruction, Size
+from nnunet_csm.pretext import memory
 
 LOWEST, HIGHEST = 1.00, 1.15
 NUM_STEPS = 3

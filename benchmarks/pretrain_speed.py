@@ -27,7 +27,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,25 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from steps import MASKING, architecture_of, bare_pretrainer, masked_batch
+from steps import MASKING, SCHEDULE, architecture_of, bare_pretrainer, masked_batch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.data.draws import Purpose, ahead
 from nnunet_csm.machine import num_workers
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Architecture, Reconstruction, Size
-from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.plans import (
+    VERSION,
+    Architecture,
+    Classification,
+    Configuration,
+    Finetuning,
+    Recipe,
+    Reconstruction,
+    Size,
+    Source,
+)
+from nnunet_csm.pretext.csm import CSM, masked_mean
 from nnunet_csm.training.graphs import why_no_graphs
 from nnunet_csm.training.pretraining import MaskedBatches
 
@@ -108,14 +118,25 @@ def write_cases(folder: Path, shape: Size) -> None:
         nnUNetDatasetBlosc2.save_case(volume, labels, {}, str(folder / f"case{number}"), **sizes)
 
 
-def settings_of(row: Row, num_steps: int) -> Any:
-    """What `MaskedBatches` reads of a configuration."""
-    from types import SimpleNamespace
-
-    grid = tuple(p // row.token_edge for p in row.patch_size)
-    schedule = SimpleNamespace(iterations_per_epoch=num_steps)
-    csm = SimpleNamespace(seed=1, masking=MASKING, pretraining_patch_size=row.patch_size, pretraining=schedule)
-    return SimpleNamespace(csm=csm, pretraining_grid=grid)
+def settings_of(row: Row, num_steps: int) -> Configuration:
+    """The plans of a row; what pretraining does not read in them has any value."""
+    a, patch_size = row.architecture, row.patch_size
+    schedule = dataclasses.replace(SCHEDULE, iterations_per_epoch=num_steps, batch_size=row.batch_size)
+    recipe = Recipe(
+        version=VERSION,
+        preset=row.preset,
+        seed=1,
+        sources=(Source("Dataset999_Speed", "imagesTr", True, "", MAX_SERIES, dict(zip(a.series, a.channels, strict=True)), {}),),
+        pretraining_patch_size=patch_size,
+        masking=MASKING,
+        reconstruction=row.reconstruction,
+        pretraining=schedule,
+        finetuning_schedule=schedule,
+        finetuning=Finetuning("scratch", False),
+        classification=Classification(patch_size, 0.0, "mean", False, 0.0, False, "scratch", schedule),
+        reasons={},
+    )
+    return Configuration(patch_size, a, recipe)
 
 
 def measure(row: Row, folder: str, num_steps: int, device_name: str, compiled: bool) -> dict[str, Any]:
@@ -160,9 +181,13 @@ def csm_steps(row: Row, folder: Path, num_steps: int, device: torch.device, comp
     batches = MaskedBatches(bank, settings_of(row, num_steps), Purpose.TRAINING, range(row.batch_size))
     keys = ((0, number) for number in range(10**9))
     threads = num_workers(device) if bank.where != "gpu" else 0
-    loader = ahead(lambda at: batches(*at), keys, threads, device)
+    loader: Iterator[Any] = ahead(lambda at: batches(*at), keys, threads, device)
     graphs = not why_no_graphs(device, 1, 1)
+    if bank.where == "gpu" and graphs:
+        # made within the step
+        loader = (batches.batch_key(*at) for at in keys)
     trainer = bare_pretrainer(row.architecture, row.reconstruction, device, compiled, graphs)
+    trainer.train_batches = batches
     return lambda: trainer.learn(next(loader)), bank.where
 
 
@@ -232,9 +257,9 @@ def operations(row: Row) -> float:
     total = 0
     shown = range(1, max(2, row.num_series))
     for num_shown in shown:
-        volume, mask = masked_batch(row.architecture, row.patch_size, 1, num_shown)
+        volume, mask = masked_batch(row.architecture, row.patch_size, 1, num_shown, share=row.reconstruction.rebuilt_share)
         with FlopCounterMode(display=False) as counter:
-            network(volume, mask).loss.backward()
+            masked_mean(network(volume, mask), mask).backward()
         total += counter.get_total_flops()
     return total / len(shown)
 
@@ -306,7 +331,7 @@ def main() -> int:
     machine = f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{machine}; one product: {peak / 1e12:.2f} TFLOP/s")
     if not monai:
-        print("MONAI is not installed, so its rows are missing")
+        print("MONAI is not installed, so its rows are missing: pip install monai")
     header = ("", "series", "patch", "batch", "crops/s", "GFLOP/crop", "of peak", "GiB", "first step", "volumes", "to MONAI")
     print("{:<11}{:>7}{:>6}{:>6}{:>10}{:>11}{:>9}{:>7}{:>11}{:>14}{:>10}".format(*header))
     found: list[dict[str, Any]] = []

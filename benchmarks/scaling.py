@@ -70,8 +70,9 @@ def as_rank(cpu: bool, num_steps: int) -> None:
         device = ranks.device(torch.device("cpu" if cpu else "cuda"))
         trainer = bare_pretrainer(row.architecture, row.reconstruction, device, not cpu, graphs=False)
         trainer.ranks, trainer.learning_network = ranks, ranks.shared(trainer.network, device)
-        share = ranks.share(row.batch_size)
-        batch = trainer.on_device(masked_batch(row.architecture, row.patch_size, len(share)))
+        places = ranks.share(row.batch_size)
+        batch = masked_batch(row.architecture, row.patch_size, len(places), share=row.reconstruction.rebuilt_share)
+        batch = trainer.on_device(batch)
         for _ in range(2 if cpu else 10):
             loss = trainer.learn(batch)
         # steps still under way would be counted

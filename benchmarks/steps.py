@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.machine import keep_freed_memory
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.planning.memory import max_shown_series
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Size, to_dict
 from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.masking import Mask, draw_mask
+from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask
+from nnunet_csm.pretext.memory import max_shown_series
+from nnunet_csm.training.compilation import compile_parts
 from nnunet_csm.training.graphs import GraphedSteps
 from nnunet_csm.training.optimization import build_optimizer
 from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
@@ -37,18 +38,21 @@ def _bare(trainer_class: Any, network: nn.Module, device: torch.device, compiled
         keep_freed_memory()
     trainer: Any = trainer_class.__new__(trainer_class)
     trainer.device, trainer.ranks, trainer.num_parts = device, Ranks(), 1
-    trainer.network = torch.compile(network) if compiled else network
-    trainer.learning_network = trainer.network
+    trainer.network = trainer.learning_network = network
+    if compiled:
+        compile_parts(network)
     trainer.optimizer = build_optimizer(network, network.encoder, SCHEDULE)  # type: ignore[arg-type]
-    trainer._do_i_compile = lambda: compiled
+    trainer.compiles = compiled
     return trainer
 
 
 def bare_pretrainer(a: Architecture, reconstruction: Reconstruction, device: torch.device, compiled: bool, graphs: bool) -> Any:
     """`learn((volume, mask))` is a step of pretraining."""
     trainer = _bare(nnUNetTrainerCSMPretrain, CSM(a, reconstruction).to(device), device, compiled)
+    trainer.settings = SimpleNamespace(architecture=a)
     trainer.graphed = GraphedSteps(trainer.launched_step, print) if graphs else None
     if graphs:
+        trainer.graphed_with_draws = GraphedSteps(trainer.drawn_step, print, "what makes a batch")
         for group in trainer.optimizer.param_groups:
             group["lr"] = torch.full((), group["lr"], device=device)
     return trainer
@@ -62,6 +66,8 @@ def bare_finetuner(a: Architecture, device: torch.device, compiled: bool) -> Any
     trainer.configuration_manager = SimpleNamespace(batch_dice=False)
     trainer.is_ddp, trainer.enable_deep_supervision = False, False
     trainer.loss = nnUNetTrainer._build_loss(trainer)
+    if compiled:
+        trainer.loss.dc = torch.compile(trainer.loss.dc)
     return trainer
 
 
@@ -70,11 +76,14 @@ def labelled_batch(num_series: int, patch_size: Size, batch_size: int) -> dict[s
     return {"data": torch.randn(batch_size, num_series, *patch_size), "target": target}
 
 
-def masked_batch(a: Architecture, patch_size: Size, batch_size: int, num_shown: int | None = None) -> tuple[Tensor, Mask]:
+def masked_batch(
+    a: Architecture, patch_size: Size, batch_size: int, num_shown: int | None = None, share: float = 1.0
+) -> tuple[Tensor, Mask]:
     """With as many visible tokens as there ever are, unless told otherwise."""
     s = len(a.series)
     num_tokens = math.prod(p // t for p, t in zip(patch_size, a.token_size, strict=True))
     present = torch.ones(batch_size, s, dtype=torch.bool)
     num_shown = num_shown or max_shown_series(s, MASKING)
-    mask = draw_mask(Draws(0, torch.arange(batch_size)), present, num_shown, num_tokens, MASKING)
-    return torch.randn(batch_size, s, *patch_size), mask
+    draws = Draws(0, torch.arange(batch_size))
+    mask = draw_mask(draws, present, num_shown, num_tokens, MASKING)
+    return torch.randn(batch_size, s, *patch_size), ask_some(mask, draws, share)

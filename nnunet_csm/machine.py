@@ -5,6 +5,7 @@ import getpass
 import os
 import sys
 import tempfile
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,30 @@ def check_compiler_cache() -> None:
             f"{folder}: torch.compile cannot write its cache there ({error.strerror}); set {CACHE_VARIABLE} to a folder that can "
             f"be written, or do without with nnUNet_compile=f"
         ) from None
+
+
+@lru_cache
+def why_not_compiled(device_type: str) -> str:
+    """Empty when networks are to be compiled, as nnU-Net decides (`nnUNet_compile`), and an addition compiles; else, why not."""
+    import torch
+
+    if device_type != "cuda":
+        return "it is for GPUs"
+    if os.environ.get("nnUNet_compile", "t").lower() not in ("true", "1", "t"):
+        return "switched off by nnUNet_compile"
+    try:
+        number = torch.ones(8, device=device_type)
+        torch.compile(torch.add, fullgraph=True)(number, number)
+    except Exception as error:  # whatever a missing compiler or missing headers lead to
+        return f"torch does not compile here ({(str(error).strip() or repr(error)).splitlines()[0]})"
+    return ""
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 (AVX512-BF16 or AMX): others are slower with it than without."""
+    table = Path("/proc/cpuinfo")
+    flags = table.read_text().split() if table.is_file() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def num_cores() -> int:

@@ -348,8 +348,8 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}.csm.reconstruction.depth is {csm.reconstruction.depth}, expected 1 block or more")
     if not 0.0 < csm.reconstruction.rebuilt_share <= 1.0:
         raise UserError(
-            f"{where}.csm.reconstruction.rebuilt_share is {csm.reconstruction.rebuilt_share}, expected a share of the hidden tokens "
-            f"above 0 and at most 1; 1 rebuilds all of them"
+            f"{where}.csm.reconstruction.rebuilt_share is {csm.reconstruction.rebuilt_share}, expected a share of the hidden "
+            f"tokens above 0 and at most 1; 1 rebuilds all of them"
         )
     for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:

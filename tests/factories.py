@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunet_csm.planning.memory import Memory
 from nnunet_csm.planning.planner import Facts, Wishes, plan
 from nnunet_csm.plans import Architecture, Configuration, Masking, Reconstruction, Size, Source, read_configuration
 from nnunet_csm.pretext.csm import masked_mean
 from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.pretext.memory import Memory
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SERIES = ("FLAIR", "T1w", "T2w")
@@ -109,7 +109,7 @@ def facts_of(series: Sequence[str] = SERIES, num_cases: int = 10, **changes: Any
 
 
 class GuessedMemory:
-    """Stands in for `planning/memory.py`, which takes a second: grows with all that memory grows with."""
+    """Stands in for `pretext/memory.py`, which takes a second: grows with all that memory grows with."""
 
     def pretraining_memory(
         self, architecture: Architecture, reconstruction: Reconstruction, masking: Masking, patch_size: Size, batch_size: int

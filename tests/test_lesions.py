@@ -168,7 +168,7 @@ def test_interpolation_is_that_of_scipy(start, step, mirrored):
 @given(st.floats(-2, 2), st.floats(0.2, 4.0))
 def test_weights_inside_sum_to_one(start, step):
     reach = int(np.ceil(step)) + 1
-    weights = linear_weights(torch.tensor([30.0 + start]), torch.tensor([step]), 5, 60 + reach)
+    weights = linear_weights(torch.tensor([30.0 + start]), torch.tensor([step]), 5, 60 + reach, reach)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 5, dtype=torch.float64))
 
 

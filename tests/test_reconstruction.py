@@ -1,6 +1,7 @@
 """The decoder gives what one with keys and values of all tokens and a mask gave; asking for a part changes no expectation."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def reference(decoder: ReconstructionDecoder, encoded: Tensor, visible: Tensor) 
     x = x.scatter(1, visible[..., None].expand_as(embedded), embedded)
     x = x + of_series(decoder.series_embedding, place[..., 0]) + sine_cosine(place, decoder.width)
     attend = torch.zeros_like(index, dtype=torch.bool).scatter(1, visible, True)[:, None, None, :]
-    for block in decoder.blocks:
+    blocks: Any = decoder.blocks
+    for block in blocks:
         x = x + block.attn(block.norm1(x), attn_mask=attend)
         x = x + block.mlp(block.norm2(x))
     return decoder.head(decoder.norm(x))

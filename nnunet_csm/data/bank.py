@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float16, Int
 from torch import Tensor
-from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from nnunet_csm.data.crops import Crops, Occupancy, Size, cut, gather, occupied_blocks
 from nnunet_csm.data.draws import Purpose, ahead, key
 from nnunet_csm.errors import UserError
-from nnunet_csm.machine import num_cores
+from nnunet_csm.machine import num_cores, why_not_compiled
 
 Where: TypeAlias = Literal["gpu", "memory", "disk"]
 # where the user insists on having the images
@@ -131,7 +130,7 @@ class GpuBank(Bank):
     def __init__(self, contents: Contents, flat: Float16[Tensor, " n"], reason: str) -> None:
         super().__init__(contents, flat.device, reason)
         self.flat, self.offset = flat, contents.offset.to(flat.device)
-        self.compiled = flat.is_cuda and has_triton()
+        self.compiled = flat.is_cuda and not why_not_compiled(flat.device.type)
         self.gather = torch.compile(gather, fullgraph=True, dynamic=False) if self.compiled else gather
 
     def cut(self, cases: Int[Tensor, " b"], crops: Crops, patch_size: Size) -> Float16[Tensor, "b s z y x"]:
@@ -322,6 +321,7 @@ def open_bank(
     seed: int,
     num_ranks: int = 1,
     agree: Callable[[int], int] = lambda number: number,
+    reserved: int = 0,
 ) -> Bank:
     """Read the cases and keep them in the fastest place that has room: the GPU, else memory, else their files.
 
@@ -333,6 +333,7 @@ def open_bank(
         num_ranks: processes on this machine that open a bank at the same time, each on a GPU of its own.
         agree: the least of the numbers that all ranks give. One whose neighbour was quicker finds less memory free, and with
             another place or pool it would draw other cases.
+        reserved: bytes of the GPU that steps are to have.
 
     Raises:
         UserError: an unknown or too small place; no case; or one that was not preprocessed, has another number of channels than
@@ -341,7 +342,7 @@ def open_bank(
     if not files:
         raise UserError("no case to read; check splits_final.json and the preprocessed folder")
     size = sum(2 * sum(c is not None for c in f.channels) * math.prod(_open(f).shape[1:]) for f in files)
-    place, reason = _choose(size, device, where, num_ranks)
+    place, reason = _choose(size, device, where, num_ranks, reserved)
     slowest_first = get_args(Where)[::-1]
     agreed = slowest_first[agree(slowest_first.index(place))]
     if agreed != place:
@@ -362,7 +363,7 @@ def open_bank(
     return GpuBank(contents, flat, reason) if place == "gpu" else MemoryBank(contents, flat, pinned, reason)
 
 
-def _choose(size: int, device: torch.device, where: str, num_ranks: int) -> tuple[Where, str]:
+def _choose(size: int, device: torch.device, where: str, num_ranks: int, reserved: int) -> tuple[Where, str]:
     """The place of `size` bytes of images, and why it was chosen."""
     if where not in ("auto", *get_args(Where)):
         raise UserError(f"{VARIABLE} is {where!r}; choose auto, gpu, memory or disk")
@@ -373,7 +374,8 @@ def _choose(size: int, device: torch.device, where: str, num_ranks: int) -> tupl
         return "disk", f"{images}, and {VARIABLE} is disk"
     places: list[tuple[Where, int, float, str]] = []
     if device.type == "cuda":
-        places.append(("gpu", torch.cuda.mem_get_info(device)[0], SHARE_OF_GPU, f"free on {device}"))
+        free_there = max(0, torch.cuda.mem_get_info(device)[0] - reserved)
+        places.append(("gpu", free_there, SHARE_OF_GPU, f"left on {device} beside a step of {_gib(reserved)}"))
     places.append(("memory", free_memory() // num_ranks, SHARE_OF_MEMORY, "free memory" + " a rank" * (num_ranks > 1)))
     tried = ""
     for place, free, share, whose in places:

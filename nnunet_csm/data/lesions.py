@@ -95,25 +95,31 @@ def sample_mask(sample: Sample, segmentation: Integer[np.ndarray, "z y x"]) -> B
 def resample(
     volume: Float[Tensor, "b n z y x"], start: Float[Tensor, "b 3"], step: Float[Tensor, "b 3"], size: Size
 ) -> Float[Tensor, "b n pz py px"]:
-    """Values at `start + step * i`, i = 0 ... size - 1, by linear interpolation along each axis; zero outside the volume."""
+    """Values at `start + step * i`, i = 0 ... size - 1, by linear interpolation along each axis; zero outside the volume.
+
+    Starts and steps are on the CPU, where a volume on a GPU need not be waited for to know how far they reach.
+    """
     pattern = ("bnzyx,biz->bniyx", "bnzyx,biy->bnzix", "bnzyx,bix->bnzyi")
+    reach = math.ceil(max(1.0, float(step.abs().max())))
+    start, step = (given.to(volume.device, non_blocking=True) for given in (start, step))
     for axis in (2, 1, 0):
-        weights = linear_weights(start[:, axis], step[:, axis], size[axis], volume.shape[2 + axis])
+        weights = linear_weights(start[:, axis], step[:, axis], size[axis], volume.shape[2 + axis], reach)
         volume = torch.einsum(pattern[axis], volume, weights.to(volume))
     return volume
 
 
-def linear_weights(start: Float[Tensor, " b"], step: Float[Tensor, " b"], size: int, length: int) -> Float[Tensor, "b i j"]:
+def linear_weights(
+    start: Float[Tensor, " b"], step: Float[Tensor, " b"], size: int, length: int, reach: int
+) -> Float[Tensor, "b i j"]:
     """Weights of the values at j = 0 ... length - 1 for the values at `start + step * i`; a negative step mirrors.
 
     A step above 1 averages over a triangle as wide as the step, so that nothing finer than the new voxels is folded into
-    them. Values beyond the ends count as zero.
+    them. Values beyond the ends count as zero. `reach` is at least every step.
     """
     start, step = start.double(), step.double()
     width = step.abs().clamp(min=1.0)[:, None, None]
     place = (start[:, None] + step[:, None] * torch.arange(size, device=start.device))[:, :, None]
     weights = (1 - (place - torch.arange(length, device=start.device)).abs() / width).clamp(min=0)
-    reach = math.ceil(float(width.max()))
     around = torch.arange(-reach, reach + 2, device=start.device)
     total = (1 - (place - place.floor() - around).abs() / width).clamp(min=0).sum(-1, keepdim=True)
     return weights / total
@@ -168,13 +174,12 @@ def border_of(patch_size: Size) -> Size:
 
 def vary(regions: Float[Tensor, "b n z y x"], variation: Variation, patch_size: Size) -> Float[Tensor, "b n pz py px"]:
     """Cut patches out of patches with borders, on the device these are on; a series that is all zero stays so."""
-    device = regions.device
     sign = torch.where(variation.flip, -1.0, 1.0).double()
     step = sign / variation.zoom[:, None]
     half = (torch.tensor(patch_size) - 1) / 2
     middle = (torch.tensor(regions.shape[2:]) - 1) / 2
     start = middle + variation.shift - step * half
-    patches = resample(regions, start.to(device), step.to(device), patch_size)
+    patches = resample(regions, start, step, patch_size)
     return patches * variation.gain[:, :, None, None, None].to(patches)
 
 

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Int
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # the longest period of the position embedding is 128 tokens, beyond any grid in use
 LONGEST_HALF_PERIOD = 64.0
 # comparable to the position embedding from the start: with MAE's 0.02, series are told apart only after many steps
 SERIES_EMBEDDING_STD = 0.5
+WITH_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sine_cosine(coordinates: Int[Tensor, "b k 4"], width: int) -> Float[Tensor, "b k e"]:
@@ -54,11 +57,32 @@ def draw_weights(module: nn.Module) -> None:
             key.copy_(query)
 
 
+class DropPath(nn.Module):
+    """Leave out a branch of some samples while training (stochastic depth), as timm's.
+
+    The rate is a tensor, so that blocks with different rates are compiled as one.
+    """
+
+    kept: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Float[Tensor, "b k e"]) -> Float[Tensor, "b k e"]:
+        if not self.training:
+            return x
+        keeps = torch.rand(len(x), 1, 1, device=x.device) < self.kept
+        return x * (keeps / self.kept).to(x.dtype)
+
+
 def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0, kind: type[Block] = Block) -> nn.ModuleList:
     """Pre-norm ViT blocks; the drop path rate rises linearly with depth."""
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    layers = [kind(width, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
-    for layer in layers:
+    layers = [kind(width, num_heads, qkv_bias=True) for _ in rates]
+    for layer, rate in zip(layers, rates, strict=True):
+        if drop_path > 0:
+            layer.drop_path1, layer.drop_path2 = DropPath(rate), DropPath(rate)  # type: ignore[assignment]
         # timm's other path adds a boolean mask as 0 and 1 to the scores
         layer.attn.fused_attn = True  # type: ignore[misc]
     return nn.ModuleList(layers)
@@ -117,8 +141,10 @@ class Encoder(nn.Module):
         x = self.embedding(tokens) + of_series(self.series_embedding, coordinates[..., 0]) + sine_cosine(coordinates, self.width)
         mask = None if attend is None else attend[:, None, None, :]
         features = []
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x, attn_mask=mask)
-            if number in taps and number < self.depth:
-                features.append(x)
+        # cuDNN's attention with a mask can give NaN in its backward pass (pytorch issue 196678)
+        with nullcontext() if mask is None else sdpa_kernel(WITH_MASK):
+            for number, block in enumerate(self.blocks, start=1):
+                x = block(x, attn_mask=mask)
+                if number in taps and number < self.depth:
+                    features.append(x)
         return [*features, self.norm(x)]

@@ -26,6 +26,14 @@ def series_present(volume: Float[Tensor, "b s z y x"]) -> Bool[Tensor, "b s"]:
     return present | ~present.any(1, keepdim=True)
 
 
+def in_bf16(device_type: str) -> torch.autocast:
+    """A context in which autocast, where it is on, takes bf16.
+
+    nnU-Net validates and predicts under fp16, which activations of a large ViT can exceed; we train in bf16.
+    """
+    return torch.autocast(device_type, torch.bfloat16, enabled=torch.is_autocast_enabled(device_type))
+
+
 class CSMSegmenter(nn.Module):
     """Segment a patch from any subset of its series.
 
@@ -99,8 +107,10 @@ class CSMSegmenter(nn.Module):
                 tokens are masked in attention, which gives the same features up to rounding. Joint tokens hold all series
                 in any case.
         """
-        volume, present = self.present_series(volume)
-        return self.decode(volume, self.encode(volume, present, shown))
+        with in_bf16(volume.device.type):
+            volume, present = self.present_series(volume)
+            logits = self.decode(volume, self.encode(volume, present, shown))
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def present_series(self, volume: Float[Tensor, "b n z y x"]) -> tuple[Float[Tensor, "b s z y x"], Bool[Tensor, "b s"]]:
         """The planned series of patches with nnU-Net's channels, and which of them are present."""

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.planning import memory
-from nnunet_csm.planning.memory import CUDA_CONTEXT, GIB, Memory
 from nnunet_csm.planning.presets import Preset, paper_preset, read_preset
 from nnunet_csm.planning.schedules import length_text, schedule, schedule_reason
 from nnunet_csm.planning.sizes import (
@@ -38,7 +36,9 @@ from nnunet_csm.plans import (
     parse_configuration,
     to_dict,
 )
+from nnunet_csm.pretext import memory
 from nnunet_csm.pretext.masking import num_visible
+from nnunet_csm.pretext.memory import CUDA_CONTEXT, GIB, Memory
 
 # what "auto" chooses from, the first that fits; and how small a pretraining batch still counts as fitting
 AUTOMATIC, MIN_PRETRAINING_BATCH = ("B", "S"), 16
@@ -96,7 +96,7 @@ class Wishes:
 
 
 class MemoryModel(Protocol):
-    """What predicts the GPU memory that a training takes: `planning/memory.py`, or a stand-in."""
+    """What predicts the GPU memory that a training takes: `pretext/memory.py`, or a stand-in."""
 
     def pretraining_memory(
         self, architecture: Architecture, reconstruction: Reconstruction, masking: Masking, patch_size: Size, batch_size: int

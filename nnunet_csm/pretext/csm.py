@@ -31,6 +31,13 @@ class Rebuilt:
         return Rebuilt(errors.view(tokens.shape[:3]), filled.view_as(tokens))
 
 
+class TokenError(nn.Module):
+    """Mean squared error of each token, in full precision; a module so that it is compiled as the others are."""
+
+    def forward(self, predicted: Float[Tensor, "b m v"], target: Float[Tensor, "b m v"]) -> Float[Tensor, "b m"]:
+        return (predicted.float() - target).square().mean(-1)
+
+
 class CSM(nn.Module):
     """Encoder and decoder of pretraining."""
 
@@ -42,6 +49,7 @@ class CSM(nn.Module):
         # no drop path: the decoder is to tell what is visible, and ranks learn what one process would
         self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads)
         self.decoder = ReconstructionDecoder(len(a.series), math.prod(a.token_size), a.width, r.width, r.depth, r.num_heads)
+        self.error = TokenError()
 
     def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Float[Tensor, "b m"]:
         """Rebuild the tokens that the mask asks for from the visible ones, and compare: the mean squared error of each.
@@ -51,20 +59,20 @@ class CSM(nn.Module):
         """
         tokens = to_tokens(volume, self.token_size)
         _, _, target = self.targets(tokens, mask)
-        return (self.predicted(tokens, mask, grid_of(volume, self.token_size)) - target).square().mean(-1)
+        return self.error(self.predicted(tokens, mask, grid_of(volume, self.token_size)), target)
 
     def rebuild(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
         """The same with the rebuilt voxels, to be looked at and scored."""
         tokens = to_tokens(volume, self.token_size)
         mean, scale, target = self.targets(tokens, mask)
         predicted = self.predicted(tokens, mask, grid_of(volume, self.token_size))
-        return Rebuilt.of(tokens, mask.asked, (predicted - target).square().mean(-1), predicted * scale + mean)
+        return Rebuilt.of(tokens, mask.asked, self.error(predicted, target), predicted.float() * scale + mean)
 
     def predicted(self, tokens: Float[Tensor, "b s l v"], mask: Mask, grid: Size) -> Float[Tensor, "b m v"]:
         """What the decoder makes of the asked tokens."""
         # volumes come as fp16
         encoded = self.encoder(select(tokens, mask.visible).float(), coordinates(mask.visible, grid))[-1]
-        return self.decoder(encoded, mask.visible, mask.asked, grid).float()
+        return self.decoder(encoded, mask.visible, mask.asked, grid)
 
     def targets(
         self, tokens: Float[Tensor, "b s l v"], mask: Mask

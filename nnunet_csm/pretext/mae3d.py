@@ -18,7 +18,7 @@ from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
 from nnunet_csm.model.tokens import Size, coordinates, join, select, separate
 from nnunet_csm.plans import Architecture, Masking, Reconstruction
-from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.pretext.csm import CSM, TokenError
 from nnunet_csm.pretext.masking import Mask, apart, num_visible, smallest
 
 
@@ -39,6 +39,7 @@ class MAE3D(CSM):
         # no drop path, as in CSM
         self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads, joint_tokens=True)
         self.decoder = ReconstructionDecoder(1, len(a.series) * math.prod(a.token_size), a.width, r.width, r.depth, r.num_heads)
+        self.error = TokenError()
 
     def predicted(self, tokens: Float[Tensor, "b s l v"], mask: Mask, grid: Size) -> Float[Tensor, "b m v"]:
         # volumes come as fp16
@@ -46,7 +47,7 @@ class MAE3D(CSM):
         num_series = tokens.shape[1]
         # the numbers of the first series are those of joint tokens
         places = mask.asked[:, : mask.asked.shape[1] // num_series]
-        return separate(self.decoder(encoded, mask.visible, places, grid).float()[:, None], num_series).flatten(1, 2)
+        return separate(self.decoder(encoded, mask.visible, places, grid)[:, None], num_series).flatten(1, 2)
 
     def targets(
         self, tokens: Float[Tensor, "b s l v"], mask: Mask

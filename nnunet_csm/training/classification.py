@@ -27,6 +27,7 @@ from nnunet_csm.evaluation.classification import draw_classification, evaluate
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.model.classifier import build_classifier, probabilities
 from nnunet_csm.plans import Configuration, Recipe, Schedule
+from nnunet_csm.training.compilation import uncompiled
 from nnunet_csm.training.host import CUDA, CSMTrainer, without_copies
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE
 
@@ -268,7 +269,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         return self.loss(logits.float(), labels).sum()
 
     def logits(self, patches: Tensor) -> Tensor:
-        with self.autocast():
+        with self.autocast(), uncompiled():
             return self.network(patches).float()
 
     def patches_of(self, volumes: SampleVolumes) -> Iterator[Tensor]:

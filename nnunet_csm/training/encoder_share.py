@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
-from nnunet_csm.model.segmenter import CSMSegmenter
+from nnunet_csm.model.segmenter import CSMSegmenter, in_bf16
 
 FILE = "encoder_share.json"
 # an encoder that brings less of the Dice is hardly used
@@ -39,11 +39,12 @@ class FeaturesOfOthers(nn.Module):
         self.exchanged = False
 
     def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c z y x"]:
-        volume, present = self.segmenter.present_series(volume)
-        own = self.segmenter.encode(volume, present)
-        self.exchanged = self.before is not None
-        others, self.before = self.before or own, own
-        return self.segmenter.decode(volume, others)
+        with in_bf16(volume.device.type):
+            volume, present = self.segmenter.present_series(volume)
+            own = self.segmenter.encode(volume, present)
+            self.exchanged = self.before is not None
+            others, self.before = self.before or own, own
+            return self.segmenter.decode(volume, others).float()
 
 
 class EncoderShare:

@@ -3,10 +3,13 @@
 And what fine-tuning needs: the pretrained encoder, and cases without the copies that stand in for missing series.
 """
 
+import math
 import os
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,17 +26,28 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.machine import ACCUMULATE_VARIABLE, accumulation, check_compiler_cache, keep_freed_memory, num_threads, slices
+from nnunet_csm.machine import (
+    ACCUMULATE_VARIABLE,
+    accumulation,
+    check_compiler_cache,
+    keep_freed_memory,
+    num_threads,
+    slices,
+    why_not_compiled,
+)
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.training.averaging import WeightAverage
-from nnunet_csm.training.optimization import build_optimizer, build_scheduler
+from nnunet_csm.training.compilation import compile_parts
+from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
 from nnunet_csm.training.pretrained import find_encoder
 from nnunet_csm.training.progress import Progress
 from nnunet_csm.training.ranks import lost_rank_explained, running
 
 CUDA = torch.device("cuda")
+# what a killed run loses at most, and how often a large network is written
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 class CSMTrainer(nnUNetTrainer):
@@ -42,6 +56,8 @@ class CSMTrainer(nnUNetTrainer):
     encoder_source: str = "-pretrained_weights"
     # parts of the plans that the run rests on: it does not go on when they changed
     rests_on: frozenset[str] = frozenset()
+    # whether the network draws while it learns (drop path)
+    network_draws = True
     max_gradient_norm = 1.0
     # share of the iterations in which a pretrained encoder does not learn; None: no average of the weights is kept
     frozen_share = 0.0
@@ -78,6 +94,8 @@ class CSMTrainer(nnUNetTrainer):
         self.enable_deep_supervision = False
         self.save_every = 1
         self.iteration = 0
+        # by file name, when a checkpoint was last written
+        self.written: dict[str, float] = {}
 
     @staticmethod
     @abstractmethod
@@ -88,6 +106,18 @@ class CSMTrainer(nnUNetTrainer):
     def bare_network(self) -> Any:
         """The network without the wrapper of torch.compile."""
         return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+    def _do_i_compile(self) -> bool:
+        """nnU-Net compiles a network whole; `initialize` does so part by part."""
+        return False
+
+    @cached_property
+    def compiles(self) -> bool:
+        """Whether parts of the network and of the loss are compiled; where a GPU is not helped so, the log says why."""
+        why_not = why_not_compiled(self.device.type)
+        if why_not and self.device.type == "cuda":
+            self.print_to_log_file(f"Not compiled: {why_not}")
+        return not why_not
 
     @property
     def encoder(self) -> Encoder:
@@ -109,6 +139,8 @@ class CSMTrainer(nnUNetTrainer):
         seed_everything(self.key(Purpose.NETWORK))
         super().initialize()
         self.batch_size = len(self.places)
+        if self.compiles:
+            compile_parts(self.bare_network)
         self.untrained_embedding = self.encoder.embedding.weight.detach().cpu().clone()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
@@ -216,7 +248,8 @@ class CSMTrainer(nnUNetTrainer):
 
     def before_step(self) -> None:
         """Set the learning rate of the coming iteration and key what the network draws (drop path)."""
-        seed_everything(self.key(Purpose.NETWORK, self.current_epoch, self.iteration, self.ranks.rank))
+        if self.network_draws:
+            seed_everything(self.key(Purpose.NETWORK, self.current_epoch, self.iteration, self.ranks.rank))
         self.iteration += 1
         self.lr_scheduler.step_update(self.iteration)
 
@@ -243,8 +276,7 @@ class CSMTrainer(nnUNetTrainer):
             # where gradients are clipped
             for parameter in self.encoder.parameters():
                 parameter.grad = None
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
-        self.optimizer.step()
+        clipped_step(self.optimizer, self.max_gradient_norm)
         if self.average is not None:
             self.average.update(self.iteration)
         return loss
@@ -304,6 +336,9 @@ class CSMTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         if self.ranks.rank != 0:
             return
+        name = os.path.basename(filename)
+        if name == "checkpoint_latest.pth" and not self.due(name):
+            return
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
@@ -326,6 +361,11 @@ class CSMTrainer(nnUNetTrainer):
             **self.provenance(),
         }
         checkpoint.save(saved, filename)
+        self.written[name] = time.monotonic()
+
+    def due(self, name: str) -> bool:
+        """Whether a checkpoint of this name was last written long enough ago."""
+        return time.monotonic() - self.written.get(name, -math.inf) >= SECONDS_BETWEEN_CHECKPOINTS
 
     def provenance(self) -> dict[str, Any]:
         """Further entries of the checkpoint."""

@@ -47,6 +47,20 @@ def build_optimizer(network: nn.Module, encoder: Encoder, schedule: Schedule) ->
     return optimizer
 
 
+def clipped_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Take a step with gradients of a norm of at most `max_norm`, as `clip_grad_norm_` makes them.
+
+    The fused AdamW divides each gradient as it reads it (`grad_scale`, made for scaled losses), instead of all of them before.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not optimizer.defaults["fused"]:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> CosineLRScheduler:
     """Linear warm-up, then cosine decay to zero, by iteration: call `step_update(number of the iteration, from 1)`."""
     warmup = math.ceil(schedule.warmup * schedule.num_iterations)

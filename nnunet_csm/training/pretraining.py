@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from nnunet_csm.evaluation.hidden import KINDS
 from nnunet_csm.evaluation.token_regression import TokenRidge
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.reconstructions import save_reconstruction
-from nnunet_csm.machine import num_workers
+from nnunet_csm.machine import has_bf16, num_workers
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.tokens import to_volume, to_voxels
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
@@ -36,6 +37,8 @@ from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM, Rebuilt, summed_error
 from nnunet_csm.pretext.mae3d import MAE3D
 from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask, shown_series_weights, without_background
+from nnunet_csm.pretext.memory import CUDA_CONTEXT, pretraining_memory
+from nnunet_csm.training.compilation import uncompiled
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer
 from nnunet_csm.training.probe import (
@@ -50,6 +53,8 @@ from nnunet_csm.training.probe import (
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SECONDS_BETWEEN_PICTURES = 60.0
+# of an encoder from which bf16 pays on a CPU
+WIDTH_FOR_BF16 = 256
 # patches on which reconstructions are compared with the linear map
 NUM_COMPARED = 192
 
@@ -75,15 +80,26 @@ class MaskedBatches:
         self.share = settings.csm.reconstruction.rebuilt_share if purpose == Purpose.TRAINING else 1.0
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, Mask]:
-        csm = self.settings.csm
-        patch_size = csm.pretraining_patch_size
-        seed = key(csm.seed, self.purpose, epoch, step)
-        within = self.bank.reach(epoch * csm.pretraining.iterations_per_epoch + step)
+        within = self.bank.reach(epoch * self.settings.csm.pretraining.iterations_per_epoch + step)
+        seed, num_shown = self.batch_key(epoch, step, within)
+        return self.make(seed, num_shown, within)
+
+    def batch_key(self, epoch: int, step: int, within: Tensor | None = None) -> tuple[int, int]:
+        """What a batch is a function of: the key of its draws, and the number of series that all its samples show.
+
+        `within`: see `Bank.reach`.
+        """
+        seed = key(self.settings.csm.seed, self.purpose, epoch, step)
         weights = self.weights if within is None else self.weights[within]
-        cumulative = self.cumulative if within is None else weights.cumsum(0)
         # one number for all samples, of all ranks; drawn on the CPU, since shapes depend on it
         batch = Draws(seed, torch.zeros(1, dtype=torch.long))
-        num_shown = 1 + int(pick(weights.sum(0).cumsum(0), batch, What.NUM_SHOWN))
+        return seed, 1 + int(pick(weights.sum(0).cumsum(0), batch, What.NUM_SHOWN))
+
+    def make(self, seed: int | Tensor, num_shown: int, within: Tensor | None = None) -> tuple[Tensor, Mask]:
+        """The batch of a key. When that is a tensor on the bank's device, nothing here waits for the device or reads from it."""
+        csm = self.settings.csm
+        patch_size = csm.pretraining_patch_size
+        cumulative = self.cumulative if within is None else self.weights[within].cumsum(0)
         draws = Draws(seed, self.places)
         chosen = pick(cumulative[:, num_shown - 1].contiguous(), draws, What.CASE)
         if within is not None:
@@ -114,6 +130,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     progress.png, probe.csv, validation/summary.json.
     """
 
+    network_draws = False
     rests_on = frozenset({"sources", "pretraining_patch_size", "masking", "reconstruction", "pretraining"})
     logged = ("error_part_hidden", "error_whole_hidden", "crops_per_second", *LOGGED_ERRORS, LOGGED_PRECISION)
 
@@ -196,12 +213,24 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             seed=self.settings.csm.seed,
             num_ranks=self.ranks.num_local,
             agree=lambda number: min(self.ranks.gather(number)),
+            reserved=self.step_memory() if self.device.type == "cuda" else 0,
         )
+
+    def step_memory(self) -> int:
+        """Bytes that a step is predicted to take of this rank's GPU."""
+        csm, batch_size = self.settings.csm, math.ceil(len(self.places) / self.num_parts)
+        architecture, patch_size = self.settings.pretraining_architecture, csm.pretraining_patch_size
+        memory = pretraining_memory(architecture, csm.reconstruction, csm.masking, patch_size, batch_size)
+        return memory.total + CUDA_CONTEXT
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         self.open_banks()
         num_steps = self.num_iterations_per_epoch
         steps = ((epoch, step) for epoch in range(self.current_epoch, self.num_epochs) for step in range(num_steps))
+        self.why_no_graphs = why_no_graphs(self.device, self.ranks.num_ranks, self.num_parts)
+        if self.train_batches.bank.where == "gpu" and not self.why_no_graphs:
+            # made within the step
+            return (self.train_batches.batch_key(*at) for at in steps), self.fixed_validation()
         # a bank on the GPU cuts there; beside a network on the same CPU cores, threads would only be in its way
         threads = num_workers(self.device) if self.train_batches.bank.where != "gpu" else 0
         voxels = len(self.series) * math.prod(self.settings.csm.pretraining_patch_size)
@@ -212,12 +241,14 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def on_train_start(self) -> None:
         super().on_train_start()
         self.graphed: GraphedSteps | None = None
-        why_not = why_no_graphs(self.device, self.ranks.num_ranks, self.num_parts)
-        if not why_not:
+        if not self.why_no_graphs:
             self.rates = [torch.zeros((), device=self.device) for _ in self.optimizer.param_groups]
             self.graphed = GraphedSteps(self.launched_step, self.print_to_log_file)
+            self.graphed_with_draws = GraphedSteps(self.drawn_step, self.print_to_log_file, "what makes a batch")
         elif self.device.type == "cuda":
-            self.print_to_log_file(f"No CUDA graphs: {why_not}", add_timestamp=False)
+            self.print_to_log_file(f"No CUDA graphs: {self.why_no_graphs}", add_timestamp=False)
+        if self.autocast_on_cpu:
+            self.print_to_log_file("Matrix products in bf16, which this processor has", add_timestamp=False)
         self.probe = self.start_probe() if self.ranks.rank == 0 else None
 
     def start_probe(self) -> Probe:
@@ -231,7 +262,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
                 self.settings,
                 nnunet.folder("nnUNet_preprocessed"),
                 self.label_manager.ignore_label,
-                self.autocast,
+                self.evaluating,
                 self.batch_size,
             )
             linear_probe.untrained = linear_probe.of(self.untrained_encoder())
@@ -289,11 +320,37 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         """A step launched from Python, kernel by kernel."""
         return super().learn((volume, Mask(*mask)))
 
-    def learn(self, batch: tuple[Tensor, Mask]) -> Tensor:
+    def drawn_step(self, seed: Tensor, num_shown: int) -> Tensor:
+        """The same on the batch of a key."""
+        return super().learn(self.train_batches.make(seed, num_shown))
+
+    def learn(self, batch: tuple[Tensor, Mask] | tuple[int, int]) -> Tensor:
+        """One step of the optimiser, on a batch or, with a bank on the GPU, on the key of one."""
         if self.graphed is None:
             return super().learn(batch)
-        volume, mask = self.on_device(batch)
+        given, other = batch
+        if isinstance(given, int) and isinstance(other, int):
+            if not self.graphed_with_draws.failed:
+                # filled there: copied from here it would wait for the GPU
+                return self.graphed_with_draws([torch.full((), given, device=self.device)], other)
+            batch = self.train_batches.make(given, other)
+        volume, mask = self.on_device(batch)  # type: ignore[arg-type]
         return self.graphed((volume, *mask.tensors))
+
+    @property
+    def autocast_on_cpu(self) -> bool:
+        """Whether a CPU multiplies in bf16, which pays from a certain width on (docs/performance.md)."""
+        return self.device.type == "cpu" and self.settings.architecture.width >= WIDTH_FOR_BF16 and has_bf16()
+
+    def autocast(self) -> Any:
+        enabled = self.device.type == "cuda" or self.autocast_on_cpu
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """As training computes, but not compiled: parts of batches have shapes of their own."""
+        with self.autocast(), uncompiled():
+            yield
 
     def on_device(self, batch: tuple[Tensor, Mask]) -> tuple[Tensor, Mask]:
         return batch[0].to(self.device, non_blocking=True), batch[1].to(self.device)
@@ -310,7 +367,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             return summed_error(self.learning_network(*batch), batch[1])
 
     def rebuild(self, volume: Tensor, mask: Mask) -> Rebuilt:
-        with self.autocast():
+        with self.evaluating():
             return self.bare_network.rebuild(volume, mask)
 
     def on_validation_epoch_start(self) -> None:
@@ -348,7 +405,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         if self.probe is not None:
             self.print_to_log_file(self.probe.said(log), add_timestamp=False)
             self.probe.save(log, Path(self.output_folder) / "probe.csv")
-        if self._best_ema is None or log["val_losses"][-1] < self._best_ema:
+        if (self._best_ema is None or log["val_losses"][-1] < self._best_ema) and (last or self.due("checkpoint_best.pth")):
             self._best_ema = log["val_losses"][-1]
             self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
         if not last:

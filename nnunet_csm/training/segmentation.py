@@ -24,6 +24,7 @@ from nnunet_csm.machine import num_workers
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
 from nnunet_csm.training import encoder_share
 from nnunet_csm.training.averaging import WeightAverage
+from nnunet_csm.training.compilation import uncompiled
 from nnunet_csm.training.host import CSMTrainer, without_copies
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE
 from nnunet_csm.training.ranks import lost_rank_explained
@@ -223,7 +224,10 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     def _build_loss(self) -> nn.Module:
         with self.shared_by_nnunet():
             # Dice over the batch of all ranks, where nnU-Net planned one over batches
-            return super()._build_loss()
+            loss: Any = super()._build_loss()
+        if self.compiles:
+            loss.dc = torch.compile(loss.dc)
+        return loss
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -242,7 +246,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             return self.loss(output.float(), batch["target"]) * len(batch["data"])
 
     def validation_step(self, batch: dict) -> dict:
-        with self.averaged():
+        with self.averaged(), uncompiled():
             if self.share is None:
                 return super().validation_step(batch)
             # nnU-Net changes what is to be ignored in place
@@ -272,5 +276,5 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
                 nnunet.save_json(dice, Path(self.output_folder) / encoder_share.FILE)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet(), self.averaged():
+        with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet(), self.averaged(), uncompiled():
             super().perform_actual_validation(save_probabilities)
