@@ -70,6 +70,9 @@ class Session:
         self.out, self.work = args.o.resolve(), (args.work or args.o / "work").resolve()
         self.results = self.out / "results.jsonl"
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "nnUNet_def_n_proc": "4"}
+        if args.cpu:
+            # stages run beside each other, and threads that share a core wait for each other
+            self.environment |= {"OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1"}
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (self.work / variable).mkdir(parents=True, exist_ok=True)
             self.environment[variable] = str(self.work / variable)
@@ -98,6 +101,8 @@ class Session:
         if limit < 15 and not self.args.cpu:
             self.ended[stage.name] = 0.0, "no time left"
             return
+        for name in [name for name, (process, _) in self.running.items() if process.poll() is not None]:
+            self.end(name)
         print(f"{time.monotonic() - self.begun:6.0f} s  {stage.name}", flush=True)
         process = self.start(stage)
         if stage.beside:
@@ -136,7 +141,7 @@ class Session:
 
     def table(self) -> str:
         """A line for each check and figure, after one for each stage."""
-        rows, lines = self.rows(), []
+        rows, lines = self.rows(), ["a rehearsal on a CPU, in which no GPU was tried"] if self.args.cpu else []
         for name, (seconds, why) in self.ended.items():
             lines.append(f"{name:<10}{seconds:>6.0f} s  {why}")
             for row in (row for row in rows if row["stage"] == name):
@@ -205,7 +210,7 @@ def main() -> int:
             for stage in STAGES:
                 needed = args.only is None or stage.name in args.only
                 needed |= stage.name == "data" and bool({"commands", "compiled"} & set(args.only or ()))
-                if stage.name == "evidence" and not args.data and args.only is None:
+                if stage.name == "evidence" and not (args.data or args.cpu or args.only):
                     continue
                 if needed:
                     session.run(stage)

@@ -1,16 +1,21 @@
 """The trainers' own steps, without folders around them: what the benchmarks of this folder measure."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.machine import keep_freed_memory
+from nnunet_csm.model.encoder import of_series, sine_cosine
+from nnunet_csm.model.reconstruction import ReconstructionDecoder
 from nnunet_csm.model.segmenter import CSMSegmenter
+from nnunet_csm.model.tokens import all_tokens, coordinates, select
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Size, to_dict
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask
@@ -25,6 +30,24 @@ from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 NUM_CLASSES = 4
 MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 SCHEDULE = Schedule(1, 1000, 0, 1, 1e-4, 0.0, 0.05, (0.9, 0.95), 1.0)
+
+
+class MaskedDecoder(ReconstructionDecoder):
+    """The decoder as it was first, with the same weights: all tokens in the sequence, and a mask in attention.
+
+    What is measured, and tested, against it is told apart by this class alone.
+    """
+
+    def forward(self, encoded: Tensor, visible: Tensor, asked: Tensor, grid: Size) -> Tensor:
+        index = all_tokens(len(self.series_embedding), grid, len(encoded), encoded.device)
+        place, embedded = coordinates(index, grid), self.embedding(encoded)
+        x = self.mask_token.to(embedded.dtype).expand(*index.shape, self.width)
+        x = x.scatter(1, visible[..., None].expand_as(embedded), embedded)
+        x = x + of_series(self.series_embedding, place[..., 0]) + sine_cosine(place, self.width)
+        attend = torch.zeros_like(index, dtype=torch.bool).scatter(1, visible, True)[:, None, None, :]
+        for block in self.blocks:
+            x = Block.forward(block, x, attn_mask=attend)  # type: ignore[arg-type]
+        return select(self.head(self.norm(x))[:, None], asked)
 
 
 def architecture_of(num_series: int, token_size: Size, **network: Any) -> Architecture:
@@ -77,13 +100,18 @@ def labelled_batch(num_series: int, patch_size: Size, batch_size: int) -> dict[s
 
 
 def masked_batch(
-    a: Architecture, patch_size: Size, batch_size: int, num_shown: int | None = None, share: float = 1.0
+    a: Architecture,
+    patch_size: Size,
+    batch_size: int,
+    num_shown: int | None = None,
+    share: float = 1.0,
+    mask_ratio: float = MASKING.mask_ratio,
 ) -> tuple[Tensor, Mask]:
     """With as many visible tokens as there ever are, unless told otherwise."""
     s = len(a.series)
     num_tokens = math.prod(p // t for p, t in zip(patch_size, a.token_size, strict=True))
     present = torch.ones(batch_size, s, dtype=torch.bool)
     num_shown = num_shown or max_shown_series(s, MASKING)
-    draws = Draws(0, torch.arange(batch_size))
-    mask = draw_mask(draws, present, num_shown, num_tokens, MASKING)
+    draws, masking = Draws(0, torch.arange(batch_size)), dataclasses.replace(MASKING, mask_ratio=mask_ratio)
+    mask = draw_mask(draws, present, num_shown, num_tokens, masking)
     return torch.randn(batch_size, s, *patch_size), ask_some(mask, draws, share)

@@ -183,3 +183,53 @@ def test_threshold(load, printed, nnunet_folders):
     # the cases of training are those of the test
     training, test = (re.search(rf"{part}.*?mean Dice (\d\.\d+)", table) for part in ("threshold", "test"))
     assert training and test and training[1] == test[1]
+
+
+def test_decoder_speed(printed: Callable[..., str], load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("decoder_speed")
+    monkeypatch.setattr(module, "ROWS", module.ROWS[:1])
+    table = printed(module, "-n", 1)
+    row = next(line for line in table.splitlines() if line.startswith("demo"))
+    assert all(float(number) > 0 for number in row.split()[1:])
+
+
+def test_a_stage_leaves_its_findings_and_one_that_fails_stops_no_other(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load("on_gpu")
+    stages = tmp_path / "stages.py"
+    stages.write_text(
+        "import json, sys\n"
+        "name, work, results, *flags = sys.argv[1:]\n"
+        "row = {'stage': name, 'check': 'graphs', 'value': 'seen', 'passed': name != 'alive'}\n"
+        "open(results, 'a').write(json.dumps(row) + chr(10))\n"
+        "import os\n"
+        "print(name, flags, os.environ.get('nnUNet_csm_graphs'))\n"
+        "sys.exit(name == 'alive')\n"
+    )
+    monkeypatch.setattr(module, "STAGES_FILE", stages)
+    monkeypatch.delenv("nnUNet_csm_graphs", raising=False)
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "-o", str(tmp_path / "out"), "--cpu", "--only", "alive", "equal"])
+    assert module.main() == 1
+    table, log = ((tmp_path / "out" / name).read_text() for name in ("table.txt", "log.txt"))
+    assert "rehearsal" in table and "alive" in table and "exit code 1" in table and "1 checks passed, 1 failed" in table
+    # what failed is not tried again
+    assert "alive ['--cpu'] None" in log and "equal ['--cpu'] f" in log
+    assert "nnUNet_csm_graphs=f" in capsys.readouterr().out
+
+
+def test_stages_of_a_gpu_are_tried_on_a_cpu(load: Callable[[str], Any], tmp_path: Path) -> None:
+    module = load("gpu_stages")
+    stage = module.Stage("alive", tmp_path, tmp_path / "results.jsonl", True, "quick", 1)
+    module.alive(stage)
+    module.attention(stage)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {"product", "math, masked, 192 keys"} <= {row["check"] for row in rows}
+    assert all(row["passed"] for row in rows if "keys" in row["check"])
+
+    def breaks() -> tuple[bool, str]:
+        raise RuntimeError("the device is gone\nmore")
+
+    stage.attempt("broken", breaks)
+    last = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert last["passed"] is False and last["value"] == "RuntimeError: the device is gone"

@@ -1,18 +1,16 @@
 """The decoder gives what one with keys and values of all tokens and a mask gave; asking for a part changes no expectation."""
 
 import math
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 from factories import GRID_SIZE, PATCH_SIZE, SERIES, loss_of
 from factories import settings as read_settings
-from torch import Tensor
 
 from nnunet_csm.data.draws import Draws
-from nnunet_csm.model.encoder import of_series, sine_cosine
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
-from nnunet_csm.model.tokens import all_tokens, coordinates, select
+from nnunet_csm.model.tokens import all_tokens, select
 from nnunet_csm.plans import Masking
 from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM, masked_mean
@@ -24,39 +22,34 @@ MASKING = Masking(0.8, "independent", "rebuilt")
 PRESENT = torch.tensor([[True, True, True], [True, False, True]])
 
 
+@pytest.fixture
+def masked_decoder(monkeypatch):
+    """The class of the first versions' decoder, which `benchmarks/decoder_speed.py` measures against."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from steps import MaskedDecoder
+
+    return MaskedDecoder
+
+
 def draw(num=2, seed=2, masking=MASKING):
     return draw_mask(Draws(seed, torch.arange(num)), PRESENT[:num], 1, NUM_TOKENS, masking)
 
 
-def reference(decoder: ReconstructionDecoder, encoded: Tensor, visible: Tensor) -> Tensor:
-    """Rebuild all tokens (b, s l, v) as the first versions did: every token in the sequence, and a mask in attention."""
-    index = all_tokens(len(decoder.series_embedding), GRID_SIZE, len(encoded), encoded.device)
-    place = coordinates(index, GRID_SIZE)
-    embedded = decoder.embedding(encoded)
-    x = decoder.mask_token.expand(*index.shape, decoder.width)
-    x = x.scatter(1, visible[..., None].expand_as(embedded), embedded)
-    x = x + of_series(decoder.series_embedding, place[..., 0]) + sine_cosine(place, decoder.width)
-    attend = torch.zeros_like(index, dtype=torch.bool).scatter(1, visible, True)[:, None, None, :]
-    blocks: Any = decoder.blocks
-    for block in blocks:
-        x = x + block.attn(block.norm1(x), attn_mask=attend)
-        x = x + block.mlp(block.norm2(x))
-    return decoder.head(decoder.norm(x))
-
-
 @pytest.mark.parametrize("depth", [1, 3])
-def test_keys_of_the_visible_tokens_alone_give_the_same_answers_and_gradients(depth):
+def test_keys_of_the_visible_tokens_alone_give_the_same_answers_and_gradients(depth, masked_decoder):
     torch.manual_seed(0)
     decoder = ReconstructionDecoder(len(SERIES), 16, encoder_width=24, width=12, depth=depth, num_heads=2).double()
+    before = masked_decoder(len(SERIES), 16, encoder_width=24, width=12, depth=depth, num_heads=2).double()
+    before.load_state_dict(decoder.state_dict())
     mask, weights = draw(), torch.randn(2, 3 * NUM_TOKENS, 16, dtype=torch.float64)
     encoded = torch.randn(2, mask.visible.shape[1], 24, dtype=torch.float64, requires_grad=True)
-    parameters = [encoded, *decoder.parameters()]
-
-    found = decoder(encoded, mask.visible, mask.asked, GRID_SIZE)
-    expected = select(reference(decoder, encoded, mask.visible)[:, None], mask.asked)
+    found, expected = (one(encoded, mask.visible, mask.asked, GRID_SIZE) for one in (decoder, before))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     weights = select(weights[:, None], mask.asked)
-    gradients = [torch.autograd.grad((out * weights).sum(), parameters) for out in (found, expected)]
+    gradients = [
+        torch.autograd.grad((out * weights).sum(), [encoded, *one.parameters()])
+        for out, one in ((found, decoder), (expected, before))
+    ]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
