@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 
 INSTALL_REQUIRES = [
     "nnunetv2>=2.8,<2.9",  # the host: we subclass its trainer, whose methods change between minor versions
-    "torch>=2.4,<3,!=2.9.*",  # scaled_dot_product_attention, fused AdamW, torch.amp; nnunetv2 excludes 2.9
+    "torch>=2.6,<3,!=2.9.*",  # torch.compiler.set_stance, get_total_norm, fused AdamW; nnunetv2 excludes 2.9
     "dynamic-network-architectures>=0.4.4,<0.5",  # blocks of the UNETR decoder; the range nnunetv2 asks for
     "timm>=1.0.20,<1.0.23",  # ViT blocks and learning-rate schedules; dynamic-network-architectures caps it below 1.0.23
     "einops>=0.8,<0.9",  # every change of token order is written as an einops pattern

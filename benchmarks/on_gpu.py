@@ -13,7 +13,7 @@ OUT/table.txt. Where compiling, graphs or an attention kernel fail, the stages a
     evidence   as many runs of a study as there is time for (--study, --data); a second call with the same -o or --work goes on
 
     python benchmarks/on_gpu.py -o on_gpu --minutes 9.5
-    python benchmarks/on_gpu.py -o on_gpu --only evidence --minutes 4 --study few_labels --data nnUNet_preprocessed.tar
+    python benchmarks/on_gpu.py -o on_gpu --only evidence --minutes 4 --study few_labels --data images.tar
     python benchmarks/on_gpu.py -o rehearsal --cpu            # every stage at small size, where there is no GPU
 """
 
@@ -189,7 +189,7 @@ def main() -> int:
         type=Path,
         nargs="*",
         default=[],
-        help="for evidence: folders or archives with nnUNet_preprocessed, nnUNet_raw ...",
+        help="for evidence: folders or archives with nnUNet_preprocessed/ or nnUNet_raw/",
     )
     parser.add_argument("--jobs", type=int, default=4, help="for evidence: runs at once on the card (default: 4)")
     parser.add_argument("--work", type=Path, help="where stages work; a later call with the same goes on (default: OUT/work)")

@@ -162,6 +162,7 @@ def plan(
     r = preset.reconstruction
     target = "each token by its own mean and deviation" if r.normalize_targets else "z-scored voxels"
     target += "" if preset.masking.background == "rebuilt" else ", background left out"
+    target += "" if r.rebuilt_share == 1.0 else f"; a step rebuilds {r.rebuilt_share:.0%} of the hidden tokens"
     decisions.append(
         Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}")
     )
