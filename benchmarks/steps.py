@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.machine import keep_freed_memory
+from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import of_series, sine_cosine
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
 from nnunet_csm.model.segmenter import CSMSegmenter
@@ -20,7 +21,6 @@ from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Si
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask
 from nnunet_csm.pretext.memory import max_shown_series
-from nnunet_csm.training.compilation import compile_parts
 from nnunet_csm.training.graphs import GraphedSteps
 from nnunet_csm.training.optimization import build_optimizer
 from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from steps import architecture_of, bare_pretrainer, masked_batch
 
 from nnunet_csm.data.draws import Draws
+from nnunet_csm.model.compilation import parts
 from nnunet_csm.plans import Masking, Reconstruction
 from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.mae3d import MAE3D
 from nnunet_csm.pretext.masking import ask_some
-from nnunet_csm.training.compilation import parts
 
 PATCH_SIZE, BATCH_SIZE, NUM_STEPS = (32, 32, 32), 4, 20
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -26,12 +27,13 @@ def series_present(volume: Float[Tensor, "b s z y x"]) -> Bool[Tensor, "b s"]:
     return present | ~present.any(1, keepdim=True)
 
 
-def in_bf16(device_type: str) -> torch.autocast:
-    """A context in which autocast, where it is on, takes bf16.
+def in_bf16(device_type: str) -> AbstractContextManager[object]:
+    """A context in which autocast on a GPU, where it is on, takes bf16.
 
     nnU-Net validates and predicts under fp16, which activations of a large ViT can exceed; we train in bf16.
     """
-    return torch.autocast(device_type, torch.bfloat16, enabled=torch.is_autocast_enabled(device_type))
+    autocast = device_type == "cuda" and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, torch.bfloat16) if autocast else nullcontext()
 
 
 class CSMSegmenter(nn.Module):

@@ -4,8 +4,9 @@ The networks and losses themselves run, forward and backward, on torch's fake te
 nothing is stored or computed. So the prediction follows every change of the model. `Ledger` books what such a step takes. Three
 things differ on a GPU, and are put in:
 
-* nnU-Net compiles the network. A chain of pointwise operations is then one kernel, and what is passed along in it is not
-  written to memory unless something else needs it. The rules are those of `KERNELS`, `REDUCTIONS` and `SUMS`.
+* Parts of the network are compiled (`model/compilation.py`). A chain of pointwise operations is then one kernel, and what is
+  passed along in it is not written to memory unless something else needs it. The rules are those of `KERNELS`, `REDUCTIONS` and
+  `SUMS`.
 * torch's caching allocator rounds up, see `allocated`.
 * Libraries take scratch memory, see `scratch` and `CUBLAS`.
 
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nnunet_csm.model.compilation import parts
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
 from nnunet_csm.pretext.csm import CSM, masked_mean
@@ -197,6 +199,8 @@ def finetuning_memory(
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor], ledger: "Ledger") -> Tensor:
         logits = network(batch[0])
         ledger.write(logits)
+        # Dice is compiled too
+        ledger.fuse = backend.compiled
         # autocast on a GPU takes softmax in fp32, that on a CPU does not
         return dice_and_cross_entropy(logits.float() if backend.cuda else logits, batch[1])
 
@@ -219,10 +223,15 @@ def _step(
         weights = ledger.live
         batch = make_batch()
         ledger.peak = ledger.live
-        ledger.fuse = backend.compiled
+        if backend.compiled:
+            for part in parts(network):
+                part.register_forward_pre_hook(ledger.enter_compiled)
+                part.register_forward_hook(ledger.leave_compiled)
         # on a CPU, since autocast and autograd refuse tensors of a GPU that is not there
         with torch.autocast("cpu", torch.bfloat16, enabled=backend.autocast):
             value = loss(network, batch, ledger)
+        # most of which is that of compiled parts
+        ledger.fuse = backend.compiled
         value.backward()
         ledger.write(*(p.grad for p in network.parameters() if p.grad is not None))
     states, activations = COPIES_OF_WEIGHTS * weights, ledger.peak - weights
@@ -262,6 +271,16 @@ class Ledger(TorchDispatchMode):
             self._enter(tensor.untyped_storage(), sources)
         self.peak = max(self.peak, self.live + scratch(operation, read, made, self.cuda))
         return result
+
+    def enter_compiled(self, part: nn.Module, inputs: Any) -> None:
+        """Before the forward pass of a part that is compiled; what it is given is in memory."""
+        self.write(*_tensors(inputs))
+        self.fuse = True
+
+    def leave_compiled(self, part: nn.Module, inputs: Any, outputs: Any) -> None:
+        """After it; what it gives is in memory."""
+        self.write(*_tensors(outputs))
+        self.fuse = False
 
     def write(self, *tensors: Tensor) -> None:
         """Book tensors that were so far passed along within a kernel."""

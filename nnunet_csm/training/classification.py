@@ -26,8 +26,8 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.evaluation.classification import draw_classification, evaluate
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.model.classifier import build_classifier, probabilities
+from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import Configuration, Recipe, Schedule
-from nnunet_csm.training.compilation import uncompiled
 from nnunet_csm.training.host import CUDA, CSMTrainer, without_copies
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE
 

@@ -35,11 +35,11 @@ from nnunet_csm.machine import (
     slices,
     why_not_compiled,
 )
+from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.training.averaging import WeightAverage
-from nnunet_csm.training.compilation import compile_parts
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
 from nnunet_csm.training.pretrained import find_encoder
 from nnunet_csm.training.progress import Progress

@@ -29,6 +29,7 @@ from nnunet_csm.evaluation.token_regression import TokenRidge
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.reconstructions import save_reconstruction
 from nnunet_csm.machine import has_bf16, num_workers
+from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.tokens import to_volume, to_voxels
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
@@ -38,7 +39,6 @@ from nnunet_csm.pretext.csm import CSM, Rebuilt, summed_error
 from nnunet_csm.pretext.mae3d import MAE3D
 from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask, shown_series_weights, without_background
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, pretraining_memory
-from nnunet_csm.training.compilation import uncompiled
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer
 from nnunet_csm.training.probe import (
