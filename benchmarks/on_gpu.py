@@ -7,10 +7,10 @@ OUT/table.txt. Where compiling, graphs or an attention kernel fail, the stages a
     alive      versions, a compiler, shared memory; the fastest product and copy of this machine
     equal      banks, draws, masks and crops as on the CPU; attention against fp64; steps with graphs as without
     commands   pretrain, SIGKILL, --c; finetune, predict with and without a series, classify
+    compiled   preset B through the command: the log must not say that there are no graphs
     speed      steps of pretraining by preset and batch, with and without graphs, beside MONAI; kernels; memory
     predict    one case, nnU-Net's predictor beside ours
-    compiled   preset B through the command: the log must not say that there are no graphs
-    evidence   as many runs of a study as there is time for (--study, --data); a second call with the same -o or --work goes on
+    evidence   as many runs of a study as there is time for (--study, --data); a second call with the same --work goes on
 
     python benchmarks/on_gpu.py -o on_gpu --minutes 9.5
     python benchmarks/on_gpu.py -o on_gpu --only evidence --minutes 4 --study few_labels --data images.tar
@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ STAGES_FILE = Path(__file__).with_name("gpu_stages.py")
 # a stage that compiles is told again that it may not
 WITHOUT = {"compiles": ("nnUNet_compile", "f"), "graphs": ("nnUNet_csm_graphs", "f")}
 WITHOUT["attention"] = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+WORK = Path(tempfile.gettempdir()) / "nnunet_csm_on_gpu"
 # left for the table, and for what evidence leaves behind
 SECONDS_AT_THE_END = 12.0
 MAX_ARCHIVE = 15 * 2**20
@@ -45,18 +47,18 @@ class Stage:
     seconds: float
     """At most; 0 for all that are left."""
     beside: bool = False
-    """Runs beside the stages after it."""
+    """Runs beside the stages after it, until `speed` begins."""
 
 
 STAGES = (
-    Stage("data", 200, beside=True),
+    Stage("data", 0, beside=True),
     Stage("alive", 45),
-    Stage("cache", 200, beside=True),
-    Stage("equal", 90),
-    Stage("commands", 150),
-    Stage("speed", 170),
-    Stage("predict", 60),
-    Stage("compiled", 75),
+    Stage("cache", 0, beside=True),
+    Stage("equal", 80),
+    Stage("commands", 130),
+    Stage("compiled", 65),
+    Stage("speed", 165),
+    Stage("predict", 45),
     Stage("evidence", 0),
 )
 
@@ -67,7 +69,7 @@ class Session:
     def __init__(self, args: argparse.Namespace, log: TextIO) -> None:
         self.args, self.log = args, log
         self.begun = time.monotonic()
-        self.out, self.work = args.o.resolve(), (args.work or args.o / "work").resolve()
+        self.out, self.work = args.o.resolve(), args.work.resolve()
         self.results = self.out / "results.jsonl"
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "nnUNet_def_n_proc": "4"}
         if args.cpu:
@@ -103,6 +105,9 @@ class Session:
             return
         for name in [name for name, (process, _) in self.running.items() if process.poll() is not None]:
             self.end(name)
+        for name in list(self.running) if stage.name in ("speed", "predict", "evidence") else ():
+            # nothing else is to run while time is taken
+            self.end(name, f"stopped when {stage.name} began")
         print(f"{time.monotonic() - self.begun:6.0f} s  {stage.name}", flush=True)
         process = self.start(stage)
         if stage.beside:
@@ -133,6 +138,8 @@ class Session:
         for check, (variable, value) in WITHOUT.items():
             if check in failed and self.environment.get(variable) != value:
                 self.environment[variable] = value
+                # what was compiled with the other choice is not to be taken for it
+                self.environment["TORCHINDUCTOR_CACHE_DIR"] += f"_{check}"
                 print(f"          from here on without: {variable}={value}", flush=True)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -192,7 +199,9 @@ def main() -> int:
         help="for evidence: folders or archives with nnUNet_preprocessed/ or nnUNet_raw/",
     )
     parser.add_argument("--jobs", type=int, default=4, help="for evidence: runs at once on the card (default: 4)")
-    parser.add_argument("--work", type=Path, help="where stages work; a later call with the same goes on (default: OUT/work)")
+    parser.add_argument(
+        "--work", type=Path, default=WORK, help=f"where stages work; a later call goes on there (default: {WORK})"
+    )
     args = parser.parse_args()
     missing = [str(path) for path in args.data if not path.exists()]
     if missing:

@@ -133,7 +133,9 @@ class GpuBank(Bank):
         self.compiled = flat.is_cuda and not why_not_compiled(flat.device.type)
         self.gather = torch.compile(gather, fullgraph=True, dynamic=False) if self.compiled else gather
 
+    @torch.no_grad()
     def cut(self, cases: Int[Tensor, " b"], crops: Crops, patch_size: Size) -> Float16[Tensor, "b s z y x"]:
+        # without gradients whoever asks, or the gather would be compiled once more
         size = len(cases) if self.compiled else SAMPLES_UNCOMPILED
         parts = []
         for some, start, flip in zip(*(drawn.split(size) for drawn in (cases, crops.start, crops.flip)), strict=True):

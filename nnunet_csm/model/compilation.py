@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# shapes that one piece of code is compiled for: numbers of visible tokens, encoder and decoder, with and without gradients.
-# torch's own limit is 8, and what comes beyond is not compiled, without a word
+# layouts that one piece of code is compiled for: encoder and decoder, the first number of visible tokens, any other, with and
+# without masks and gradients. torch's own limit is 8, and what comes beyond is not compiled, without a word
 MAX_VARIANTS = 64
 
 
