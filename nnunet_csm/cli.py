@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from nnunet_csm import __version__, commands
+from nnunet_csm import __version__, commands, nnunet
 from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
 from nnunet_csm.errors import exit_on_user_error
 from nnunet_csm.machine import num_cores
@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     with exit_on_user_error():
         command: Callable[[argparse.Namespace], int] = args.run
+        if command not in (commands.convert, commands.doctor):
+            # a mistyped dataset need not wait for what the command imports
+            given = getattr(args, "d", None) or []
+            for name in [given] if isinstance(given, str) else given:
+                nnunet.dataset_name(name)
         return command(args)
 
 

@@ -43,8 +43,8 @@ def of_series(embedding: Float[Tensor, "s e"], series: Int[Tensor, "b k"]) -> Fl
 def draw_weights(module: nn.Module) -> None:
     """Initial weights: linear layers as in MAE, and keys equal to queries.
 
-    Then a token at first attends to tokens that resemble it, above all those of its own place in other series, and need
-    not learn to. The gain makes the first score of a token with itself about 8 whatever the width of a head.
+    Then a token of a small network at first attends to tokens that resemble it, above all those of its own place in other
+    series, and need not learn to; at size B it hardly does. The gain makes the first score of a token with itself about 8 whatever the width of a head.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

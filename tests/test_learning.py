@@ -1,0 +1,46 @@
+"""Pretraining learns: hidden tokens of phantoms it never saw are rebuilt better than by the mean of a series."""
+
+import numpy as np
+import torch
+from factories import loss_of
+
+from nnunet_csm.data.draws import Draws
+from nnunet_csm.model.tokens import select, to_tokens
+from nnunet_csm.phantom import PhantomSpec, draw_subject
+from nnunet_csm.plans import Architecture, Masking, Reconstruction
+from nnunet_csm.pretext.csm import CSM, masked_mean
+from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask
+
+SPEC = PhantomSpec(series=("FLAIR", "T1w", "T2w"), shape=(16, 32, 32), spacing_mm=(8.0, 5.0, 5.0))
+TOKEN_SIZE, NUM_TOKENS, NUM_TRAINING, NUM_STEPS = (4, 8, 8), 64, 6, 60
+MASKING = Masking(mask_ratio=0.5, places="independent", hidden_series="rebuilt")
+
+
+def volumes(subjects: range) -> torch.Tensor:
+    """Z-scored series of phantoms (b, s, z, y, x)."""
+    drawn = np.stack([list(draw_subject(SPEC, index).series.values()) for index in subjects])
+    axes = (2, 3, 4)
+    return torch.from_numpy((drawn - drawn.mean(axes, keepdims=True)) / drawn.std(axes, keepdims=True)).float()
+
+
+def draw(seed: int, num: int, num_shown: int) -> Mask:
+    return draw_mask(Draws(seed, torch.arange(num)), torch.ones(num, 3, dtype=torch.bool), num_shown, NUM_TOKENS, MASKING)
+
+
+def test_hidden_tokens_of_others_are_rebuilt_better_than_by_the_mean() -> None:
+    torch.manual_seed(0)
+    architecture = Architecture(SPEC.series, (0, 1, 2), TOKEN_SIZE, 48, 2, 4, features=4, drop_path=0.0)
+    model = CSM(architecture, Reconstruction(48, 1, 4, normalize_targets=False, rebuilt_share=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    training, others = volumes(range(NUM_TRAINING)), volumes(range(NUM_TRAINING, NUM_TRAINING + 4))
+    for step in range(NUM_STEPS):
+        mask = ask_some(draw(step, NUM_TRAINING, 1 + step % 2), Draws(step, torch.arange(NUM_TRAINING)), 0.5)
+        optimizer.zero_grad()
+        loss_of(model, training, mask).backward()
+        optimizer.step()
+    mask = draw(NUM_STEPS, 4, 1)
+    with torch.no_grad():
+        found = float(loss_of(model, others, mask))
+        # z-scored series have a mean of 0
+        of_the_mean = float(masked_mean(select(to_tokens(others, TOKEN_SIZE), mask.asked).square().mean(-1), mask))
+    assert found < 0.6 * of_the_mean
