@@ -44,7 +44,8 @@ def draw_weights(module: nn.Module) -> None:
     """Initial weights: linear layers as in MAE, and keys equal to queries.
 
     Then a token of a small network at first attends to tokens that resemble it, above all those of its own place in other
-    series, and need not learn to; at size B it hardly does. The gain makes the first score of a token with itself about 8 whatever the width of a head.
+    series, and need not learn to; at size B it hardly does. The gain makes the first score of a token with itself about 8
+    whatever the width of a head.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
