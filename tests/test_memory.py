@@ -211,7 +211,8 @@ def test_memory_is_a_straight_line_in_the_batch_once_activations_dominate():
         lambda n: pretraining_memory(a, DECODER, MASKING, (32, 32, 32), n).activations,
         lambda n: finetuning_memory(a, NUM_CLASSES, (32, 32, 32), n).activations,
     ):
-        assert predict(32) == pytest.approx((predict(16) + predict(48)) / 2, rel=0.02)
+        # large enough for the rounding of the allocator, in steps of 2 MiB, not to count
+        assert predict(96) == pytest.approx((predict(48) + predict(144)) / 2, rel=0.02)
 
 
 def test_as_many_series_are_shown_as_are_ever_drawn():
