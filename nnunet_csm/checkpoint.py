@@ -12,6 +12,7 @@ import torch
 
 from nnunet_csm import __version__
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import whole
 
 
 def software() -> dict[str, str]:
@@ -37,9 +38,8 @@ def plain(value: Any) -> Any:
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write to a temporary name, then rename: a killed run leaves the old file or the new one."""
-    temporary = f"{path}.tmp"
-    torch.save(plain(checkpoint), temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        torch.save(plain(checkpoint), temporary)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from batchgenerators.utilities.file_and_folder_operations import save_json as sa
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import whole
 
 TRAINER_VARIABLE = "nnUNet_extTrainer"
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -69,9 +70,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def save_json(data: Any, path: Path) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_as_json(data, str(temporary), sort_keys=False)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        save_as_json(data, str(temporary), sort_keys=False)
 
 
 def read_splits(path: Path) -> list[dict[str, list[str]]]:

@@ -1,7 +1,6 @@
 """Which class each case or lesion has, by `classification.csv`, and splits of them by patient, stratified by class."""
 
 import csv
-import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import whole
 
 FILE_NAME = "classification.csv"
 COLUMNS = ("case", "class", "mask_label", "patient")
@@ -96,14 +96,12 @@ def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> 
 
 def write_class_table(table: ClassTable, path: Path) -> None:
     """Write what `read_class_table` reads, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
+    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
         for sample in table.samples:
             label = "" if sample.mask_label is None else sample.mask_label
             writer.writerow([sample.case, table.classes[sample.class_index], label, sample.patient])
-    temporary.replace(path)
 
 
 def stratified_folds(table: ClassTable, num_folds: int = 5, seed: int = 12345) -> list[dict[str, list[str]]]:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.classification import compare, draw_classification, evaluate
+from nnunet_csm.files import write_text
 
 PROBABILITY = "p_"
 
@@ -101,9 +102,7 @@ def evaluate_runs(predictions: Sequence[Path], against: Sequence[Path], output: 
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         for name, content in (("metrics.md", text + "\n"), ("metrics.csv", table.to_csv(index=False))):
-            temporary = output / f".{name}.tmp"
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(output / name)
+            write_text(output / name, content)
         draw_classification(output / "curves.png", *given, title=f"{len(predictions)} runs")
         nnunet.save_json(result, output / "metrics.json")
         print(f"written to {output}")

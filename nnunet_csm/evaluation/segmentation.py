@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import write_text
 
 # What releases of BraTS call the three parts of a glioma. Names are compared as `_plain_name` writes them.
 BRATS_PARTS: dict[str, frozenset[str]] = {
@@ -183,9 +183,9 @@ class Scores:
             "cases": by_case,
             "not_scored": list(self.not_scored),
         }
-        _write_atomically(folder / "evaluation.csv", self.table.to_csv(index=False))
-        _write_atomically(folder / "evaluation.md", self.to_markdown())
-        _write_atomically(folder / "evaluation.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_text(folder / "evaluation.csv", self.table.to_csv(index=False))
+        write_text(folder / "evaluation.md", self.to_markdown())
+        write_text(folder / "evaluation.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @property
     def cases(self) -> list[str]:
@@ -493,10 +493,3 @@ def _aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -4,7 +4,6 @@ Figures are made with matplotlib's Figure and FigureCanvasAgg, never pyplot: not
 """
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from nnunet_csm.files import whole
 
 DPI = 100
 
@@ -47,9 +48,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
     image = Image.open(drawn).convert("RGB").point(COARSE_LEVELS * 3)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG", optimize=True)
 
 
 def grey_window(series: Float[np.ndarray, "z y x"]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 import base64
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import jinja2
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import write_text
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}
 
@@ -143,9 +143,7 @@ class Page:
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         environment.filters["cell"] = _cell_text
         html = environment.from_string(TEMPLATE).render(title=self.title, lead=_paragraphs(self.lead), sections=self._sections)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, html)
 
 
 def _paragraphs(text: str) -> list[str]:

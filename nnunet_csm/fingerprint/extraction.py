@@ -26,6 +26,7 @@ from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folde
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import write_text
 from nnunet_csm.fingerprint.measurement import Job, Volume, measure, nonzero_box, read_case
 from nnunet_csm.fingerprint.originals import name_copies
 from nnunet_csm.fingerprint.record import (
@@ -171,10 +172,7 @@ def _as_line(name: str, record: CaseRecord) -> str:
 
 def _write_partial(path: Path, records: Mapping[str, CaseRecord]) -> None:
     """Start with whole lines only."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(_as_line(name, record) for name, record in records.items())
-    temporary.replace(path)
+    write_text(path, "".join(_as_line(name, record) for name, record in records.items()))
 
 
 def _measured(jobs: Sequence[Job], num_processes: int) -> Generator[tuple[str, CaseRecord]]:

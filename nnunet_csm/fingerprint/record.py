@@ -5,7 +5,6 @@ It stands beside nnU-Net's `dataset_fingerprint.json`, needs no labels, and says
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import write_text
 from nnunet_csm.plans import from_dict
 
 FILE_NAME = "csm_fingerprint.json"
@@ -136,9 +136,7 @@ def read_fingerprint(path: Path) -> Fingerprint:
 
 def save_fingerprint(fingerprint: Fingerprint, path: Path) -> None:
     """Write the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(fingerprint), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(dataclasses.asdict(fingerprint), indent=1, allow_nan=False) + "\n")
 
 
 def cases_of(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> dict[str, CaseRecord]:

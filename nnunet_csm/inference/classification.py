@@ -21,6 +21,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
+from nnunet_csm.files import whole
 from nnunet_csm.inference.ensemble import CaseFiles, Decision, Ensemble, decide, load_ensemble, prepare
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
@@ -211,15 +212,13 @@ def _masks_without_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]
 def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
     """A row a sample: case, mask_label (empty for the whole mask), a probability for every class, the most probable class."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
+    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["case", "mask_label", *(f"p_{name}" for name in classes), "predicted"])
         for decision in decisions:
             label = "" if decision.sample.mask_label is None else decision.sample.mask_label
             numbers = [f"{probability:.6f}" for probability in decision.probabilities]
             writer.writerow([decision.sample.case, label, *numbers, classes[decision.class_index]])
-    temporary.replace(path)
 
 
 def _record(

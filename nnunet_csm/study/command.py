@@ -12,6 +12,7 @@ from tqdm import tqdm
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.command import names_to_draw
+from nnunet_csm.files import write_text
 from nnunet_csm.plans import to_dict
 from nnunet_csm.study.collection import collect_costs, collect_predictions, collect_results
 from nnunet_csm.study.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
@@ -207,9 +208,7 @@ def report(study: Study, name: str, dataset: Dataset, runs: Runs, records: Mappi
         return
     for file, table in (("results.csv", results), ("predictions.csv", predictions), ("costs.csv", costs)):
         if not table.empty:
-            temporary = folder / f".{file}.tmp"
-            table.to_csv(temporary, index=False)
-            temporary.replace(folder / file)
+            write_text(folder / file, table.to_csv(index=False))
     done = sum(row.run in records for row in runs.rows)
     text = f"{study.description}. Dataset {dataset.name}, {done} of {len(runs.rows)} runs of the tables are done."
     if not results.empty and study.structures and not set(study.structures) & set(results["structure"]):

@@ -20,6 +20,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
+from nnunet_csm.files import write_text
 from nnunet_csm.machine import num_cores
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
@@ -79,8 +80,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
     tables = [test(run, one, folder, place) for one in run.tests]
     if tables:
         scores = pd.concat(tables, ignore_index=True)
-        scores.to_csv(folder / ".scores.tmp", index=False)
-        (folder / ".scores.tmp").replace(folder / "scores.csv")
+        write_text(folder / "scores.csv", scores.to_csv(index=False))
         measured = [nnunet.read_json(path, "") for path in folder.glob("predict_*.json")]
         record["prediction_seconds"] = sum(one["seconds"] for one in measured)
         record["prediction_peak_memory_gb"] = max((one["peak_memory_gb"] for one in measured), default=None)

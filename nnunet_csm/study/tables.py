@@ -1,6 +1,5 @@
 """A study's tables in the layout of the paper's: CSV, Markdown, LaTeX with booktabs, and for the page."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
+from nnunet_csm.files import write_text
 from nnunet_csm.study.grid import HIDDEN, SHOWN, Grid
 from nnunet_csm.study.statistics import (
     ALL_SERIES,
@@ -65,9 +65,7 @@ class Tables:
             "tables.tex": self.to_latex(),
         }
         for name, text in texts.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(folder / name)
+            write_text(folder / name, text)
 
 
 def make_tables(

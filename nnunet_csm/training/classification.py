@@ -25,6 +25,7 @@ from nnunet_csm.data.sources import case_names, run_name, split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.evaluation.classification import draw_classification, evaluate
 from nnunet_csm.figures.curves import Panel, save_curves
+from nnunet_csm.files import write_text
 from nnunet_csm.model.classifier import build_classifier, probabilities
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import Configuration, Recipe, Schedule
@@ -349,9 +350,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             **{f"p_{name}": predicted[:, index] for index, name in enumerate(classes)},
             "predicted": [classes[index] for index in predicted.argmax(1)],
         }
-        temporary = folder / ".predictions.csv.tmp"
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-        temporary.replace(folder / "predictions.csv")
+        write_text(folder / "predictions.csv", pd.DataFrame(rows).to_csv(index=False))
         metrics = evaluate(labels, predicted, classes, patients)
         draw_classification(folder / "curves.png", labels, predicted, classes, patients, f"{folder.name}, fold {self.fold}")
         nnunet.save_json({**metrics.to_dict(), "left_out": volumes.left_out}, folder / "summary.json")

@@ -4,7 +4,6 @@ Labels are read for the linear probe only. Nothing here touches the weights, the
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from nnunet_csm.evaluation.plateau import Verdict, judge
 from nnunet_csm.evaluation.reconstruction import RidgeBaseline
 from nnunet_csm.evaluation.token_regression import CHUNK, HELD_OUT, MAX_TOKENS, TokenRidge
 from nnunet_csm.figures.curves import Panel
+from nnunet_csm.files import write_text
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.fusion import mean_over_present
 from nnunet_csm.model.tokens import all_tokens, coordinates, join, select, to_tokens
@@ -485,6 +485,4 @@ class Probe:
         table[LOGGED_PRECISION] = log[LOGGED_PRECISION]
         for name in ("untrained", "statistics", "prevalence"):
             table[f"{LOGGED_PRECISION}_{name}"] = float("nan") if probe is None else getattr(probe, name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        table.to_csv(temporary, index=False)
-        os.replace(temporary, path)
+        write_text(path, table.to_csv(index=False))

@@ -20,6 +20,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.files import whole
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import read_yardstick
 from nnunet_csm.training.host import CUDA
@@ -161,7 +162,8 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, whole or not at all."""
-        temporary = f"{filename}.tmp"
-        super().save_checkpoint(temporary)
-        if not self.disable_checkpointing:
-            os.replace(temporary, filename)
+        if self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        with whole(filename) as temporary:
+            super().save_checkpoint(str(temporary))

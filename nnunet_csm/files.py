@@ -1,0 +1,44 @@
+"""Files that are written whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunet_csm.errors import UserError
+
+# of a disk, of a user's share of it, and of what a process may write (ulimit -f)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# libraries report a full disk in words of their own; one with less room than this is full
+ROOM = 2**20
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file takes its place when all went well, and is removed otherwise.
+
+    So a reader sees the old file or the whole new one, also after a process was killed.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and (not path.parent.is_dir() or shutil.disk_usage(path.parent).free > ROOM):
+            raise
+        raise UserError(f"{path}: there is no room for it, and nothing was written; free some space and run this again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

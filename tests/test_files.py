@@ -1,0 +1,56 @@
+"""A reader sees the old file or the whole new one, whatever happens in between."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from nnunet_csm.errors import UserError
+from nnunet_csm.files import whole, write_text
+
+
+def begin(path: Path, error: Exception) -> None:
+    """Write half of a file, and fail."""
+    with whole(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise error
+
+
+def test_a_file_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_text(path, "old")
+    with whole(path) as temporary:
+        temporary.write_text("new", encoding="utf-8")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_what_was_begun_is_removed_and_the_older_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    write_text(path, "old")
+    with pytest.raises(KeyError):
+        begin(path, KeyError())
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_named(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "checkpoint.pth"
+    with pytest.raises(UserError, match=r"checkpoint\.pth: there is no room"):
+        begin(path, OSError(number, "no more"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_calls_a_full_disk_otherwise_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunet_csm import files
+
+    with pytest.raises(RuntimeError, match="unexpected pos"), whole(tmp_path / "a"):
+        raise RuntimeError("unexpected pos")
+    monkeypatch.setattr(files, "ROOM", 2**63)
+    with pytest.raises(UserError, match="no room"), whole(tmp_path / "a"):
+        raise RuntimeError("unexpected pos")
+
+
+def test_other_errors_are_their_own(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole(tmp_path / "no_such_folder" / "a") as temporary:
+        temporary.write_text("a")
