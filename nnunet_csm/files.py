@@ -1,16 +1,13 @@
 """Files that are written whole or not at all."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnunet_csm.errors import UserError
+from nnunet_csm.errors import FULL, UserError
 
-# of a disk, of a user's share of it, and of what a process may write (ulimit -f)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # libraries report a full disk in words of their own; one with less room than this is full
 ROOM = 2**20
 

@@ -526,3 +526,10 @@ def test_voxels_that_are_no_numbers_are_refused_with_the_remedy(folder, where, v
     save(folder, "broken", volume)
     with pytest.raises(UserError, match=r"broken\.b2nd: holds NaN or infinite voxels"):
         opened(case_files(folder, ["large", "broken"]), where)
+
+
+def test_a_file_that_was_cut_off_is_named_with_the_remedy(folder):
+    path = folder / "large.b2nd"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"large\.b2nd: not a whole file .* preprocess again"):
+        opened(case_files(folder))

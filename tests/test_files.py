@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_csm.errors import UserError
+from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import whole, write_text
 
 
@@ -54,3 +54,11 @@ def test_a_library_that_calls_a_full_disk_otherwise_is_understood(tmp_path: Path
 def test_other_errors_are_their_own(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole(tmp_path / "no_such_folder" / "a") as temporary:
         temporary.write_text("a")
+
+
+def test_a_disk_that_is_full_elsewhere_ends_a_command_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/a.nii.gz")
+    assert ended.value.code == 2 and "out/a.nii.gz: there is no room" in capsys.readouterr().err
+    with pytest.raises(PermissionError), exit_on_user_error():
+        raise PermissionError(errno.EACCES, "no")

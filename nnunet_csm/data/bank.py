@@ -497,12 +497,28 @@ def _open(file: CaseFile) -> blosc2.NDArray:
     """Opened when needed: hundreds of files held open would exceed the usual limit."""
     if not file.path.is_file():
         raise UserError(f"{file.path}: not preprocessed; run `nnunet_csm preprocess`, or check splits_final.json")
-    opened = blosc2.open(urlpath=str(file.path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    opened = open_volumes(file.path)
     if opened.shape[0] != file.num_channels:
         raise UserError(
             f"{file.path}: {opened.shape[0]} series, expected {file.num_channels} as in the plans; plan and preprocess again"
         )
     return opened
+
+
+def open_volumes(path: Path) -> blosc2.NDArray:
+    """A file of nnU-Net's preprocessed data, of which only what is asked for is read.
+
+    Raises:
+        UserError: not such a file, or not the whole of one.
+    """
+    try:
+        return blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+    except (RuntimeError, ValueError, OSError):
+        # blosc2 says of any such file that it could not open it
+        raise UserError(
+            f"{path}: not a whole file of preprocessed data, it was cut off or changed; delete the files of this case there and "
+            f"preprocess again"
+        ) from None
 
 
 def _num_bytes(volumes: Sequence[np.ndarray]) -> int:

@@ -231,6 +231,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         with exit_on_user_error():
+            self.check_preprocessed()
             self.val_volumes = self.read_side("val")
             training = self.val_volumes if self.fold == "all" else self.read_side("train")
         make_batch = VariedSamples(training, self.settings, self.places)

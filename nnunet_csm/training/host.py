@@ -23,6 +23,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.data.bank import open_volumes
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
@@ -213,6 +214,15 @@ class CSMTrainer(nnUNetTrainer):
         validation = self.do_split()[1]
         splits = nnunet.read_splits(Path(self.preprocessed_dataset_folder_base) / self.settings.csm.splits)
         return [*validation, *splits[int(self.fold)].get("test", [])]
+
+    def check_preprocessed(self) -> None:
+        """Look at every preprocessed file before the first step, not when a batch asks for it.
+
+        Raises:
+            UserError: one that is not whole.
+        """
+        for path in sorted(Path(self.preprocessed_dataset_folder).glob("*.b2nd")):
+            open_volumes(path)
 
     def absent_series(self) -> dict[str, list[int]]:
         """Channels, by case, that hold a copy of another series and count as absent."""

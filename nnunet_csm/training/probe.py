@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnunet_csm.data.bank import Bank
+from nnunet_csm.data.bank import Bank, open_volumes
 from nnunet_csm.data.crops import Crops, cut
 from nnunet_csm.data.draws import Purpose, key
 from nnunet_csm.errors import UserError
@@ -230,7 +229,7 @@ class LabelledPatches:
         labels: list[Tensor] = []
         skipped: list[Tensor] = []
         for subject in subjects:
-            segmentation = np.asarray(blosc2.open(urlpath=str(label_file(bank.files[subject].path)), mode="r")[0])
+            segmentation = np.asarray(open_volumes(label_file(bank.files[subject].path))[0])
             # two volumes of 0 and 1, as images are kept
             lesion, skip = (wanted.astype(np.float16) for wanted in (segmentation > 0, segmentation == ignored))
             lesion[skip > 0] = 0

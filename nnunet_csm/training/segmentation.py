@@ -207,6 +207,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         return training, validation
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
+        with exit_on_user_error():
+            self.check_preprocessed()
         with no_worker_processes():
             training, validation = super().get_dataloaders()
         pin = self.device.type == "cuda"
