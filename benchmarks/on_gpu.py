@@ -54,7 +54,7 @@ STAGES = (
     Stage("data", 0, beside=True),
     Stage("alive", 45),
     Stage("cache", 0, beside=True),
-    Stage("equal", 80),
+    Stage("equal", 100),
     Stage("commands", 130),
     Stage("compiled", 65),
     Stage("speed", 165),
