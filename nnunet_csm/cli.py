@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 
 from nnunet_csm import __version__, commands, nnunet
 from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
-from nnunet_csm.errors import exit_on_user_error
+from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.machine import num_cores
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
 NUM_PROCESSES = min(8, num_cores())
+# nnU-Net's variables that hold one
+NUMBERS = ("nnUNet_def_n_proc", "nnUNet_n_proc_DA", "nnUNet_npp", "nnUNet_nps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # a terminal that cannot show a sign must not end what took hours
             stream.reconfigure(errors="replace")
     with exit_on_user_error():
+        for variable in NUMBERS:
+            if not (value := os.environ.get(variable) or "0").isdigit():
+                raise UserError(f"the environment variable {variable} is {value!r}, expected a whole number; correct or unset it")
         command: Callable[[argparse.Namespace], int] = args.run
         if command not in (commands.convert, commands.doctor):
             # a mistyped dataset need not wait for what the command imports
@@ -205,7 +210,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--continue_prediction", action="store_true", help="keep what is already there")
     p.add_argument("-step_size", type=float, default=0.5, help="from tile to tile, as a share of the patch")
     p.add_argument("--disable_tta", action="store_true", help="no mirrored passes: faster, less accurate")
-    npp, nps = (int(os.environ.get(variable) or 3) for variable in ("nnUNet_npp", "nnUNet_nps"))  # nnU-Net's own defaults
+    # nnU-Net's own defaults; `main` says when a variable is no number
+    npp, nps = (int(given) if (given := os.environ.get(name, "")).isdigit() else 3 for name in ("nnUNet_npp", "nnUNet_nps"))
     p.add_argument("-npp", type=int, default=npp, help="processes for preprocessing; 0, with -nps 0: all in one process")
     p.add_argument("-nps", type=int, default=nps, help="processes for resampling and export")
     p.add_argument("-num_parts", type=int, default=1, help="number of calls that share the cases")

@@ -285,3 +285,13 @@ def test_doctor_names_what_is_missing_and_does_not_stop_there(nnunet_folders, mo
     assert f"         -> mkdir -p {nnunet_folders.raw}" in lines
     assert sum("found as nnU-Net finds it" in line for line in lines) == 3
     assert lines[-1].endswith("to look at")
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_npp", "nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
+def test_a_variable_that_is_no_number_is_named(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "abc")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["env"])
+    assert ended.value.code == 2 and f"{variable} is 'abc', expected a whole number" in capsys.readouterr().err
