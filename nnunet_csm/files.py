@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,31 @@ def whole(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path}: there is no room for it, and nothing was written; free some space and run this again") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: str | Path, what: str) -> Iterator[None]:
+    """Keep other processes that do the same out of a folder. A killed one no longer does.
+
+    Raises:
+        UserError: another one is at work there.
+    """
+    path = Path(folder) / ".running"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another {what} is running there; wait for it or stop it, or choose another fold or plans"
+            ) from None
+        except OSError:
+            # a file system that knows no locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.files import whole, write_text
+from nnunet_csm.files import alone, whole, write_text
 
 
 def begin(path: Path, error: Exception) -> None:
@@ -62,3 +62,14 @@ def test_a_disk_that_is_full_elsewhere_ends_a_command_with_exit_code_2(capsys: p
     assert ended.value.code == 2 and "out/a.nii.gz: there is no room" in capsys.readouterr().err
     with pytest.raises(PermissionError), exit_on_user_error():
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_second_one_is_kept_out_until_the_first_has_ended(tmp_path: Path) -> None:
+    with alone(tmp_path / "fold_0", "training"):
+        with pytest.raises(UserError, match=r"fold_0: another training is running there"), alone(tmp_path / "fold_0", "training"):
+            pass
+        with alone(tmp_path / "fold_1", "training"):
+            pass
+    with alone(tmp_path / "fold_0", "training"):
+        pass
+    assert not list((tmp_path / "fold_0").iterdir())

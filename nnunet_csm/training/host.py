@@ -8,7 +8,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from nnunet_csm.data.bank import open_volumes
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.files import alone
 from nnunet_csm.machine import (
     ACCUMULATE_VARIABLE,
     accumulation,
@@ -149,7 +150,9 @@ class CSMTrainer(nnUNetTrainer):
         return optimizer, build_scheduler(optimizer, self.schedule)
 
     def run_training(self) -> None:
-        with exit_on_user_error(), lost_rank_explained(self.ranks):
+        # rank 0 writes
+        only_one = alone(self.output_folder, "training") if self.ranks.rank == 0 else nullcontext()
+        with exit_on_user_error(), lost_rank_explained(self.ranks), only_one:
             super().run_training()
 
     def on_train_start(self) -> None:
