@@ -72,7 +72,7 @@ class Stage:
             passed, value = False, f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
         self.found(check, value, passed)
 
-    def command(self, *arguments: str, code: str = "", allowed: int = 0) -> None:
+    def command(self, *arguments: str, code: str = "") -> None:
         """Run a command of the package, or a line of Python."""
         how = ["-c", code] if code else ["-m", "nnunet_csm"]
         subprocess.run([sys.executable, "-P", *how, *arguments], check=True, stdin=subprocess.DEVNULL)
