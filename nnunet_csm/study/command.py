@@ -13,7 +13,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.command import names_to_draw
 from nnunet_csm.files import write_text
-from nnunet_csm.plans import to_dict
+from nnunet_csm.schema import to_dict
 from nnunet_csm.study.collection import collect_costs, collect_predictions, collect_results
 from nnunet_csm.study.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
 from nnunet_csm.study.dataset import Dataset
@@ -186,7 +186,7 @@ def cost_of(run: Run, plans: Mapping[str, Any], study: Study, dataset: Dataset) 
         return None
     settings = dataset.settings(plans)
     if run.kind == "pretraining":
-        return pretraining_cost(settings, run.visible_tokens)
+        return pretraining_cost(settings, dataset.presence(settings.pretraining_architecture.series))
     classifies = study.task == "classification"
     num_classes = len(dataset.classes.classes) if classifies else dataset.num_classes
     return finetuning_cost(settings, len(dataset.series), num_classes, classifies)

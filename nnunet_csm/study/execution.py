@@ -21,10 +21,10 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.files import write_text
+from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_cores
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
-from nnunet_csm.training import encoder_share
 from nnunet_csm.training.yardstick import SECONDS_FILE
 
 RECORD = "record.json"

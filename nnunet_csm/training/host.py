@@ -40,7 +40,7 @@ from nnunet_csm.machine import (
 from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
-from nnunet_csm.plans import Recipe, Schedule, read_configuration
+from nnunet_csm.plans import Architecture, Recipe, Schedule, read_configuration
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
 from nnunet_csm.training.pretrained import find_encoder
@@ -123,7 +123,12 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder(self) -> Encoder:
-        return self.bare_network.encoder
+        found: Encoder = self.bare_network.encoder
+        return found
+
+    def first_layer(self) -> Tensor:
+        """Weights of the encoder that meet the voxels, as they are now."""
+        return next(self.encoder.parameters()).detach().cpu().clone()
 
     def key(self, purpose: Purpose, *numbers: int) -> int:
         return key(self.settings.csm.seed, purpose, *numbers)
@@ -143,7 +148,7 @@ class CSMTrainer(nnUNetTrainer):
         self.batch_size = len(self.places)
         if self.compiles:
             compile_parts(self.bare_network)
-        self.untrained_embedding = self.encoder.embedding.weight.detach().cpu().clone()
+        self.untrained_embedding = self.first_layer()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = build_optimizer(self.bare_network, self.encoder, self.schedule)
@@ -190,7 +195,7 @@ class CSMTrainer(nnUNetTrainer):
             wanted: auto, all, scratch, or a path, see `find_encoder`.
             num_blocks: see `transfer`.
         """
-        if not self.untrained_embedding.equal(self.encoder.embedding.weight.detach().cpu()):
+        if not self.untrained_embedding.equal(self.first_layer()):
             self.print_to_log_file("Weights were given with -pretrained_weights; no pretrained encoder is looked for")
             return
         if wanted == "scratch":
@@ -397,10 +402,10 @@ class CSMTrainer(nnUNetTrainer):
             init_args = loaded["init_args"]
             saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
             parts = [
-                {"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm), **vars(one.csm.finetuning)}
+                {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **of_architecture(one.architecture)}
                 for one in (saved, self.settings)
             ]
-            for field in sorted(self.rests_on | {"seed", "splits", *vars(saved.architecture)}):
+            for field in sorted(self.rests_on | {"seed", "splits", *of_architecture(saved.architecture)}):
                 found, expected = (part[field] for part in parts)
                 if found != expected:
                     raise UserError(
@@ -413,6 +418,13 @@ class CSMTrainer(nnUNetTrainer):
             self.average.load(loaded["network_weights"])
             self.bare_network.load_state_dict(loaded["learning_weights"])
         self.restore_provenance(loaded)
+
+
+def of_architecture(architecture: Architecture) -> dict[str, Any]:
+    """Settings of a network by name, those of the encoder under names of their own: `encoder` is where its weights come from."""
+    values = dict(vars(architecture))
+    options = values.pop("encoder")
+    return values | {f"encoder.{name}": value for name, value in vars(options).items()}
 
 
 def without_copies(dataset_class: type[nnUNetBaseDataset], absent: Mapping[str, Sequence[int]]) -> type[nnUNetBaseDataset]:

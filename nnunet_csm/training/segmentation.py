@@ -20,10 +20,10 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.draws import Purpose, What, batches, key, seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
-from nnunet_csm.training import encoder_share
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.host import CSMTrainer, without_copies
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
+from nnunet_csm.judging.voxel_regression import RidgeBaseline
 from nnunet_csm.model.tokens import Size, to_volume
 
 # of the statistics, which bound the numbers that the tokens of all series at a place are pooled to
