@@ -216,7 +216,7 @@ class Pretext(nn.Module, ABC):
         return Batch(volumes, self.draw(draws, present, variant, volumes, training=True))
 
     def picture(self, path: Path, batch: Batch, title: str) -> None:
-        """Draw what it makes of the first sample of a batch; nothing, unless said otherwise."""
+        """Draw what it makes of the first sample of a batch; nothing, unless said otherwise. The folder need not be there yet."""
 
 
 def pretext_class(name: str, where: str) -> type[Pretext]:

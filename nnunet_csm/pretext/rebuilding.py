@@ -186,6 +186,7 @@ class Rebuilding(Pretext):
         rebuilt = to_volume(self.rebuild(volume, mask).tokens, grid, token_size)
         patch, hidden_voxels, filled = (t[0].cpu().numpy() for t in (volume, hidden, rebuilt.float()))
         present = np.asarray(patch.any(axis=(1, 2, 3)))
+        path.parent.mkdir(exist_ok=True)
         save_reconstruction(path, patch, hidden_voxels, filled, self.setup.architecture.series, present, title)
 
 

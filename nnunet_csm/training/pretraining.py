@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from nnunet_csm.data.draws import Purpose, ahead
 from nnunet_csm.data.sources import fold_files
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.figures.curves import Panel, save_curves
-from nnunet_csm.judging.hidden_errors import HiddenErrors, validation_sums
+from nnunet_csm.judging.comparison import Comparison
+from nnunet_csm.judging.hidden_errors import validation_sums
 from nnunet_csm.judging.lesion_probe import draw_linear_probe
-from nnunet_csm.judging.linear_maps import fit_linear_maps
 from nnunet_csm.judging.probe import LOGGED_PRECISION, Probe, logged_names
-from nnunet_csm.judging.token_regression import TokenRidge
 from nnunet_csm.machine import has_bf16, num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.model.encoder import Encoder
@@ -66,6 +64,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         for name in self.logged:
             self.logger.local_logger.my_fantastic_logging[name] = []
         self.last_picture = 0.0
+        self.compared: Comparison | None = None
         self._best_ema: float | None = None
 
     @staticmethod
@@ -189,7 +188,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def start_probe(self) -> Probe:
         """Fit what the run is compared with; on rank 0, on the patches of all ranks."""
         started = time.monotonic()
-        probe = self.comparison()
+        self.compared, errors = self.comparison(), None
+        if self.compared is not None:
+            of_all = self.batches(self.val_batches.bank, Purpose.VALIDATION, range(self.schedule.batch_size))
+            errors = self.compared.errors(lambda: (of_all(0, step) for step in range(self.num_val_iterations_per_epoch)))
+        probe = Probe(self.pretext, self.schedule, errors)
         try:
             linear_probe = draw_linear_probe(
                 self.train_batches.bank,
@@ -207,25 +210,14 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         self.print_to_log_file(f"Probe ready after {time.monotonic() - started:.0f} s")
         return probe
 
-    def comparison(self) -> Probe:
-        """With errors of linear maps, as far as the memory that training leaves them will do."""
+    def comparison(self) -> Comparison | None:
+        """Linear maps that a pretext which rebuilds is compared with, on patches of all ranks; None for any other."""
         if not isinstance(self.pretext, Rebuilding):
-            return Probe(self.pretext, self.schedule, None)
-        validation = self.batches(self.val_batches.bank, Purpose.VALIDATION, range(self.schedule.batch_size))
-
-        def errors() -> HiddenErrors:
-            assert isinstance(self.pretext, Rebuilding)
-            found = HiddenErrors(self.pretext, self.linear_maps, self.device)
-            for step in range(self.num_val_iterations_per_epoch):
-                found.add(validation(0, step))
-            return found
-
-        try:
-            return Probe(self.pretext, self.schedule, errors())
-        except torch.OutOfMemoryError as error:
-            self.print_to_log_file(f"No comparison with linear maps: {str(error).splitlines()[0]}")
-            self.linear_maps = None
-        return Probe(self.pretext, self.schedule, errors())
+            return None
+        training = self.batches(self.train_batches.bank, Purpose.TRAINING, range(self.schedule.batch_size))
+        return Comparison(
+            self.pretext, lambda step: training(0, step), self.schedule.batch_size, self.device, self.print_to_log_file
+        )
 
     def untrained_encoder(self) -> Encoder:
         """As `initialize` made it, whatever has been learned since."""
@@ -235,17 +227,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         network: Any = self.build_network_architecture(self.plans_manager, self.configuration_manager, self.num_input_channels, 1)
         torch.set_rng_state(state)
         return network.encoder.to(self.device)
-
-    @cached_property
-    def linear_maps(self) -> TokenRidge | None:
-        """Fitted on patches of training cases; None when hardly any of them holds every series, or memory does not do."""
-        assert isinstance(self.pretext, Rebuilding)
-        batches = self.batches(self.train_batches.bank, Purpose.TRAINING, range(self.schedule.batch_size))
-        try:
-            return fit_linear_maps(lambda step: batches(0, step).volumes[0], self.pretext, self.schedule.batch_size, self.device)
-        except (UserError, torch.OutOfMemoryError) as error:
-            self.print_to_log_file(f"No comparison with linear maps: {str(error).splitlines()[0]}")
-            return None
 
     def before_step(self) -> None:
         super().before_step()
@@ -385,7 +366,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             ],
         )
         folder = Path(self.output_folder) / "reconstructions"
-        folder.mkdir(exist_ok=True)
         self.network.eval()
         for number, batch in enumerate(itertools.islice(self.fixed_validation(), 2)):
             # the sample with most to see
@@ -405,17 +385,17 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         if not hasattr(self, "val_batches"):
             # which ranks do together
             self.open_banks()
-        if self.ranks.rank > 0 or not isinstance(self.pretext, Rebuilding):
+        compared = self.compared or self.comparison()
+        if self.ranks.rank > 0 or compared is None:
             return
         folder = Path(self.output_folder) / "validation"
         folder.mkdir(exist_ok=True)
         self.print_to_log_file("Comparing reconstructions of validation cases with linear maps ...")
-        errors = HiddenErrors(self.pretext, self.linear_maps, self.device)
         self.network.eval()
+        steps = range(max(4, math.ceil(NUM_COMPARED / self.batch_size)))
         with torch.no_grad():
-            for step in range(max(4, math.ceil(NUM_COMPARED / self.batch_size))):
-                # epoch 1: other draws than those the epochs were judged by
-                errors.add(self.val_batches(1, step), self.rebuild)
+            # epoch 1: other draws than those the epochs were judged by
+            errors = compared.errors(lambda: (self.val_batches(1, step) for step in steps), self.rebuild)
         table = errors.table()
         table.to_csv(folder / "reconstruction.csv", index=False)
         save_json({"hidden_voxels": table.to_dict("records")}, str(folder / "summary.json"))
