@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import join, save_json
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
@@ -39,7 +39,6 @@ from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
 from nnunet_csm.training.host import CUDA, CSMTrainer
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
-SECONDS_BETWEEN_PICTURES = 60.0
 # of an encoder from which bf16 pays on a CPU
 WIDTH_FOR_BF16 = 256
 # patches on which reconstructions are compared with the linear map
@@ -63,7 +62,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         self.logged = (*logged_names(self.pretext_class), "crops_per_second", LOGGED_PRECISION)
         for name in self.logged:
             self.logger.local_logger.my_fantastic_logging[name] = []
-        self.last_picture = 0.0
         self.compared: Comparison | None = None
         self._best_ema: float | None = None
 
@@ -340,15 +338,10 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         if self.probe is not None:
             self.print_to_log_file(self.probe.said(log), add_timestamp=False)
             self.probe.save(log, Path(self.output_folder) / "probe.csv")
-        if (self._best_ema is None or log["val_losses"][-1] < self._best_ema) and (last or self.due("checkpoint_best.pth")):
-            self._best_ema = log["val_losses"][-1]
-            self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
-        if not last:
-            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        if self.ranks.rank == 0 and (last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES):
-            self.save_pictures()
-            self.last_picture = time.monotonic()
-        self.current_epoch += 1
+        loss = log["val_losses"][-1]
+        best = (self._best_ema is None or loss < self._best_ema) and (last or self.due("checkpoint_best.pth"))
+        self._best_ema = loss if best else self._best_ema
+        self.finish_epoch(best, self.save_pictures)
 
     def save_pictures(self) -> None:
         """Draw progress.png, and what the pretext makes of two patches of validation cases (unseen unless fold is all)."""
