@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class FrozenEncoder:
         return ImageFeatures(names, found.tokens[0], fused[0])
 
 
-def load_encoder(path: str) -> FrozenEncoder:
+def load_encoder(path: str | Path) -> FrozenEncoder:
     """The encoder in a checkpoint of one of our trainers, on the CPU.
 
     Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws
@@ -191,7 +191,7 @@ class Pretext(nn.Module, ABC):
     def forward(self, *batch: Any) -> Float[Tensor, ""]:
         """The loss of `Batch.args`, summed over what `weight` counts, so that ranks and parts of a batch add up."""
 
-    def weight(self, drawn: Drawn) -> Float[Tensor, ""]:
+    def weight(self, drawn: Drawn) -> Shaped[Tensor, ""]:
         """What the summed loss is to be divided by; samples, unless said otherwise."""
         first = drawn.tensors[0]
         return torch.full((), len(first), device=first.device)
