@@ -314,7 +314,7 @@ def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any
 
 
 def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
-    """As `read_configuration`, for the configuration's own dictionary (nnU-Net's `ConfigurationManager.configuration`)."""
+    """Do as `read_configuration`, for the configuration's own dictionary (nnU-Net's `ConfigurationManager.configuration`)."""
     if "csm" not in entry:
         raise UserError(f"{where} has no 'csm' block; write CSM plans with `nnunet_csm plan -d ID` and choose them with -p")
     entry = brought_up(entry)

@@ -45,7 +45,7 @@ class HiddenTokens:
         return HiddenTokens(truth, foreground(tokens) & present[..., None, None], present, shift, scale)
 
     def errors(self, rebuilt: Float[Tensor, "b s l v"], kinds: Bool[Tensor, "c b s l"]) -> Float[Tensor, "c s"]:
-        """Of voxels as the network gives them."""
+        """Squared errors of voxels as the network gives them."""
         return squared_errors(self.truth, (rebuilt.float() - self.shift) / self.scale, self.inside, kinds)
 
 

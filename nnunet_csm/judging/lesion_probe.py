@@ -97,7 +97,7 @@ class LabelledPatches:
 
     @torch.no_grad()
     def features(self, encoder: Encoder, settings: Configuration, autocast: Callable[[], Any], batch_size: int) -> np.ndarray:
-        """Of the encoder, all tokens visible, mean over the present series of a place: (m, e)."""
+        """Features of the encoder, all tokens visible, mean over the present series of a place: (m, e)."""
         device, grid = next(encoder.parameters()).device, settings.pretraining_grid
         found = []
         for volume, present in zip(self.volume.split(batch_size), self.present.split(batch_size), strict=True):
@@ -163,7 +163,7 @@ class LinearProbe:
         self.seconds, self.ended = 0.0, 0.0
 
     def of(self, encoder: Encoder) -> float:
-        """That of an encoder as it is now."""
+        """Average precision of an encoder as it is now."""
         started, training = time.monotonic(), encoder.training
         encoder.eval()
         features = (

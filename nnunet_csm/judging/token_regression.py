@@ -115,7 +115,7 @@ class TokenRidge:
         return linear, linear + inputs @ matrix.to(tokens) + mean.to(tokens)
 
     def _solved(self, shown: tuple[int, ...], series: int, alpha: float) -> tuple[Tensor, Tensor]:
-        """Of what the voxel-wise map leaves over: matrix and intercept on pooled, shifted inputs."""
+        """Map of what the voxel-wise map leaves over: matrix and intercept on pooled, shifted inputs."""
         weights, intercept = self.voxelwise.coefficients(shown, series)
         # what is left over is itself linear in the voxels of all series, shifted, and in 1
         left_over = self.sums.new_zeros(self.num_series + 1)

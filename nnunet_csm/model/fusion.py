@@ -1,4 +1,4 @@
-"""From one feature per series and place to one per place, as a map; every way is a class here and a name in the plans."""
+"""One feature per place out of one per series and place, as a map; every way is a class here and a name in the plans."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

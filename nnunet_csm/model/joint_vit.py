@@ -29,7 +29,7 @@ class JointViT(ViT):
         num_levels: int = 1,
         shown: Sequence[int] | None = None,
     ) -> list[Features]:
-        """As of any encoder; there is nothing to mask or leave out."""
+        """Features as of any encoder; there is nothing to mask or leave out."""
         grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
         index = all_tokens(1, grid, len(volume), volume.device)
         tokens = select(join(to_tokens(volume, self.token_size)), index)

@@ -1,4 +1,4 @@
-"""From nnU-Net's plans and the fingerprint to CSM plans: every decision with its reason."""
+"""CSM plans from nnU-Net's plans and the fingerprint: every decision with its reason."""
 
 import dataclasses
 import math

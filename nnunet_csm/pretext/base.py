@@ -69,7 +69,7 @@ class Drawn:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def __getitem__(self: D, samples: slice) -> D:
-        """That of some samples."""
+        """The draws of some samples."""
         return type(self)(*(tensor[samples] for tensor in self.tensors))
 
 

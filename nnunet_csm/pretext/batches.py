@@ -48,5 +48,5 @@ class Batches:
 
 
 def pick(cumulative: Float[Tensor, " n"], draws: Draws, what: What) -> Int[Tensor, " b"]:
-    """For each sample the number of an entry, drawn by its weight, given running sums of weights; those of weight 0 never are."""
+    """Draw for each sample the number of an entry, by its weight, given running sums of weights; those of weight 0 never are."""
     return torch.searchsorted(cumulative, draws.uniform(what, 1)[:, 0].double() * cumulative[-1], right=True)

@@ -83,7 +83,7 @@ class CSM(Rebuilding):
         return [("mask ratio", f"{masking.mask_ratio:g}", shown), hidden, (what, value, why)]
 
     def variants(self, present: Bool[Tensor, "c s"]) -> Float[Tensor, "c n"]:
-        """By the number of series that stay visible in part, less one."""
+        """Kinds of batches by the number of series that stay visible in part, less one."""
         return shown_series_weights(present, self.settings.masking).double()
 
     def draw(self, draws: Draws, present: Bool[Tensor, "b s"], variant: int, volumes: tuple[Tensor, ...], training: bool) -> Mask:

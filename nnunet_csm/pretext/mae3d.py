@@ -108,7 +108,7 @@ class MAE3D(Rebuilding):
         return separate(self.decoder(encoded, mask.visible, places, grid)[:, None], num_series).flatten(1, 2)
 
     def moments(self, tokens: Float[Tensor, "b n l v"], present: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
-        """Those of joint tokens, over the voxels of present series."""
+        """Moments of joint tokens, over the voxels of present series."""
         return joint_moments(tokens, present)
 
     def moments_of_asked(self, truth: Float[Tensor, "b m v"], tokens: Float[Tensor, "b s l v"]) -> tuple[Tensor, Tensor]:

@@ -254,12 +254,12 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter_compiled(self, part: nn.Module, inputs: Any) -> None:
-        """Before the forward pass of a part that is compiled; what it is given is in memory."""
+        """Note what comes before the forward pass of a part that is compiled; what it is given is in memory."""
         self.write(*_tensors(inputs))
         self.fuse = True
 
     def leave_compiled(self, part: nn.Module, inputs: Any, outputs: Any) -> None:
-        """After it; what it gives is in memory."""
+        """Note what comes after it; what it gives is in memory."""
         self.write(*_tensors(outputs))
         self.fuse = False
 

@@ -181,7 +181,7 @@ def announcement(runs: Runs, records: Mapping[str, Any], study: Study, dataset: 
 
 
 def cost_of(run: Run, plans: Mapping[str, Any], study: Study, dataset: Dataset) -> Cost | None:
-    """Of our own trainings."""
+    """Cost of a training of ours; None for stock nnU-Net."""
     if "csm_yardstick" in plans:
         return None
     settings = dataset.settings(plans)

@@ -45,7 +45,7 @@ def pretraining_cost(settings: Configuration, present: Bool[Tensor, "c s"]) -> C
 
 
 def finetuning_cost(settings: Configuration, num_channels: int, num_classes: int, classifies: bool) -> Cost:
-    """Of a fine-tuning on patches of all planned series."""
+    """Operations of a fine-tuning on patches of all planned series."""
     classification = settings.csm.classification
     schedule = classification.schedule if classifies else settings.csm.finetuning_schedule
     with torch.device("meta"):

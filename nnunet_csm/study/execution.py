@@ -137,7 +137,7 @@ def test(run: Run, one: Evaluation, folder: Path, place: Place) -> pd.DataFrame:
 
 
 def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Place) -> None:
-    """Into a folder that gets its name when it is whole: a killed export leaves files that read as images."""
+    """Write into a folder that gets its name when it is whole: a killed export leaves files that read as images."""
     begun = predictions.with_name(f".{predictions.name}.tmp")
     done = folder / f"predict_{predictions.name}.json"
     for path in (begun, done):

@@ -1,4 +1,4 @@
-"""From a study to its runs: what is to be trained, with which plans and patients, and which rows of the table it serves."""
+"""The runs of a study: what is to be trained, with which plans and patients, and which rows of the table it serves."""
 
 import itertools
 from collections.abc import Mapping, Sequence

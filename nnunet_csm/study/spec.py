@@ -153,7 +153,7 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def parse_study(data: Mapping[str, Any], where: str) -> Study:
-    """As `read_study`, for what stands in the file."""
+    """Do as `read_study`, for what stands in the file."""
     arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in data.get("arms") or []]
     study = from_dict(Study, {"changes": {}, **data, "arms": arms}, where)
     _check(study, where)

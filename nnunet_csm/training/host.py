@@ -252,14 +252,14 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        """In the iteration that runs now, counted from 1. There is nothing to keep in an encoder that starts from scratch."""
+        """Whether the encoder does not learn in the iteration that runs now, counted from 1. There is nothing to keep in an encoder that starts from scratch."""
         if self.frozen_share == 0.0 or self.encoder_source == "scratch":
             return False
         return self.iteration <= round(self.frozen_share * self.schedule.num_iterations)
 
     @contextmanager
     def exchange_gradients(self, now: bool) -> Iterator[None]:
-        """Of accumulated gradients, only once."""
+        """Exchange accumulated gradients only once."""
         if now or not isinstance(self.learning_network, DistributedDataParallel):
             yield
         else:
@@ -289,7 +289,7 @@ class CSMTrainer(nnUNetTrainer):
 
     @abstractmethod
     def summed_loss(self, batch: Any) -> Tensor:
-        """Of a part of a batch, by `learning_network`."""
+        """The loss of a part of a batch, by `learning_network`."""
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         loss = torch.stack([output["loss"] for output in train_outputs])

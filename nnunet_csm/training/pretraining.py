@@ -98,7 +98,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     @property
     def series(self) -> tuple[str, ...]:
-        """Those of all sources."""
+        """Series of all sources."""
         return self.settings.pretraining_architecture.series
 
     def _build_loss(self) -> None:
@@ -135,7 +135,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
                 self.print_to_log_file(f"WARNING: left out, as all planned series are zero there: {', '.join(names)}")
 
     def batches(self, bank: Bank, purpose: Purpose, places: range) -> Batches:
-        """Those of some places in the batch of all ranks."""
+        """Batches of some places in the batch of all ranks."""
         return Batches(bank, self.pretext, self.settings.csm.seed, purpose, places)
 
     def open_bank(self, files: Sequence[CaseFile]) -> Bank:
@@ -218,7 +218,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         )
 
     def untrained_encoder(self) -> Encoder:
-        """As `initialize` made it, whatever has been learned since."""
+        """The encoder as `initialize` made it, whatever has been learned since."""
         state = torch.get_rng_state()
         # the CPU's only, where networks are made
         torch.default_generator.manual_seed(self.key(Purpose.NETWORK))
@@ -273,7 +273,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """As training computes, but not compiled: parts of batches have shapes of their own."""
+        """Compute as training does, but not compiled: parts of batches have shapes of their own."""
         with self.autocast(), uncompiled():
             yield
 
