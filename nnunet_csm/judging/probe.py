@@ -55,7 +55,7 @@ class Probe:
         return float("nan") if self.baselines is None else self.baselines[estimate][LOGGED_ERRORS.index(self.judged)]
 
     def precision(self, encoder: Encoder, epoch: int) -> float:
-        """Average precision of the linear probe, in the first and the last epoch and as often as its cost allows; NaN in others."""
+        """Average precision of the linear probe in the first and the last epoch, and as often as its cost allows; else NaN."""
         probe, last = self.linear_probe, self.schedule.num_epochs - 1
         return probe.of(encoder) if probe is not None and (epoch in (0, last) or probe.due) else float("nan")
 

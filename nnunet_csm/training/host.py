@@ -252,7 +252,10 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        """Whether the encoder does not learn in the iteration that runs now, counted from 1. There is nothing to keep in an encoder that starts from scratch."""
+        """Whether the encoder does not learn in the iteration that runs now, counted from 1.
+
+        There is nothing to keep in an encoder that starts from scratch.
+        """
         if self.frozen_share == 0.0 or self.encoder_source == "scratch":
             return False
         return self.iteration <= round(self.frozen_share * self.schedule.num_iterations)
