@@ -3,11 +3,15 @@
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from nnunet_csm.data.bank import Bank
+from nnunet_csm.data.crops import Crops, Occupancy
 from nnunet_csm.planning.planner import Facts, Wishes, plan
 from nnunet_csm.planning.presets import merged
 from nnunet_csm.plans import Architecture, Configuration, Source, read_configuration
@@ -133,6 +137,18 @@ class GuessedMemory:
         weights = 12 * architecture.depth * architecture.width**2
         activations = batch_size * (40 * num_tokens * architecture.width * architecture.depth + 400 * math.prod(patch_size))
         return Memory(16 * weights, activations, 0)
+
+
+class KnownBank(Bank):
+    """Stands in for a bank: of its cases only the series are known, and `patches` makes crops of some cases in a size."""
+
+    def __init__(self, series_present: Tensor, patches: Callable[[Tensor, Size], Tensor]) -> None:
+        self.device, self.patches = torch.device("cpu"), patches
+        self.series_present, self.shapes = series_present, torch.full((len(series_present), 3), 12)
+        self.occupancy = Occupancy.of([np.ones((2, 2, 2), bool)] * len(series_present))
+
+    def cut(self, cases: Tensor, crops: Crops, patch_size: Size) -> Tensor:
+        return self.patches(cases, patch_size)
 
 
 def csm_plans(
