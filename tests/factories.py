@@ -177,6 +177,19 @@ def csm_plans(
     return plans
 
 
+def as_version_2(plans: dict[str, Any]) -> dict[str, Any]:
+    """Plans as version 2 had them: every key written, one masking for both pretexts, which a key of the network told apart."""
+    plans = copy.deepcopy(plans)
+    entry = plans["configurations"]["3d_fullres"]
+    network, csm = entry["architecture"]["arch_kwargs"], entry["csm"]
+    network["joint_tokens"] = network.pop("encoder")["kind"] == "joint_vit"
+    pretext = csm.pop("pretext")
+    csm["version"] = 2
+    csm["masking"] = {"places": "shared", "hidden_series": "none", "background": "rebuilt"} | pretext["masking"]
+    csm["reconstruction"] = pretext["reconstruction"]
+    return plans
+
+
 def settings(**changes: Any) -> Configuration:
     """As `csm_plans`, read and validated."""
     return read_configuration(csm_plans(**changes), "3d_fullres", "nnUNetCSMPlans.json")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, settings
+from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, as_version_2, csm_plans, settings
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import build_encoder
@@ -233,22 +233,9 @@ def test_an_unknown_fusion_is_refused_and_those_there_are_are_named(num_series):
 # --- plans of before version 3 -----------------------------------------------------------------------------------------------
 
 
-def as_version_2(plans, joint):
-    """Plans as version 2 had them: every key written, and one masking for both pretexts."""
-    entry = plans["configurations"]["3d_fullres"]
-    network, csm = entry["architecture"]["arch_kwargs"], entry["csm"]
-    del network["encoder"]
-    network["joint_tokens"] = joint
-    pretext = csm.pop("pretext")
-    csm["version"] = 2
-    csm["masking"] = {"places": "shared", "hidden_series": "none", "background": "rebuilt"} | pretext["masking"]
-    csm["reconstruction"] = pretext["reconstruction"]
-    return plans
-
-
 @pytest.mark.parametrize("changes", [{}, JOINT], ids=["csm", "joint"])
 def test_plans_of_version_2_read_as_those_that_are_written_now(changes):
-    old = as_version_2(csm_plans(**changes), joint=bool(changes))
+    old = as_version_2(csm_plans(**changes))
     before = json.dumps(old)
     found, expected = (read_configuration(plans, "3d_fullres", FILE) for plans in (old, csm_plans(**changes)))
     assert setup_of(found, FILE) == setup_of(expected, FILE)
@@ -259,6 +246,20 @@ def test_plans_of_version_2_read_as_those_that_are_written_now(changes):
 
 
 def test_a_key_that_version_2_did_not_know_is_still_unknown():
-    plans = as_version_2(csm_plans(), joint=False)
+    plans = as_version_2(csm_plans())
     plans["configurations"]["3d_fullres"]["csm"]["masking"]["ratio"] = 0.5
     assert "masking: unknown ratio" in refused(plans)
+
+
+def test_plans_from_before_joint_tokens_and_background_are_csms():
+    old = as_version_2(csm_plans())
+    entry = old["configurations"]["3d_fullres"]
+    del entry["architecture"]["arch_kwargs"]["joint_tokens"], entry["csm"]["masking"]["background"]
+    assert setup_of(read_configuration(old, "3d_fullres", FILE), FILE) == setup_of(settings(), FILE)
+
+
+@pytest.mark.parametrize("changes", [{}, JOINT], ids=["csm", "joint"])
+def test_nnunet_builds_the_network_of_version_2_from_its_own_arguments(changes):
+    arguments = as_version_2(csm_plans(**changes))["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert "joint_tokens" in arguments
+    assert CSMSegmenter(len(SERIES), 3, **arguments).architecture == settings(**changes).architecture

@@ -206,7 +206,8 @@ def test_the_first_blocks_are_loaded_and_the_others_stay(num_blocks: int | None)
 
 def test_norms_biases_series_embeddings_mask_token_and_gate_do_not_decay() -> None:
     s = settings()
-    for network in (segmenter("gated"), pretext_of(s), build_classifier(s, 3, 2)):
+    by_series = settings(architecture={"encoder": {"embedding": "by_series"}}, reconstruction={"head": "by_series"})
+    for network in (segmenter("gated"), pretext_of(s), pretext_of(by_series), build_classifier(s, 3, 2)):
         optimizer = build_optimizer(network, network.encoder, s.csm.finetuning_schedule)
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         normed = {id(p) for m in network.modules() if isinstance(m, nn.LayerNorm | nn.InstanceNorm3d) for p in m.parameters()}

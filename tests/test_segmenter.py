@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 
 NUM_CLASSES = 4
-OF_DATASET = {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE}
-LIGHT = {"decoder": "light", "fusion": "projected"}
+OF_DATASET: dict[str, Any] = {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE}
+LIGHT: dict[str, Any] = {"decoder": "light", "fusion": "projected"}
 
 
 def build(series=SERIES, token_size=TOKEN_SIZE, channels=None, input_channels=None, **changes):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factories import GRID_SIZE, PATCH_SIZE, SERIES, TOKEN_SIZE, base_plans, checkpoint_of, csm_plans, pretext_of
+from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TOKEN_SIZE, as_version_2, base_plans, checkpoint_of, csm_plans, pretext_of
 from torch import nn
 
 from nnunet_csm import checkpoint
@@ -137,6 +137,14 @@ def test_how_weights_began_does_not_matter(tmp_path):
     network, architecture = downstream(architecture={"encoder": {"series_embedding_std": 0.02, "query_key_gain": 0.0}})
     transfer(read_encoder(str(path)), network.encoder, architecture)
     assert features(network.encoder, random_volume()).equal(features(model.encoder, random_volume()))
+
+
+@pytest.mark.parametrize("changes", [{}, JOINT], ids=["csm", "joint"])
+def test_an_encoder_pretrained_by_plans_of_version_2_enters(tmp_path, changes):
+    model, path = pretrained(tmp_path, as_version_2(csm_plans(**changes)))
+    network, architecture = downstream(**changes)
+    transfer(read_encoder(str(path)), network.encoder, architecture)
+    assert all(network.encoder.state_dict()[name].equal(tensor) for name, tensor in model.encoder.state_dict().items())
 
 
 BY_SERIES = {"encoder": {"embedding": "by_series"}}
