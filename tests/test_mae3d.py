@@ -428,7 +428,9 @@ def test_the_segmenter_takes_any_series_and_needs_not_be_told_which():
 @pytest.mark.parametrize("pooling", ["attentive", "mean"])
 def test_the_classifier_pools_joint_tokens(pooling):
     torch.manual_seed(0)
-    network = CSMClassifier(3, 2, series=SERIES, channels=(0, 1, 2), token_size=TOKEN_SIZE, **TINY, **JOINT_NETWORK, pooling=pooling).eval()
+    network = CSMClassifier(
+        3, 2, series=SERIES, channels=(0, 1, 2), token_size=TOKEN_SIZE, **TINY, **JOINT_NETWORK, pooling=pooling
+    ).eval()
     # of the second sample, the first and the second series are absent
     volume = random_volume(torch.tensor([[True, True, True], [False, False, True]]))
     features = network.features(volume)

@@ -133,7 +133,11 @@ def test_an_unknown_key_is_named_with_those_that_are_expected(path):
         (["csm"], [], "csm is [], expected a JSON object"),
         (["csm", "seed"], "abc", "seed is 'abc', expected int"),
         (["csm", "reasons"], {"patch size": 3}, "reasons.patch size is 3, expected"),
-        (["architecture", "arch_kwargs", "encoder", "positions"], "learned", "positions is 'learned', expected 'geometric' | 'mae'"),
+        (
+            ["architecture", "arch_kwargs", "encoder", "positions"],
+            "learned",
+            "positions is 'learned', expected 'geometric' | 'mae'",
+        ),
         (["csm", "pretext"], "csm", "pretext is 'csm', expected"),
         (["csm", "pretext", "reconstruction", "head"], 3, "head is 3, expected 'shared' | 'by_series'"),
         (["csm", "pretext", "masking", "fewest_hidden"], 0.5, "fewest_hidden is 0.5, expected int"),

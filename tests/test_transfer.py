@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TOKEN_SIZE, as_version_2, base_plans, checkpoint_of, csm_plans, pretext_of
+from factories import (
+    GRID_SIZE,
+    JOINT,
+    PATCH_SIZE,
+    SERIES,
+    TOKEN_SIZE,
+    as_version_2,
+    base_plans,
+    checkpoint_of,
+    csm_plans,
+    pretext_of,
+)
 from torch import nn
 
 from nnunet_csm import checkpoint
