@@ -39,7 +39,7 @@ class Fading(Drawn):
 
 
 class Fade(Pretext):
-    """Tells from a crop how much a second, larger one of the same case was faded; cases are apart by how many series they have."""
+    """Tells from a crop how much a second, larger one was faded; a batch holds cases with as many series as each other."""
 
     Settings = Settings
     Draw = Fading

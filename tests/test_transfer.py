@@ -187,6 +187,16 @@ def test_layers_of_series_are_carried_by_name_and_a_new_series_starts_from_their
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("source", "target"), [(SERIES, ["T1w"]), (["T1w"], SERIES)], ids=["to one", "from one"])
+def test_the_layer_of_one_series_alone_is_carried(tmp_path, source, target):
+    model, path = pretrained(tmp_path, csm_plans(series=source, architecture=BY_SERIES))
+    network, architecture = downstream(series=target, architecture=BY_SERIES)
+    transfer(read_encoder(str(path)), network.encoder, architecture)
+    for name in ("weight", "bias"):
+        found, expected = getattr(network.encoder.embedding, name), getattr(model.encoder.embedding, name)
+        assert found[target.index("T1w")].equal(expected[source.index("T1w")])
+
+
 # --- what does not -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +261,9 @@ def test_a_checkpoint_of_nnunets_own_trainer_is_refused(tmp_path):
     refused(path, "without an encoder of ours")
 
 
-@pytest.mark.parametrize("name", ["encoder.norm.weight", "encoder.blocks.1.attn.qkv.bias", "encoder.series_embedding"])
+@pytest.mark.parametrize(
+    "name", ["encoder.norm.weight", "encoder.blocks.1.attn.qkv.bias", "encoder.series_embedding", "encoder.embedding.weight"]
+)
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(tmp_path, name):
     model, path = pretrained(tmp_path)
     weights = {k: v for k, v in model.state_dict().items() if k != name}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, loss_of, pretext_of
+from factories import GRID_SIZE, JOINT, PATCH_SIZE, loss_of, pretext_of
 from factories import settings as read_settings
 from torch import nn
 
@@ -176,10 +176,7 @@ def test_all_of_it_learns():
     assert all(gradient.any() for part in (model.encoder.embedding, model.decoder.head) for gradient in part.weight.grad)
 
 
-@pytest.mark.parametrize("changes", [{"series": SERIES[:1]}, JOINT], ids=["one series", "joint tokens"])
-def test_where_tokens_are_of_one_series_the_layer_is_the_shared_one(changes):
-    architecture = changes.get("architecture", {"encoder": {}})
-    of_each = {"encoder": architecture["encoder"] | {"embedding": "by_series"}}
-    shared = build(**changes)
-    apart = build(**(changes | {"architecture": of_each, "reconstruction": {"head": "by_series"}}))
+def test_joint_tokens_have_one_layer_in_any_case():
+    of_each = {"encoder": JOINT["architecture"]["encoder"] | {"embedding": "by_series"}}
+    shared, apart = build(**JOINT), build(**(JOINT | {"architecture": of_each, "reconstruction": {"head": "by_series"}}))
     assert {n: t.shape for n, t in apart.state_dict().items()} == {n: t.shape for n, t in shared.state_dict().items()}
