@@ -239,7 +239,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     @cached_property
     def linear_maps(self) -> TokenRidge | None:
         """Fitted on patches of training cases; None when hardly any of them holds every series, or memory does not do."""
-        assert isinstance(self.pretext, Rebuilding)
+        if not isinstance(self.pretext, Rebuilding):
+            # nnU-Net reads every property, to write them down
+            return None
         batches = self.batches(self.train_batches.bank, Purpose.TRAINING, range(self.schedule.batch_size))
         try:
             return fit_linear_maps(lambda step: batches(0, step).volumes[0], self.pretext, self.schedule.batch_size, self.device)
