@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.encoder import build_encoder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -17,5 +17,4 @@ def test_pretraining_without_nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = runpy.run_path(str(script), run_name="__main__")
     first, last = (float(line.split("held out ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()[:2])
     assert last < 0.8 * first
-    a = names["ENCODER"]
-    Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads).load_state_dict(torch.load(out, weights_only=True))
+    build_encoder(names["ENCODER"]).load_state_dict(torch.load(out, weights_only=True))
