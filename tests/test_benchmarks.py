@@ -110,7 +110,7 @@ def test_growth(load, printed, monkeypatch):
     module = load("scaling")
     pretraining = load("pretrain_speed")
     shape = (24, 28, 24)
-    tiny = pretraining.Row("CSM", "demo", 2, 16, 4, shape, 8)
+    tiny = pretraining.Row("demo", 2, 16, 4, shape, 8)
     monkeypatch.setattr(module, "rows", lambda cpu: (tiny, tiny))
     for name, value in {"NUM_CASES": 2, "SHAPE": shape, "NUM_SERIES": 2}.items():
         monkeypatch.setattr(module, name, value)
@@ -219,7 +219,7 @@ def test_a_stage_leaves_its_findings_and_one_that_fails_stops_no_other(
 
 
 def test_stages_of_a_gpu_are_tried_on_a_cpu(load: Callable[[str], Any], tmp_path: Path) -> None:
-    module = load("gpu_stages")
+    module = load("stages_equal")
     stage = module.Stage("alive", tmp_path, tmp_path / "results.jsonl", True, "quick", 1)
     module.alive(stage)
     module.attention(stage)

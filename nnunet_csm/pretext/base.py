@@ -208,9 +208,9 @@ class Pretext(nn.Module, ABC):
         return self.setup.num_tokens * float(present.sum(1).double().mean())
 
     def example(self, num_samples: int, variant: int) -> Batch:
-        """A batch of samples that have every series, with images of no content: what memory and operations are counted on."""
+        """A batch of samples that have every series, with images of noise: what memory, operations and time are measured on."""
         num_series = self.setup.num_series
-        volumes = tuple(torch.empty(num_samples, num_series, *size) for size in self.crop_sizes)
+        volumes = tuple(torch.randn(num_samples, num_series, *size) for size in self.crop_sizes)
         draws = Draws(0, torch.arange(num_samples))
         present = torch.ones(num_samples, num_series, dtype=torch.bool)
         return Batch(volumes, self.draw(draws, present, variant, volumes, training=True))

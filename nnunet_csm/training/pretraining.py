@@ -238,8 +238,12 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     @cached_property
     def linear_maps(self) -> TokenRidge | None:
-        """Fitted on patches of training cases; None when hardly any of them holds every series, or memory does not do."""
-        assert isinstance(self.pretext, Rebuilding)
+        """Fitted on patches of training cases; None when hardly any of them holds every series, or memory does not do.
+
+        None, too, where nothing is rebuilt: nnU-Net reads every attribute for its debug.json.
+        """
+        if not isinstance(self.pretext, Rebuilding):
+            return None
         batches = self.batches(self.train_batches.bank, Purpose.TRAINING, range(self.schedule.batch_size))
         try:
             return fit_linear_maps(lambda step: batches(0, step).volumes[0], self.pretext, self.schedule.batch_size, self.device)
