@@ -63,7 +63,7 @@ def equal(stage: Stage) -> None:
 
     for name in batches:
         if name != "memory":
-            stage.attempt(f"bank: {name} as memory", lambda name=name: same(name))  # type: ignore[misc]
+            stage.attempt(f"bank: {name} as memory", lambda name=name: same(name))
     graphs(stage, batches["gpu"], method)
     attention(stage)
 

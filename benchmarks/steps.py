@@ -68,14 +68,21 @@ class Method(NamedTuple):
         return self.pretext(self.setup)
 
 
-def method_of(preset: str, num_series: int, token_size: Size, patch_size: Size, **changes: Mapping[str, Any]) -> Method:
-    """What a preset pretrains, on some series and sizes; `changes` to its `network` and `pretext` as in the file of a preset."""
+def method_of(
+    preset: str,
+    num_series: int,
+    token_size: Size,
+    patch_size: Size,
+    network: Mapping[str, Any] | None = None,
+    pretext: Mapping[str, Any] | None = None,
+) -> Method:
+    """What a preset pretrains, on some series and sizes, with changes to its `network` and `pretext` as a preset's file has them."""
     read = read_preset(preset)
-    read = replace(read, **{key: merged(getattr(read, key), change) for key, change in changes.items()})
+    read = replace(read, network=merged(read.network, network or {}), pretext=merged(read.pretext, pretext or {}))
     series = tuple(f"series{number}" for number in range(num_series))
     architecture = read.architecture(series, tuple(range(num_series)), token_size, f"preset {preset}")
-    pretext, settings = read_pretext(read.pretext, architecture, f"preset {preset}: pretext")
-    return Method(pretext, Setup(architecture, settings, patch_size))
+    cls, settings = read_pretext(read.pretext, architecture, f"preset {preset}: pretext")
+    return Method(cls, Setup(architecture, settings, patch_size))
 
 
 def variants_of(pretext: Pretext) -> dict[int, float]:
