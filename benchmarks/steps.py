@@ -76,7 +76,7 @@ def method_of(
     network: Mapping[str, Any] | None = None,
     pretext: Mapping[str, Any] | None = None,
 ) -> Method:
-    """What a preset pretrains, on some series and sizes, with changes to its `network` and `pretext` as a preset's file has them."""
+    """What a preset pretrains, on some series and sizes; `network` and `pretext` are changes to these keys of its file."""
     read = read_preset(preset)
     read = replace(read, network=merged(read.network, network or {}), pretext=merged(read.pretext, pretext or {}))
     series = tuple(f"series{number}" for number in range(num_series))

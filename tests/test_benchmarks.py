@@ -84,6 +84,24 @@ def test_pretraining(load, printed, monkeypatch, tmp_path):
     assert row["crops_per_second"] > 0 and (tmp_path / "speed.png").is_file()
 
 
+OTHERS = {
+    "MAE3D": {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d"}},
+    "HiddenMeans": {"pretext": {"name": "own_pretext.HiddenMeans"}},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_pretraining_by_any_pretext(what, load, printed, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS.with_name("examples"))
+    module = load("pretrain_speed")
+    monkeypatch.setattr(module, "NUM_CASES", 2)
+    monkeypatch.setattr(module, "peak_operations", lambda device: 1e12)
+    preset = tmp_path / "own.json"
+    preset.write_text(json.dumps({"inherits_from": "demo", "description": what, **OTHERS[what]}))
+    table = printed(module, "--cpu", "-n", 1, "--presets", preset)
+    assert min(numbers(table, f"{what} own")) > 0
+
+
 def test_finetuning(load, printed, monkeypatch):
     module = load("finetune_speed")
     monkeypatch.setattr(module, "CPU_ROWS", [module.Row("demo", (16, 16, 16), 8, 2)])

@@ -71,6 +71,7 @@ def test_a_pretext_of_ones_own_learns_and_parts_of_its_batch_add_up(own: Pretext
         optimizer.step()
     assert loss < 0.1 * whole / own.weight(batch.drawn)
     assert pretraining_memory(type(own), own.setup, 4).total > 0
+    assert own.described(own.setup, {3: 4}) == [("pretext", "HiddenMeans", "num_hidden 2")]
 
 
 def test_features_of_some_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
