@@ -21,10 +21,11 @@ def read(path: str, spacing: tuple[float, float, float]) -> np.ndarray:
     inside = image != 0
     statistics = sitk.LabelStatisticsImageFilter()
     statistics.Execute(image, inside)
-    image = (image - statistics.GetMean(1)) / statistics.GetSigma(1) * sitk.Cast(inside, sitk.sitkFloat32)
+    image = sitk.Mask((image - statistics.GetMean(1)) / statistics.GetSigma(1), inside)
     size = [round(n * old / new) for n, old, new in zip(image.GetSize(), image.GetSpacing(), spacing[::-1], strict=True)]
     frame = image.GetOrigin(), spacing[::-1], image.GetDirection()
-    return sitk.GetArrayFromImage(sitk.Resample(image, size, sitk.Transform(), sitk.sitkLinear, *frame, 0.0))
+    resampled = sitk.Resample(image, size, sitk.Transform(), sitk.sitkLinear, *frame, 0.0, sitk.sitkFloat32)
+    return sitk.GetArrayFromImage(resampled)
 
 
 def main() -> None:
