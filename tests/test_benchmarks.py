@@ -84,7 +84,7 @@ def test_pretraining(load, printed, monkeypatch, tmp_path):
     assert row["crops_per_second"] > 0 and (tmp_path / "speed.png").is_file()
 
 
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "MAE3D": {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d"}},
     "HiddenMeans": {"pretext": {"name": "own_pretext.HiddenMeans"}},
 }
