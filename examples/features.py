@@ -2,8 +2,8 @@
 
     python examples/features.py checkpoint_final.pth FLAIR=flair.nii.gz T1w=t1.nii.gz -o features.pt
 
-The images lie on one grid. They are z-scored over their nonzero voxels and resampled to the spacing that the encoder was trained
-at, much as nnU-Net's preprocessing does for brains without skulls; a series that a patient does not have is left out.
+The images lie on one grid. They are resampled to the spacing that the encoder was trained at, and z-scored over their nonzero
+voxels, much as nnU-Net's preprocessing does for brains without skulls; a series that a patient does not have is left out.
 """
 
 import argparse
@@ -16,12 +16,8 @@ import nnunet_csm
 
 
 def read(path: str, spacing: tuple[float, float, float]) -> np.ndarray:
-    """A z-scored image (z, y, x) at a spacing in mm along (z, y, x)."""
+    """An image (z, y, x) at a spacing in mm along (z, y, x)."""
     image = sitk.ReadImage(path, sitk.sitkFloat32)
-    inside = image != 0
-    statistics = sitk.LabelStatisticsImageFilter()
-    statistics.Execute(image, inside)
-    image = sitk.Mask((image - statistics.GetMean(1)) / statistics.GetSigma(1), inside)
     size = [round(n * old / new) for n, old, new in zip(image.GetSize(), image.GetSpacing(), spacing[::-1], strict=True)]
     frame = image.GetOrigin(), spacing[::-1], image.GetDirection()
     resampled = sitk.Resample(image, size, sitk.Transform(), sitk.sitkLinear, *frame, 0.0, sitk.sitkFloat32)

@@ -75,7 +75,7 @@ def test_a_pretext_of_ones_own_learns_and_parts_of_its_batch_add_up(own: Pretext
 
 
 def test_features_of_some_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against a stand-in for the encoder: what it is given is z-scored, at its spacing, and what it gives is kept."""
+    """Given to a stand-in for the encoder: images at its spacing; what it gives is kept."""
     given: dict[str, np.ndarray] = {}
 
     def features(images: dict[str, np.ndarray]) -> SimpleNamespace:
@@ -94,5 +94,5 @@ def test_features_of_some_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     runpy.run_path(script, run_name="__main__")
     assert "tokens (2, 8, 6)" in capsys.readouterr().out
     assert {series: volume.shape for series, volume in given.items()} == {"FLAIR": (8, 10, 12), "T1w": (16, 10, 12)}
-    assert given["FLAIR"].mean() == pytest.approx(0, abs=1e-4) and given["FLAIR"].std() == pytest.approx(1, abs=1e-3)
+    assert given["FLAIR"].mean() == pytest.approx(100, abs=2)
     assert torch.load(out, weights_only=True)["map"].shape == (6, 2, 2, 2)
