@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws
@@ -77,7 +77,8 @@ class Drawn:
 class Batch:
     """Images and what was drawn for them."""
 
-    volumes: tuple[Float[Tensor, "b s z y x"], ...]
+    # crops may have sizes of their own
+    volumes: tuple[Float[Tensor, "b s _z _y _x"], ...]
     """A crop of each sample, or several crops, see `Pretext.crop_sizes`."""
     drawn: Drawn
 
@@ -175,7 +176,7 @@ class Pretext(nn.Module, ABC):
         draws: Draws,
         present: Bool[Tensor, "b s"],
         variant: int,
-        volumes: tuple[Float[Tensor, "b s z y x"], ...],
+        volumes: tuple[Float[Tensor, "b s _z _y _x"], ...],
         training: bool,
     ) -> Drawn:
         """Draw for a batch, on the device of its images. Nothing here may wait for the device, no shape depend on what is drawn.
@@ -192,8 +193,8 @@ class Pretext(nn.Module, ABC):
     def forward(self, *batch: Any) -> Float[Tensor, ""]:
         """The loss of `Batch.args`, summed over what `weight` counts, so that ranks and parts of a batch add up."""
 
-    def weight(self, drawn: Drawn) -> Shaped[Tensor, ""]:
-        """What the summed loss is to be divided by; samples, unless said otherwise."""
+    def weight(self, drawn: Drawn) -> Tensor:
+        """What the summed loss is to be divided by, one number; samples, unless said otherwise."""
         first = drawn.tensors[0]
         return torch.full((), len(first), device=first.device)
 
