@@ -5,11 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from nnunet_csm.errors import UserError
-from nnunet_csm.raw.subjects import CaseError
-from nnunet_csm.raw.volumes import READABLE_ENDINGS
+from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_header
 
 
 def require_folder(release: Path) -> None:
@@ -55,14 +52,7 @@ def volume_named(folder: Path, name: str) -> Path | None:
 
 def shape_of(path: Path) -> tuple[int, ...]:
     """(z, y, x), or (series, z, y, x) of a 4-D file, from the header. Raises `CaseError` when there is none."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        msg = f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?"
-        raise CaseError(msg) from error
-    return tuple(reader.GetSize()[::-1])
+    return tuple(read_header(path).GetSize()[::-1])
 
 
 def usable_name(name: str) -> bool:

@@ -7,11 +7,8 @@ written in one piece at the end.
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -39,11 +36,10 @@ from nnunet_csm.fingerprint.record import (
     save_fingerprint,
     with_manifest,
 )
+from nnunet_csm.machine import in_processes
 from nnunet_csm.plans import from_dict
-from nnunet_csm.raw.writer import read_manifest
+from nnunet_csm.raw.manifest import read_manifest
 
-# Cases handed out but not yet measured, for each process: enough that none waits, and no more in memory than that.
-JOBS_PER_PROCESS = 4
 # Cases tried for one that a reader can read.
 EXAMPLES = 20
 
@@ -84,10 +80,14 @@ def extract(
         jobs = [Job(name, subset, keys[name], paths, tuple(series), reader) for (subset, name), paths in left.items()]
         _write_partial(partial, done)
         progress = tqdm(total=len(keys), initial=len(done), desc="fingerprint", unit="case", disable=None)
-        with partial.open("a", encoding="utf-8") as stream, progress, closing(_measured(jobs, num_processes)) as measured:
-            for name, record in measured:
-                done[name] = record
-                stream.write(_as_line(name, record))
+        with (
+            partial.open("a", encoding="utf-8") as stream,
+            progress,
+            closing(in_processes(measure, jobs, num_processes)) as measured,
+        ):
+            for job, record in measured:
+                done[job.name] = record
+                stream.write(_as_line(job.name, record))
                 stream.flush()
                 progress.update()
     cases = name_copies({name: done[name] for name in keys}, series)
@@ -173,29 +173,6 @@ def _as_line(name: str, record: CaseRecord) -> str:
 def _write_partial(path: Path, records: Mapping[str, CaseRecord]) -> None:
     """Start with whole lines only."""
     write_text(path, "".join(_as_line(name, record) for name, record in records.items()))
-
-
-def _measured(jobs: Sequence[Job], num_processes: int) -> Generator[tuple[str, CaseRecord]]:
-    """Cases as they are done. No more are under way than the processes need."""
-    if num_processes <= 1 or len(jobs) == 1:
-        yield from ((job.name, measure(job)) for job in jobs)
-        return
-    left, running = iter(jobs), dict[Future[CaseRecord], str]()
-    # not forked: the parent may have threads by now
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
-    try:
-        while True:
-            while len(running) < JOBS_PER_PROCESS * num_processes and (job := next(left, None)) is not None:
-                running[pool.submit(measure, job)] = job.name
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        msg = "a process was killed, most likely for lack of memory; run again with fewer processes (-np): what was done is kept"
-        raise UserError(msg) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _refuse_problems(fingerprint: Fingerprint) -> None:

@@ -271,7 +271,7 @@ def _pooled_percentile(of_cases: list[Intensities], percentile: float, minimum: 
 
 
 def with_manifest(fingerprint: Fingerprint, manifest: Mapping[str, Any]) -> Fingerprint:
-    """Put in each series' own grid, where the converter's manifest (`raw/writer.py`) has it; read as what may be anything."""
+    """Put in each series' own grid, where the converter's manifest (`raw/manifest.py`) has it; read as what may be anything."""
     told = manifest.get("cases")
     told = told if isinstance(told, Mapping) else {}
     cases = {}

@@ -21,15 +21,15 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
-from nnunet_csm.files import whole
+from nnunet_csm.files import whole, whole_folder
 from nnunet_csm.inference.ensemble import CaseFiles, Decision, Ensemble, decide, load_ensemble, prepare
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.segmentation import complete_cases
+from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
-from nnunet_csm.raw.writer import whole_folder, write_image
 
 MAP_ENDING = ".nii.gz"
 # cases that are preprocessed while the networks look at another one, each by a thread; two were no faster than one

@@ -10,13 +10,14 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import whole_folder
 from nnunet_csm.fingerprint.measurement import Volume as Voxels
 from nnunet_csm.fingerprint.measurement import measure_series, nonzero_box
 from nnunet_csm.fingerprint.record import ALL_ZERO, CONSTANT
+from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume
-from nnunet_csm.raw.writer import whole_folder, write_image
 
 
 def fill_missing(

@@ -10,9 +10,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 
-from nnunet_csm.errors import UserError
+from nnunet_csm.errors import UserError, reason
+from nnunet_csm.raw.subjects import CaseError
+from nnunet_csm.raw.volumes import read_header
 
 # What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
 HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
@@ -206,8 +207,11 @@ def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
             continue
         try:
             header = _read_header(path)
+        except CaseError as error:
+            problems.append(str(error))
+            continue
         except UNREADABLE_ERRORS as error:
-            problems.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?")
+            problems.append(f"{path} cannot be read ({reason(error)}); is the copy complete?")
             continue
         if len(header.shape) == 3:
             headers[path] = header
@@ -239,18 +243,16 @@ def _shifted_files(headers: Mapping[Path, _Header]) -> Iterator[str]:
 
 
 def _read_header(path: Path) -> _Header:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-    except RuntimeError:
+        header = read_header(path)
+    except CaseError:
         if not path.name.endswith((".nii", ".nii.gz")):
             raise
         # ITK refuses directions that are not orthonormal; nnU-Net then reads with nibabel
         image = nibabel.Nifti1Image.from_filename(path)
         spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[::-1])
         return _Header(image.shape[::-1], spacing, tuple(image.affine[:3, 3] * (-1.0, -1.0, 1.0)))  # ITK's axes
-    return _Header(reader.GetSize()[::-1], reader.GetSpacing()[::-1], reader.GetOrigin())
+    return _Header(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin())
 
 
 def _no_case(folder: Path, ending: str) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_csm.errors import reason
 from nnunet_csm.raw.series import alias_table
 from nnunet_csm.raw.subjects import CaseError
+from nnunet_csm.raw.volumes import read_header
 
 TAGS = {
     "ImageType": "0008|0008",
@@ -60,7 +62,7 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     try:
         image = sitk.ReadImage([str(file) for file in files]) if len(files) > 1 else sitk.ReadImage(str(files[0]))
     except RuntimeError as error:
-        msg = f"{folder} cannot be read as a DICOM series ({_last_line(error)}); is the copy complete?"
+        msg = f"{folder} cannot be read as a DICOM series ({reason(error)}); is the copy complete?"
         raise CaseError(msg) from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         msg = f"{folder} holds colour or {image.GetDimension()}-D images; give a folder with one 3-D series of grey values"
@@ -197,18 +199,7 @@ def _described(first: Path, num_files: int) -> str:
 
 
 def _attributes(file: Path) -> dict[str, str]:
-    return {keyword: text for keyword, tag in TAGS.items() if (text := _tag(_header(file), tag))}
-
-
-def _header(file: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        msg = f"{file} cannot be read as DICOM ({_last_line(error)}); is the copy complete?"
-        raise CaseError(msg) from error
-    return reader
+    return {keyword: text for keyword, tag in TAGS.items() if (text := _tag(read_header(file), tag))}
 
 
 def _tag(header: sitk.ImageFileReader, tag: str) -> str:
@@ -219,7 +210,7 @@ def _tag(header: sitk.ImageFileReader, tag: str) -> str:
 
 def _check_stack(folder: Path, files: Sequence[Path]) -> None:
     """Raise `CaseError` unless the files are slices of one shape, parallel, and at equal distances along their normal."""
-    headers = [_header(file) for file in files]
+    headers = [read_header(file) for file in files]
     shapes = {header.GetSize()[:2] for header in headers}
     if len(shapes) > 1:
         msg = f"{folder} mixes slices of the shapes {sorted(shapes)} (x, y) in one series; keep those of one acquisition"
@@ -282,7 +273,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]

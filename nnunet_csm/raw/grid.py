@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
+from nnunet_csm.errors import reason
 from nnunet_csm.raw.subjects import CaseError, Mask
 from nnunet_csm.raw.volumes import described
 
@@ -275,7 +276,7 @@ def register_rigidly(moving: sitk.Image, fixed: sitk.Image) -> Registration:
         seen = _covered(coarse_fixed, coarse_moving, by_header) * _covered(coarse_fixed, coarse_moving, transform)
         before, after = (_mutual_information(coarse_fixed, coarse_moving, t, seen) for t in (by_header, transform))
     except RuntimeError as error:  # such as no sample left in the moving series
-        return Registration(transform, 0.0, 0.0, f"it failed ({str(error).strip().splitlines()[-1].strip()})")
+        return Registration(transform, 0.0, 0.0, f"it failed ({reason(error)})")
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(num_threads)
     return Registration(transform, before, after, _refusal(Registration(transform, before, after, refused="")))

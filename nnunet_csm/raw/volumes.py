@@ -18,6 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Image
 from nibabel.spatialimages import HeaderDataError
 
+from nnunet_csm.errors import reason
 from nnunet_csm.raw.subjects import CaseError, Volume
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
@@ -53,6 +54,17 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
             images[volume] = _selected(whole, volume)
             _refuse_non_finite(images[volume], volume)
     return [images[volume] for volume in volumes]
+
+
+def read_header(path: Path) -> sitk.ImageFileReader:
+    """Size, geometry and entries of a file. Raises `CaseError`."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
+    return reader
 
 
 def is_empty(image: sitk.Image) -> bool:
@@ -110,7 +122,7 @@ def _read_file(path: Path) -> sitk.Image:
     except RuntimeError as error:
         if path.name.endswith(NIFTI_ENDINGS) and "orthonormal" in str(error):
             return _read_sheared(path)
-        raise CaseError(f"{path} cannot be read ({_reason(error)}); is the copy complete?") from error
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
 
 
 def _scalar_image(image: sitk.Image, path: Path) -> sitk.Image:
@@ -165,7 +177,7 @@ def _check_nifti(path: Path) -> None:
             while chunk := file.read(_CHUNK):  # to the end: only there gzip notices a truncated or damaged file
                 found += len(chunk)
     except (OSError, EOFError, zlib.error, ValueError, HeaderDataError, ImageFileError) as error:
-        raise CaseError(f"{path} cannot be read ({_reason(error)}); is the copy complete?") from error
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     if found < expected:
         raise CaseError(f"{path} is truncated: {found} bytes of {expected}, uncompressed; copy it again")
     spacing = tuple(float(edge) for edge in header["pixdim"][1:4])
@@ -216,7 +228,3 @@ def _nifti(path: Path) -> Nifti1Image:
 def _sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
