@@ -160,15 +160,13 @@ def _volume(file: _Name) -> Volume:
     if not bval.is_file():
         if len(layout.shape_of(file.path)) == 3:
             return Volume(file.path)
-        msg = f"{file.path} has several volumes, but no {bval.name} beside it that says which has the highest b-value"
-        raise CaseError(msg)
+        raise CaseError(f"{file.path} has several volumes, but no {bval.name} beside it that says which has the highest b-value")
     try:
         b_values = [float(value) for value in bval.read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         b_values = []
     if not b_values:
-        msg = f"{bval} holds no b-values"
-        raise CaseError(msg)
+        raise CaseError(f"{bval} holds no b-values")
     return Volume(file.path, b_values.index(max(b_values)) if len(b_values) > 1 else None)
 
 
@@ -187,18 +185,15 @@ def _masks(release: Path, found: Mapping[str, object], wanted: str | None) -> tu
             continue
         kind = "_".join([*(f"{key}-{file.entities[key]}" for key in ("label", "desc") if key in file.entities), file.suffix])
         if file.case in kinds[kind] and kind == (wanted or kind):
-            msg = f"{file.case} has two masks of the kind {kind}: {kinds[kind][file.case]} and {path}; remove one"
-            raise UserError(msg)
+            raise UserError(f"{file.case} has two masks of the kind {kind}: {kinds[kind][file.case]} and {path}; remove one")
         kinds[kind][file.case] = path
     if wanted == "none" or not kinds:
         if wanted not in (None, "none"):
-            msg = f"-mask {wanted}: {release / 'derivatives'} holds no masks at all"
-            raise UserError(msg)
+            raise UserError(f"-mask {wanted}: {release / 'derivatives'} holds no masks at all")
         return {}, ""
     if wanted not in kinds and (wanted or len(kinds) > 1):
         counted = ", ".join(f"{kind} ({len(masks)})" for kind, masks in sorted(kinds.items()))
-        msg = f"{release / 'derivatives'} holds masks of the kinds {counted}; choose with -mask KIND, or -mask none"
-        raise UserError(msg)
+        raise UserError(f"{release / 'derivatives'} holds masks of the kinds {counted}; choose with -mask KIND, or -mask none")
     kind = wanted or next(iter(kinds))
     return kinds[kind], kind
 

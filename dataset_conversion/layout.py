@@ -13,11 +13,9 @@ def require_folder(release: Path) -> None:
     """Raises `UserError` unless the release is a folder that can be read."""
     if not release.is_dir():
         what = "is a file, not a folder; unpack it" if release.exists() else "does not exist"
-        msg = f"the release {release} {what}; give -i the unpacked folder"
-        raise UserError(msg)
+        raise UserError(f"the release {release} {what}; give -i the unpacked folder")
     if not os.access(release, os.R_OK | os.X_OK):
-        msg = f"the release {release} may not be read by this user; change its permission (chmod -R u+rX)"
-        raise UserError(msg)
+        raise UserError(f"the release {release} may not be read by this user; change its permission (chmod -R u+rX)")
 
 
 def other_layout(folder: Path, looked_for: str) -> UserError:
@@ -63,11 +61,9 @@ def usable_name(name: str) -> bool:
 def dataset_name(dataset_id: int, name: str) -> str:
     """nnU-Net's name of the dataset. Raises `UserError`."""
     if not 1 <= dataset_id <= 999:
-        msg = f"-d {dataset_id} is no dataset ID; give a number from 1 to 999"
-        raise UserError(msg)
+        raise UserError(f"-d {dataset_id} is no dataset ID; give a number from 1 to 999")
     if not usable_name(name):
-        msg = f"-name {name!r} cannot be part of a folder name; use letters, digits, '-' and '_'"
-        raise UserError(msg)
+        raise UserError(f"-name {name!r} cannot be part of a folder name; use letters, digits, '-' and '_'")
     return f"Dataset{dataset_id:03d}_{name}"
 
 

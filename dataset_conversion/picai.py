@@ -43,8 +43,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Re
     """
     layout.require_folder(release)
     if task not in LABELS:
-        msg = f"-task {task!r} is unknown; choose from {', '.join(LABELS)}"
-        raise UserError(msg)
+        raise UserError(f"-task {task!r} is unknown; choose from {', '.join(LABELS)}")
     studies = _studies(release)
     labels_folder = _labels_folder(release)
     classes = _classes(labels_folder / "clinical_information" / "marksheet.csv")
@@ -54,8 +53,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Re
         try:
             masks = _masks(labels_folder, identifier, task)
             if identifier not in classes:
-                msg = f"{identifier} is not in marksheet.csv, so that its class is unknown"
-                raise CaseError(msg)
+                raise CaseError(f"{identifier} is not in marksheet.csv, so that its class is unknown")
             cases.append(Case(identifier, patient, images, masks, (Diagnosis(classes[identifier]),)))
         except CaseError as error:
             left_out[identifier] = str(error)
@@ -77,8 +75,7 @@ def _studies(release: Path) -> dict[tuple[str, str], dict[str, Volume]]:
         images = found[match["patient"], match["study"]]
         series = SERIES[match["series"]]
         if series in images:
-            msg = f"{path.name} is there twice, in {images[series].path.parent} and {path.parent}; remove one of them"
-            raise UserError(msg)
+            raise UserError(f"{path.name} is there twice, in {images[series].path.parent} and {path.parent}; remove one of them")
         images[series] = Volume(path)
     if not found:
         raise layout.other_layout(release, "images such as picai_public_images_fold0/10000/10000_1000000_t2w.mha")
@@ -112,11 +109,9 @@ def _masks(labels_folder: Path, identifier: str, task: str) -> tuple[Mask, ...]:
     gland = _first(labels_folder, GLAND_FOLDERS, identifier)
     lesion = _first(labels_folder, LESION_FOLDERS, identifier)
     if task != "lesion" and gland is None:
-        msg = f"{identifier} has no gland mask in {labels_folder / GLAND_FOLDERS[0]} or {GLAND_FOLDERS[1].name}"
-        raise CaseError(msg)
+        raise CaseError(f"{identifier} has no gland mask in {labels_folder / GLAND_FOLDERS[0]} or {GLAND_FOLDERS[1].name}")
     if task != "gland" and lesion is None:
-        msg = f"{identifier} has no lesion mask in {labels_folder / LESION_FOLDERS[0]} or {LESION_FOLDERS[1].name}"
-        raise CaseError(msg)
+        raise CaseError(f"{identifier} has no lesion mask in {labels_folder / LESION_FOLDERS[0]} or {LESION_FOLDERS[1].name}")
     label = LABELS[task]
     masks = []
     if "prostate" in label and gland:

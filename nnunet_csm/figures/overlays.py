@@ -172,8 +172,7 @@ def save_overlays_of_folder(
     prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
     predictions = sorted(path for path in prediction_folder.glob(f"*{file_ending}") if not path.name.startswith("."))
     if not predictions:
-        msg = f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions"
-        raise UserError(msg)
+        raise UserError(f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions")
     drawn = []
     for prediction_file in predictions[:num_cases]:
         case = prediction_file.name.removesuffix(file_ending)
@@ -201,8 +200,7 @@ def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path, image: sitk.Ima
     """The (z, y, x) array of `file` (read already where `image` is given), which must have the shape of `grid`."""
     image = _read_upright(file) if image is None else image
     if image.GetSize() != grid.GetSize():
-        msg = f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid"
-        raise UserError(msg)
+        raise UserError(f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid")
     return sitk.GetArrayFromImage(image)
 
 

@@ -101,6 +101,5 @@ def _data_uri(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        msg = f"{path}: the image cannot be read ({error.strerror}); draw it before the page is written"
-        raise UserError(msg) from error
+        raise UserError(f"{path}: the image cannot be read ({error.strerror}); draw it before the page is written") from error
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

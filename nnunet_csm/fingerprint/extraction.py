@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
-from nnunet_csm.fingerprint.measurement import Job, Volume, measure, nonzero_box, read_case
+from nnunet_csm.fingerprint.measurement import Job, measure, nonzero_box
 from nnunet_csm.fingerprint.originals import name_copies
+from nnunet_csm.fingerprint.reading import SeriesImage, read_case
 from nnunet_csm.fingerprint.record import (
     VERSION,
     CaseRecord,
@@ -212,7 +213,7 @@ def _num_readable(case: CaseRecord) -> int:
     return sum(record.shape is not None for record in case.series.values())
 
 
-def _upright(volume: Volume) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:
+def _upright(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:
     """Voxels and spacing in LPS order; as they are for readers that tell no direction."""
     if volume.affine is None:
         return volume.voxels, volume.spacing

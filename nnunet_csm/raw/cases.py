@@ -144,8 +144,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
         sitk.WriteImage(image, str(path), useCompression=True)
         again = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        msg = f"{path} cannot be written ({reason(error)}); is the disk full?"
-        raise UserError(msg) from error
+        raise UserError(f"{path} cannot be written ({reason(error)}); is the disk full?") from error
     same = np.array_equal(sitk.GetArrayViewFromImage(again), sitk.GetArrayViewFromImage(image))
     if not (same and Grid.of(again).same_as(Grid.of(image))):
         raise UserError(f"{path} does not read as it was written; is the disk full or damaged?")

@@ -37,26 +37,21 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     """`dataset.json` of a raw dataset folder, with the keys that nnU-Net needs. Raises `UserError`."""
     path = folder / "dataset.json"
     if not folder.is_dir():
-        msg = f"{folder} is not a folder; check nnUNet_raw and the dataset's ID"
-        raise UserError(msg)
+        raise UserError(f"{folder} is not a folder; check nnUNet_raw and the dataset's ID")
     if not path.is_file():
-        msg = f"{path} is missing; it names the channels, the labels and the file ending"
-        raise UserError(msg)
+        raise UserError(f"{path} is missing; it names the channels, the labels and the file ending")
     try:
         dataset_json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        msg = f"{path} is not valid JSON: {error}"
-        raise UserError(msg) from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(dataset_json, dict):
-        msg = f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending"
-        raise UserError(msg)
+        raise UserError(f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending")
     if "modality" in dataset_json and "channel_names" not in dataset_json:
         msg = f"{path} is of the decathlon's form ('modality'); convert the folder with nnUNetv2_convert_MSD_dataset -i {folder}"
         raise UserError(msg)
     for key in ("channel_names", "labels", "file_ending"):
         if key not in dataset_json:
-            msg = f"{path} has no {key!r}, only {sorted(dataset_json)}; add it"
-            raise UserError(msg)
+            raise UserError(f"{path} has no {key!r}, only {sorted(dataset_json)}; add it")
     return dataset_json
 
 
@@ -77,13 +72,11 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     if "dataset" in dataset_json:
         return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending)
     if not (folder / "imagesTr").is_dir():
-        msg = f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json"
-        raise UserError(msg)
+        raise UserError(f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json")
     if not has_labels(dataset_json):
         return [*check_inputs(folder / "imagesTr", names, ending), "no labels in dataset.json: images to pretrain on"]
     if not (folder / "labelsTr").is_dir():
-        msg = f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json'
-        raise UserError(msg)
+        raise UserError(f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json')
     cases, problems = _found_cases(folder / "imagesTr", len(names), ending, labels=folder / "labelsTr")
     lines = _checked(folder / "imagesTr", cases, problems, names, ending)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
@@ -94,8 +87,7 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
 def check_inputs(folder: Path, channel_names: Mapping[str, str] | Sequence[str], file_ending: str) -> list[str]:
     """Check a folder of images to be predicted (`case_0000.nii.gz`, ...): as `check_dataset`, without labels."""
     if not folder.is_dir():
-        msg = f"the input folder {folder} does not exist; give -i the folder with the images"
-        raise UserError(msg)
+        raise UserError(f"the input folder {folder} does not exist; give -i the folder with the images")
     names = _names(channel_names)
     cases, problems = _found_cases(folder, len(names), file_ending, labels=None)
     return _checked(folder, cases, problems, names, file_ending)

@@ -110,10 +110,9 @@ def reference_series(grids: Mapping[str, Grid], reference: str) -> str:
         smallest = min(grid.voxel_volume for grid in grids.values())
         return next(name for name, grid in grids.items() if grid.voxel_volume <= smallest * (1 + 1e-3))
     if reference not in grids:
-        msg = (
+        raise CaseError(
             f"the reference series {reference} is missing, found {', '.join(grids)}; -reference {FINEST} takes the finest series"
         )
-        raise CaseError(msg)
     return reference
 
 

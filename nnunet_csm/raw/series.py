@@ -45,8 +45,7 @@ def parse_aliases(flags: Sequence[str]) -> dict[str, str]:
             msg = f"-series_alias {flag!r} is not of the form GIVEN=NAME; write for example -series_alias 'T1 axial=T1w'"
             raise UserError(msg)
         if aliases.get(given, name) != name:
-            msg = f"-series_alias names {given!r} twice: {aliases[given]!r} and {name!r}; keep one of them"
-            raise UserError(msg)
+            raise UserError(f"-series_alias names {given!r} twice: {aliases[given]!r} and {name!r}; keep one of them")
         aliases[given] = name
     return aliases
 
@@ -79,12 +78,10 @@ def _in_channel_order(channel_names: Mapping[str, str] | Sequence[str]) -> list[
     else:
         names = list(channel_names)
     if not names:
-        msg = "channel_names is empty; name at least one series in dataset.json"
-        raise UserError(msg)
+        raise UserError("channel_names is empty; name at least one series in dataset.json")
     for channel, name in enumerate(names):
         if not isinstance(name, str) or not _spelling(name):
-            msg = f"channel_names has {name!r} for channel {channel}; give the series a name in dataset.json"
-            raise UserError(msg)
+            raise UserError(f"channel_names has {name!r} for channel {channel}; give the series a name in dataset.json")
     return names
 
 
@@ -116,7 +113,5 @@ def _refuse_duplicates(matches: Sequence[SeriesMatch]) -> None:
         other = matches[first].given
         clash = f"channels {first} ({other!r}) and {channel} ({match.given!r}) are both the series {match.canonical!r}"
         if other == match.given:
-            msg = f"{clash}; give each channel its own name under channel_names in dataset.json"
-        else:
-            msg = f"{clash}; tell them apart with -series_alias '{match.given}=NAME', where NAME is a name of your own"
-        raise UserError(msg)
+            raise UserError(f"{clash}; give each channel its own name under channel_names in dataset.json")
+        raise UserError(f"{clash}; tell them apart with -series_alias '{match.given}=NAME', where NAME is a name of your own")

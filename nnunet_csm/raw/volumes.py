@@ -107,8 +107,7 @@ def _read(path: Path) -> sitk.Image:
 
         return _scalar_image(read_dicom_series(path), path)
     if not path.name.endswith(READABLE_ENDINGS):
-        msg = f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series"
-        raise CaseError(msg)
+        raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
         raise CaseError(f"{path} is empty (0 bytes); copy it again, or leave this series out")
     if path.name.endswith(NIFTI_ENDINGS):
