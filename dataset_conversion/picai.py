@@ -34,6 +34,11 @@ LABELS: Mapping[str, Mapping[str, int]] = {
     "gland": {"background": 0, "prostate": 1},
     "lesion": {"background": 0, "lesion": 1},
 }
+ABOUT = {
+    "description": "PI-CAI: Public Training and Development Dataset",
+    "reference": "https://doi.org/10.5281/zenodo.6624726",
+    "licence": "CC BY-NC 4.0",
+}
 
 
 def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Release:
@@ -59,7 +64,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Re
             left_out[identifier] = str(error)
     layout.require_cases(cases, release, left_out.values())
     significant = sum(case.diagnoses[0].name == "significant" for case in cases)
-    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(SERIES.values()), LABELS[task], about=_about())
+    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(SERIES.values()), LABELS[task], about=ABOUT)
     notes = [f"{significant} significant, {len(cases) - significant} insignificant"]
     if without := sorted(classes.keys() - {f"{patient}_{study}" for patient, study in studies}):
         notes.append(f"{len(without)} studies of marksheet.csv have no images here, such as {without[0]}")
@@ -124,11 +129,3 @@ def _masks(labels_folder: Path, identifier: str, task: str) -> tuple[Mask, ...]:
 def _first(labels_folder: Path, folders: tuple[Path, ...], identifier: str) -> Path | None:
     paths = (labels_folder / folder / f"{identifier}.nii.gz" for folder in folders)
     return next((path for path in paths if path.is_file()), None)
-
-
-def _about() -> dict[str, str]:
-    return {
-        "description": "PI-CAI: Public Training and Development Dataset",
-        "reference": "https://doi.org/10.5281/zenodo.6624726",
-        "licence": "CC BY-NC 4.0",
-    }

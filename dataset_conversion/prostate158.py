@@ -33,6 +33,10 @@ LABELS: Mapping[str, Mapping[str, int]] = {
     "zones": {"background": 0, "central gland": 1, "peripheral zone": 2},
     "tumor": {"background": 0, "tumor": 1},
 }
+ABOUT = {
+    "description": "Prostate158: biparametric MRI of the prostate at 3 T",
+    "reference": "https://doi.org/10.1016/j.compbiomed.2022.105817",
+}
 
 
 def read(release: Path, dataset_id: int, name: str, *, task: str = "prostate") -> Release:
@@ -56,7 +60,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "prostate") -
             left_out[identifier] = str(error)
     layout.require_cases(cases, release, left_out.values())
     malignant = sum(case.diagnoses[0].name == "malignant" for case in cases)
-    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(COLUMNS), LABELS[task], about=_about())
+    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(COLUMNS), LABELS[task], about=ABOUT)
     return Release(dataset, tuple(cases), left_out, notes=(f"{malignant} malignant, {len(cases) - malignant} benign",))
 
 
@@ -105,10 +109,3 @@ def _file(row: Row, column: str) -> Path:
     if not path.is_file():
         raise CaseError(f"{row.place} names {row.get(column)} under {column}, but {path} does not exist")
     return path
-
-
-def _about() -> dict[str, str]:
-    return {
-        "description": "Prostate158: biparametric MRI of the prostate at 3 T",
-        "reference": "https://doi.org/10.1016/j.compbiomed.2022.105817",
-    }

@@ -31,11 +31,9 @@ from nnunet_csm.fingerprint.record import (
     Fingerprint,
     absent_series,
     as_nnunet_fingerprint,
-    copies,
     misaligned,
     num_present,
     num_with_series,
-    presence,
     problems,
     read_fingerprint,
     save_fingerprint,
@@ -86,6 +84,17 @@ def fingerprint_of(raw: Path, **options: Any) -> Fingerprint:
     return extract(raw, DATASET_JSON, SERIES, raw.parent / "out" / "csm_fingerprint.json", **options)
 
 
+def copies(fingerprint: Fingerprint) -> dict[str, tuple[str, ...]]:
+    """Case to its series that are there as a copy of another one only."""
+    absent = {
+        case: {name: one.series[name].absent or "" for name in absent_series(fingerprint)[case]}
+        for case, one in fingerprint.cases.items()
+        if case in absent_series(fingerprint)
+    }
+    found = {case: tuple(name for name, why in of.items() if "copy of" in why) for case, of in absent.items()}
+    return {case: names for case, names in found.items() if names}
+
+
 # --- what is missing ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,8 +102,8 @@ def test_whole_cases_are_whole(raw: Path) -> None:
     fingerprint = fingerprint_of(raw)
     assert problems(fingerprint) == []
     assert absent_series(fingerprint) == {} and copies(fingerprint) == {} and misaligned(fingerprint) == {}
-    assert presence(fingerprint) == dict.fromkeys(SERIES, 1.0)
-    assert num_present(fingerprint) == Counter({3: NUM_CASES})
+    assert num_with_series(fingerprint) == dict.fromkeys(SERIES, NUM_CASES)
+    assert num_present(fingerprint, "imagesTr") == Counter({3: NUM_CASES})
 
 
 def eight_bit(voxels: np.ndarray) -> np.ndarray:
@@ -289,7 +298,7 @@ def test_test_images_are_cases_of_their_own_subset(raw: Path, subjects: dict[str
         write_volume(file_of(raw, "test_0", name, "imagesTs"), voxels)
     fingerprint = fingerprint_of(raw, subsets=("imagesTr", "imagesTs"))
     assert absent_series(fingerprint) == {"test_0": ("T1w", "T1ce")} == absent_series(fingerprint, "imagesTs")
-    assert absent_series(fingerprint, "imagesTr") == {} and presence(fingerprint)["T1w"] == 1.0
+    assert absent_series(fingerprint, "imagesTr") == {} and num_with_series(fingerprint)["T1w"] == NUM_CASES
     for name in SERIES:
         write_volume(file_of(raw, "case_0", name, "imagesTs"), subjects["case_0"][name])
     with pytest.raises(UserError, match=r"case_0 is in imagesTr and in imagesTs"):

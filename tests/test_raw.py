@@ -16,6 +16,7 @@ from nnunet_csm.raw.check import check_dataset, check_inputs, load_dataset_json
 from nnunet_csm.raw.series import SeriesMatch, alias_table, canonical_series, parse_aliases
 
 CHANNEL_NAMES = {"0": "FLAIR", "1": "T1w", "2": "T1ce"}
+NAMES = list(CHANNEL_NAMES.values())
 SHAPE = (3, 5, 4)
 SPACING = (4.0, 1.0, 2.0)
 
@@ -151,9 +152,8 @@ def test_a_correct_dataset_passes(dataset: Path) -> None:
     (line,) = check_dataset(dataset)
     assert "2 cases" in line and "FLAIR, T1w, T1ce and a label" in line
     assert check_dataset(dataset, load_dataset_json(dataset)) == [line]
-    for names in (CHANNEL_NAMES, list(CHANNEL_NAMES.values())):
-        (line,) = check_inputs(dataset / "imagesTr", names, ".nii.gz")
-        assert "2 cases" in line and "label" not in line
+    (line,) = check_inputs(dataset / "imagesTr", NAMES, ".nii.gz")
+    assert "2 cases" in line and "label" not in line
 
 
 def test_what_may_be_a_mistake_is_told_and_passes(dataset: Path) -> None:
@@ -166,7 +166,7 @@ def test_what_may_be_a_mistake_is_told_and_passes(dataset: Path) -> None:
 
 def test_a_missing_series_is_named_with_its_remedy(dataset: Path) -> None:
     (dataset / "imagesTr" / "a_0002.nii.gz").unlink()
-    for check in (lambda: check_dataset(dataset), lambda: check_inputs(dataset / "imagesTr", CHANNEL_NAMES, ".nii.gz")):
+    for check in (lambda: check_dataset(dataset), lambda: check_inputs(dataset / "imagesTr", NAMES, ".nii.gz")):
         with pytest.raises(
             UserError, match=r"imagesTr/a_0002\.nii\.gz is missing: the T1ce of case a; .*all-zero volume"
         ) as caught:
@@ -191,7 +191,7 @@ def test_a_missing_label_is_named(dataset: Path) -> None:
     (dataset / "labelsTr" / "b_0001.nii.gz").unlink()
     with pytest.raises(UserError, match=r"labelsTr/b_0001\.nii\.gz is missing"):
         check_dataset(dataset)
-    assert check_inputs(dataset / "imagesTr", CHANNEL_NAMES, ".nii.gz")
+    assert check_inputs(dataset / "imagesTr", NAMES, ".nii.gz")
 
 
 @pytest.mark.parametrize("name", ["imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz"])
@@ -288,9 +288,9 @@ def test_cases_listed_in_dataset_json_are_checked_where_they_lie(dataset: Path) 
 
 def test_an_input_folder_without_cases_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        check_inputs(tmp_path / "nowhere", CHANNEL_NAMES, ".nii.gz")
+        check_inputs(tmp_path / "nowhere", NAMES, ".nii.gz")
     with pytest.raises(UserError, match=r"CASE_0000\.nii\.gz; the folder is empty"):
-        check_inputs(tmp_path, CHANNEL_NAMES, ".nii.gz")
+        check_inputs(tmp_path, NAMES, ".nii.gz")
     (tmp_path / "a_0000.nrrd").touch()
     with pytest.raises(UserError, match=r"CASE_0000\.nii\.gz; found 1 other entries, such as a_0000\.nrrd"):
-        check_inputs(tmp_path, CHANNEL_NAMES, ".nii.gz")
+        check_inputs(tmp_path, NAMES, ".nii.gz")

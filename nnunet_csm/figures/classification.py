@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from scipy.stats import binomtest
 
 from nnunet_csm.figures.canvas import INK, LINE_COLOURS, dress, new_figure, save_figure
 
@@ -17,7 +18,6 @@ HEIGHT = 840
 
 ROC_GRID = np.linspace(0, 1, 101)
 REFERENCE: dict[str, Any] = {"color": "#999999", "linewidth": 1.0, "linestyle": "--", "zorder": 1}
-Z_95 = 1.96
 
 Corner = Literal["lower left", "lower right", "upper right"]
 
@@ -106,7 +106,9 @@ def _draw_reliability(axes: Axes, curves: Sequence[ClassCurves]) -> None:
     axes.plot([0, 1], [0, 1], **REFERENCE)
     for one, colour in zip(curves, _colours(curves), strict=True):
         if len(curves) == 1:
-            axes.vlines(one.predicted, *_wilson(one.observed, one.counts), color=colour, linewidth=1.0, alpha=0.6)
+            tests = [binomtest(round(share * n), int(n)) for share, n in zip(one.observed, one.counts, strict=True)]
+            bars = np.transpose([tuple(test.proportion_ci(method="wilson")) for test in tests])
+            axes.vlines(one.predicted, *bars, color=colour, linewidth=1.0, alpha=0.6)
         axes.plot(one.predicted, one.observed, color=colour, linewidth=1.0)
         label = f"{one.name}: calibration error {one.calibration_error}"
         axes.scatter(one.predicted, one.observed, 100 * one.counts / one.counts.sum() + 8, color=colour, label=label, zorder=3)
@@ -149,10 +151,3 @@ def _colours(curves: Sequence[ClassCurves]) -> list[str]:
 def _unit_square(axes: Axes) -> None:
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-
-
-def _wilson(share: Float[np.ndarray, " k"], counts: Int[np.ndarray, " k"]) -> Float[np.ndarray, "2 k"]:
-    """95 % interval of a share of `counts` samples."""
-    centre = (share + Z_95**2 / (2 * counts)) / (1 + Z_95**2 / counts)
-    half = Z_95 / (1 + Z_95**2 / counts) * np.sqrt(share * (1 - share) / counts + Z_95**2 / (4 * counts**2))
-    return np.stack([centre - half, centre + half])

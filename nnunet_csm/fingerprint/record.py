@@ -144,19 +144,13 @@ def cases_of(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> di
     return {name: case for name, case in fingerprint.cases.items() if subset in (None, case.subset)}
 
 
-def num_with_series(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> dict[str, int]:
-    """Series to the number of cases that have it."""
-    cases = cases_of(fingerprint, subset).values()
+def num_with_series(fingerprint: Fingerprint) -> dict[str, int]:
+    """Series to the number of cases of imagesTr that have it."""
+    cases = cases_of(fingerprint).values()
     return {name: sum(case.series[name].absent is None for case in cases) for name in fingerprint.series}
 
 
-def presence(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> dict[str, float]:
-    """Series to the share of cases that have it."""
-    num_cases = len(cases_of(fingerprint, subset))
-    return {name: count / max(1, num_cases) for name, count in num_with_series(fingerprint, subset).items()}
-
-
-def num_present(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> Counter[int]:
+def num_present(fingerprint: Fingerprint, subset: Subset) -> Counter[int]:
     """How many cases have 0, 1, 2, ... series."""
     cases = cases_of(fingerprint, subset).values()
     return Counter(sum(record.absent is None for record in case.series.values()) for case in cases)
@@ -171,20 +165,11 @@ def absent_series(fingerprint: Fingerprint, subset: Subset | None = None) -> dic
     return {name: series for name, series in absent.items() if series}
 
 
-def copies(fingerprint: Fingerprint, subset: Subset | None = None) -> dict[str, tuple[str, ...]]:
-    """Case to its series that are there as a copy of another one only."""
-    found = {
-        name: tuple(series for series, record in case.series.items() if record.absent is not None and record.flat is None)
-        for name, case in cases_of(fingerprint, subset).items()
-    }
-    return {name: series for name, series in found.items() if series}
-
-
-def misaligned(fingerprint: Fingerprint, subset: Subset | None = None) -> dict[str, dict[str, Millimetres]]:
+def misaligned(fingerprint: Fingerprint) -> dict[str, dict[str, Millimetres]]:
     """Case to its series that do not lie on the others, and how far (z, y, x) in mm they lie from them."""
     found = {
         name: {series: record.shift_mm for series, record in case.series.items() if record.shift_mm is not None}
-        for name, case in cases_of(fingerprint, subset).items()
+        for name, case in fingerprint.cases.items()
     }
     return {name: shifts for name, shifts in found.items() if shifts}
 

@@ -1,6 +1,5 @@
 """`nnunet_csm classify`: raw images and masks to class probabilities, and maps of what every series adds to the decision."""
 
-import csv
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk
 from jaxtyping import Float
 from torch import Tensor
@@ -211,14 +211,15 @@ def _masks_without_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]
 
 def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
     """A row a sample: case, mask_label (empty for the whole mask), a probability for every class, the most probable class."""
+    samples = [decision.sample for decision in decisions]
+    table = pd.DataFrame({"case": [sample.case for sample in samples], "mask_label": [sample.mask_label for sample in samples]})
+    table["mask_label"] = table["mask_label"].astype("Int64")
+    for index, name in enumerate(classes):
+        table[f"p_{name}"] = [decision.probabilities[index] for decision in decisions]
+    table["predicted"] = [classes[decision.class_index] for decision in decisions]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["case", "mask_label", *(f"p_{name}" for name in classes), "predicted"])
-        for decision in decisions:
-            label = "" if decision.sample.mask_label is None else decision.sample.mask_label
-            numbers = [f"{probability:.6f}" for probability in decision.probabilities]
-            writer.writerow([decision.sample.case, label, *numbers, classes[decision.class_index]])
+    with whole(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6f")
 
 
 def _record(

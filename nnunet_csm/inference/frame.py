@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_csm.data.crops import Size
 from nnunet_csm.data.lesions import Placement
 from nnunet_csm.fingerprint.reading import affine_of
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.grid import Grid, resampled
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Frame:
         lengths = zip(self.grid.spacing, self.step[::-1], edges[::-1], strict=True)
         image.SetSpacing([spacing * step * edge for spacing, step, edge in lengths])
         image.SetDirection(self.grid.direction)
-        identity = sitk.Transform(3, sitk.sitkIdentity)
-        return sitk.Resample(image, grid.size, identity, sitk.sitkLinear, grid.origin, grid.spacing, grid.direction, 0.0)
+        return resampled(image, grid)
 
 
 def _grid_of_array(properties: Mapping[str, Any], size: Sequence[int]) -> Grid:

@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 
 from nnunet_csm.errors import UserError, reason
+from nnunet_csm.nnunet import channel_names
 from nnunet_csm.raw.subjects import CaseError
 from nnunet_csm.raw.volumes import read_header
 
@@ -68,7 +69,7 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     """
     if dataset_json is None:
         dataset_json = load_dataset_json(folder)
-    names, ending = _names(dataset_json["channel_names"]), dataset_json["file_ending"]
+    names, ending = channel_names(dataset_json), dataset_json["file_ending"]
     if "dataset" in dataset_json:
         return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending)
     if not (folder / "imagesTr").is_dir():
@@ -84,11 +85,10 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     return lines
 
 
-def check_inputs(folder: Path, channel_names: Mapping[str, str] | Sequence[str], file_ending: str) -> list[str]:
+def check_inputs(folder: Path, names: Sequence[str], file_ending: str) -> list[str]:
     """Check a folder of images to be predicted (`case_0000.nii.gz`, ...): as `check_dataset`, without labels."""
     if not folder.is_dir():
         raise UserError(f"the input folder {folder} does not exist; give -i the folder with the images")
-    names = _names(channel_names)
     cases, problems = _found_cases(folder, len(names), file_ending, labels=None)
     return _checked(folder, cases, problems, names, file_ending)
 
@@ -130,12 +130,6 @@ def _checked(folder: Path, cases: Sequence[_Case], problems: Sequence[str], name
 
 def _first(messages: Sequence[str]) -> str:
     return messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else "")
-
-
-def _names(channel_names: Mapping[str, str] | Sequence[str]) -> list[str]:
-    if isinstance(channel_names, Mapping):
-        return [str(channel_names[key]) for key in sorted(channel_names, key=int)]
-    return list(channel_names)
 
 
 def _found_cases(folder: Path, num_channels: int, ending: str, labels: Path | None) -> tuple[list[_Case], list[str]]:

@@ -149,17 +149,8 @@ def resampled(image: sitk.Image, grid: Grid, nearest: bool = False, transform: s
         same = sitk.Image(image)
         grid.put_on(same)
         return same
-    return sitk.Resample(
-        image,
-        grid.size,
-        transform or sitk.Transform(3, sitk.sitkIdentity),
-        sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
-        grid.origin,
-        grid.spacing,
-        grid.direction,
-        0.0,
-        image.GetPixelID() if nearest else sitk.sitkFloat32,
-    )
+    interpolator, kind = (sitk.sitkNearestNeighbor, image.GetPixelID()) if nearest else (sitk.sitkLinear, sitk.sitkFloat32)
+    return sitk.Resample(image, grid.zeros(), transform or sitk.Transform(3, sitk.sitkIdentity), interpolator, 0.0, kind)
 
 
 # --- masks -------------------------------------------------------------------------------------------------------------------
