@@ -25,7 +25,7 @@ from nnunet_csm.raw.series import canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Release, Volume
 
 from . import layout
-from .masks import consecutive, inferred_labels, parse_labels, values_in
+from .masks import inferred_labels, labels_of, parse_labels, values_in
 from .sheets import read_sheet
 
 DATATYPES = ("anat", "dwi", "swi", "perf")
@@ -76,10 +76,7 @@ def read(
     mask_of, kind = _masks(release, found, mask)
     cases, left_out, doubts = list[Case](), dict[str, str](), list[str]()
     names = given or _label_names(mask_of, kind, left_out)
-    if mask_of and not names:
-        msg = f"{release}: all {len(mask_of)} masks are empty; say what their values would mean with -labels NAME=VALUE"
-        raise UserError(msg)
-    dataset_labels, mapping = consecutive(names) if mask_of else ({}, {})
+    dataset_labels, mapping = labels_of(mask_of, names, release)
     for identifier, files in sorted(found.items()):
         if identifier in left_out:
             continue

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.nnunet import channel_names
 from nnunet_csm.raw.series import canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Mask, Release, Volume
 
@@ -38,7 +39,7 @@ def read(release: Path, dataset_id: int, name: str, *, regions: bool = False) ->
     """
     layout.require_folder(release)
     task = _task(release)
-    series = canonical_series(task["modality"])
+    series = canonical_series(channel_names(task))
     labels = _labels(release, task["labels"])
     if regions:
         _check_regions(release, labels)

@@ -44,6 +44,14 @@ def inferred_labels(values: Iterable[int]) -> dict[str, int]:
     return {f"label_{value}": value for value in sorted(set(values))}
 
 
+def labels_of(masks: Mapping[str, Path], labels: Mapping[str, int], release: Path) -> tuple[dict[str, int], dict[int, int]]:
+    """`consecutive` labels of a dataset with these masks; none where there is no mask. Raises `UserError` when all are empty."""
+    if masks and not labels:
+        what = f"all {len(masks)} masks are empty"
+        raise UserError(f"{release}: {what}; say what their values would mean with -labels NAME=VALUE")
+    return consecutive(labels) if masks else ({}, {})
+
+
 def consecutive(labels: Mapping[str, int]) -> tuple[dict[str, int], dict[int, int]]:
     """nnU-Net's labels, which must be 0, 1, 2, ... without a gap, and the map from the values of the files to them.
 

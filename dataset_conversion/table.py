@@ -32,7 +32,7 @@ from nnunet_csm.raw.series import SeriesMatch, canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Release, Volume
 
 from . import layout
-from .masks import consecutive, inferred_labels, parse_labels, values_in
+from .masks import inferred_labels, labels_of, parse_labels, values_in
 from .sheets import Row, read_sheet
 
 IS_TEST = {"": "", "train": "", "training": "", "val": "", "valid": "", "validation": "", "0": "", "no": "", "false": ""}
@@ -78,9 +78,7 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
         except CaseError as error:
             left_out[identifier] = str(error)
     file_labels = given or inferred_labels(values)
-    if masks and not file_labels:
-        raise UserError(f"{release}: all {len(masks)} masks are empty; say what their values would mean with -labels NAME=VALUE")
-    dataset_labels, mapping = consecutive(file_labels) if masks else ({}, {})
+    dataset_labels, mapping = labels_of(masks, file_labels, release)
     cases = [
         _case(identifier, subject, masks.get(identifier), mapping)
         for identifier, subject in subjects.items()

@@ -20,8 +20,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from PIL import Image
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State
-from nnunet_csm.figures.fingerprint import save_fingerprint as save_picture
+from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State, save_fingerprint_picture
 from nnunet_csm.fingerprint import extraction
 from nnunet_csm.fingerprint.command import fingerprint_dataset, summary
 from nnunet_csm.fingerprint.extraction import extract
@@ -448,7 +447,7 @@ def test_the_picture_shows_every_state(tmp_path: Path, num_cases: int) -> None:
         states: dict[str, tuple[State, ...]] = {
             f"case_{i}": (state if i == 0 else "present", "present") for i in range(num_cases)
         }
-        save_picture(tmp_path / "a.png", "title", ("FLAIR", "T1w"), states, slices, "case_0")
+        save_fingerprint_picture(tmp_path / "a.png", "title", ("FLAIR", "T1w"), states, slices, "case_0")
         return np.asarray(Image.open(tmp_path / "a.png")).tobytes()
 
     states: tuple[State, ...] = ("present", "absent", "copy", "misaligned", "constant", "unusable")

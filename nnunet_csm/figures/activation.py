@@ -15,7 +15,7 @@ from nnunet_csm.figures.canvas import (
     INK,
     PAPER,
     box_around,
-    draw_empty,
+    draw_absent,
     draw_grey,
     draw_outline,
     grey_window,
@@ -74,8 +74,8 @@ def save_activation(
         present = bool(volume[series].any())
         write_above(figure, upper, series_names[series], 30, fontsize=11, fontweight="bold")
         if not present:
-            draw_empty(upper, "absent")
-            draw_empty(lower, "absent")
+            draw_absent(upper)
+            draw_absent(lower)
             continue
         write_above(figure, upper, f"{shares[series]:.0%} of the decision", 12, fontsize=9)
         window = grey_window(volume[series])

@@ -131,14 +131,14 @@ def draw_grey(axes: Axes, image: Float[np.ndarray, "y x"], window: tuple[float, 
     axes.set_axis_off()
 
 
-def draw_empty(axes: Axes, text: str) -> None:
-    """A light panel with a word in it, where there is no image."""
+def draw_absent(axes: Axes) -> None:
+    """A light panel that says so, where there is no image."""
     axes.set_facecolor(EMPTY)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=10)
+    axes.text(0.5, 0.5, "absent", transform=axes.transAxes, ha="center", va="center", color=INK, fontsize=10)
 
 
 def draw_outline(axes: Axes, inside: Bool[np.ndarray, "y x"], colour: str, width: float, style: str = "solid") -> None:

@@ -20,7 +20,7 @@ from nnunet_csm.figures.canvas import (
     PAPER,
     add_panel,
     bounds,
-    draw_empty,
+    draw_absent,
     draw_grey,
     grey_window,
     new_figure,
@@ -61,7 +61,7 @@ NUM_CASES_DRAWN = 120
 NUM_PATTERNS_DRAWN = 16
 
 
-def save_fingerprint(
+def save_fingerprint_picture(
     path: str | Path,
     title: str,
     series_names: Sequence[str],
@@ -106,7 +106,7 @@ def save_fingerprint(
         if name in slices and slices[name].any():
             draw_grey(axes, slices[name], grey_window(slices[name][None]), aspect)
         else:
-            draw_empty(axes, "absent")
+            draw_absent(axes)
         if name in pairs and first and slices[name].any():
             axes = add_panel(figure, left, boards_top, panel_width, panel_height)
             write_above(figure, axes, f"{first} and {name} in turn", ROW_HEIGHT / 2, fontsize=9)

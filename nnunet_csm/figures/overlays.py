@@ -19,7 +19,7 @@ from nnunet_csm.figures.canvas import (
     GAP,
     INK,
     box_around,
-    draw_empty,
+    draw_absent,
     draw_grey,
     draw_outline,
     grey_window,
@@ -78,7 +78,7 @@ def save_overlay(
     for series, row in zip(volume, panels, strict=True):
         if not series.any():
             for axes in row:
-                draw_empty(axes, "absent")
+                draw_absent(axes)
             continue
         window = grey_window(series)
         for axes in row:
@@ -95,27 +95,29 @@ def save_overlay(
     save_figure(figure, path)
 
 
-def save_methods(
+def save_methods_of_case(
     path: str | Path,
-    series: Float[np.ndarray, "z y x"],
-    reference: Int[np.ndarray, "z y x"],
-    predictions: Mapping[str, Int[np.ndarray, "z y x"]],
+    image_file: Path,
+    reference_file: Path,
+    prediction_files: Mapping[str, Path],
     label_names: Mapping[int, str],
     title: str,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, str],
 ) -> None:
     """One case under several methods: image, reference and every prediction by name, whole and enlarged around the labels.
 
-    All show the axial slice with most foreground in the reference. `notes` are words under a prediction, such as its Dice.
+    All are turned to LPS and show the axial slice with most foreground in the reference. `notes` are words under a prediction,
+    such as its Dice. Raises UserError when a file is missing or its grid is not that of the image.
     """
-    assert all(prediction.shape == reference.shape == series.shape for prediction in predictions.values())
+    image = _read_upright(image_file)
+    files = {"reference": reference_file, **prediction_files}
+    segmentations = {name: _read_on_grid(file, image, image_file) for name, file in files.items()}
+    series, reference = sitk.GetArrayFromImage(image), segmentations["reference"]
+    x, y, _ = image.GetSpacing()
     labels = [label for label in sorted(label_names) if label != 0]
     z = _fullest_slice(reference, labels)
-    segmentations = {"reference": reference, **predictions}
     anywhere = np.any([np.isin(one[z], labels) for one in segmentations.values()], axis=0)
-    shown = box_around((series[z] != 0) | anywhere)
-    aspect = spacing[1] / spacing[2]
+    shown, aspect = box_around((series[z] != 0) | anywhere), y / x
     height, width = series[z][shown].shape
     columns = ["image", *(textwrap.fill(name, METHOD_NAME_LENGTH) for name in segmentations)]
     heading = f"{title}, axial slice {z + 1} of {len(reference)}"
@@ -130,28 +132,11 @@ def save_methods(
         _enlarge(axes, anywhere[shown])
     for axes, segmentation in zip(panels[0][1:], segmentations.values(), strict=True):
         _draw_labels(axes, segmentation[z][shown], labels)
-    for axes, name in zip(panels[0][2:], predictions, strict=True):
-        note = (notes or {}).get(name, "")
+    for axes, name in zip(panels[0][2:], prediction_files, strict=True):
+        note = notes.get(name, "")
         axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
     _draw_legend(figure, labels, label_names, with_lines=False)
     save_figure(figure, path)
-
-
-def save_methods_of_case(
-    path: str | Path,
-    image_file: Path,
-    reference_file: Path,
-    prediction_files: Mapping[str, Path],
-    label_names: Mapping[int, str],
-    title: str,
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """`save_methods` of files, turned to LPS. Raises UserError when one is missing or its grid is not that of the image."""
-    image = _read_upright(image_file)
-    reference, *predictions = (_read_on_grid(file, image, image_file) for file in (reference_file, *prediction_files.values()))
-    x, y, z = image.GetSpacing()
-    named = dict(zip(prediction_files, predictions, strict=True))
-    save_methods(path, sitk.GetArrayFromImage(image), reference, named, label_names, title, (z, y, x), notes)
 
 
 def save_overlays_of_folder(

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 
 from nnunet_csm.figures.canvas import (
     GAP,
-    draw_empty,
+    draw_absent,
     draw_grey,
     grey_window,
     panel_grid,
@@ -62,7 +62,7 @@ def save_reconstruction(
         else:
             row_text = "absent"
             for axes in panels:
-                draw_empty(axes, "absent")
+                draw_absent(axes)
         write_beside(figure, panels[0], series_name, 9, fontsize=11, fontweight="bold")
         write_beside(figure, panels[0], row_text, -9, fontsize=9)
     save_figure(figure, path)

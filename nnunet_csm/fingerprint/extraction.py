@@ -32,7 +32,6 @@ from nnunet_csm.fingerprint.record import (
     CaseRecord,
     Fingerprint,
     Subset,
-    complete_cases,
     read_fingerprint,
     save_fingerprint,
     with_manifest,
@@ -195,8 +194,7 @@ def example_slices(
 
     The first complete case, else the one with most series; the middle of what is not 0; turned to LPS where the file says how.
     """
-    complete = complete_cases(fingerprint)
-    name = complete[0] if complete else max(fingerprint.cases, key=lambda case: _num_readable(fingerprint.cases[case]))
+    name = max(fingerprint.cases, key=lambda name: _worth_showing(fingerprint.cases[name]))
     case = fingerprint.cases[name]
     files = case_files(raw_folder, case.subset, dataset_json, len(fingerprint.series))
     volumes, _, _ = read_case(files[name], fingerprint.series, find_reader(dataset_json, [files[name]]))
@@ -209,8 +207,11 @@ def example_slices(
     return name, slices, aspect
 
 
-def _num_readable(case: CaseRecord) -> int:
-    return sum(record.shape is not None for record in case.series.values())
+def _worth_showing(case: CaseRecord) -> tuple[bool, int]:
+    """Cases with every series, aligned and without a problem, before others; of these, those with most series."""
+    records = case.series.values()
+    whole = not case.problems and all(record.absent is None and record.shift_mm is None for record in records)
+    return whole, sum(record.shape is not None for record in records)
 
 
 def _upright(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:

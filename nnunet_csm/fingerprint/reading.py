@@ -1,6 +1,5 @@
 """The files of a case as nnU-Net's readers give them, and what is wrong with them."""
 
-import gzip
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_csm.errors import reason
 from nnunet_csm.fingerprint.record import NO_FILE, UNREADABLE
+from nnunet_csm.raw.volumes import refuse_truncated
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def _num_zeroed_in_nifti(path: Path) -> int:
     ITK also reads a gzip file that was cut off, with 0 for what is not there.
 
     Raises:
-        OSError: the file was cut off.
+        CaseError: the file was cut off.
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         return 0
     image = nibabel.Nifti1Image.from_filename(path)
     header = image.header
     size = int(header.get_data_offset()) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
-    if path.suffix == ".gz" and _size_told_by_gzip(path) != size % 2**32 and _size_in_gzip(path) < size:
-        raise OSError("the gzip file was cut off")
+    if path.suffix == ".gz" and _size_told_by_gzip(path) != size % 2**32:
+        refuse_truncated(path)
     if not np.issubdtype(image.get_data_dtype(), np.floating):
         return 0
     voxels = np.asanyarray(image.dataobj)
@@ -93,18 +93,6 @@ def _size_told_by_gzip(path: Path) -> int:
     with path.open("rb") as stream:
         stream.seek(-4, os.SEEK_END)
         return int.from_bytes(stream.read(4), "little")
-
-
-def _size_in_gzip(path: Path) -> int:
-    """Of the content, by reading it."""
-    size = 0
-    try:
-        with gzip.open(path) as stream:
-            while part := stream.read(2**24):
-                size += len(part)
-    except EOFError:
-        pass
-    return size
 
 
 def affine_of(properties: Mapping[str, Any]) -> Float[np.ndarray, "4 4"] | None:

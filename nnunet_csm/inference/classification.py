@@ -22,7 +22,7 @@ from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
 from nnunet_csm.files import whole, whole_folder
-from nnunet_csm.inference.ensemble import CaseFiles, Decision, Ensemble, decide, load_ensemble, prepare
+from nnunet_csm.inference.ensemble import CaseToClassify, Decision, Ensemble, decide, load_ensemble, prepare
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.segmentation import complete_cases
@@ -132,7 +132,7 @@ def write_maps(
     decision: Decision,
     maps: Float[Tensor, "s gz gy gx"],
     frame: Frame,
-    case: CaseFiles,
+    case: CaseToClassify,
     ensemble: Ensemble,
 ) -> None:
     """`NAME_SERIES.nii.gz` on the grid of the images for every series that is present, and `NAME.png`."""
@@ -193,16 +193,16 @@ def _first(left_out: Mapping[str, str]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
-def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseFiles]:
+def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseToClassify]:
     """All cases of a folder in which none lacks a channel."""
     ending, num_channels = dataset_json["file_ending"], len(nnunet.channel_names(dataset_json))
     first = f"_0000{ending}"
     names = sorted(f.name.removesuffix(first) for f in images.glob(f"*{first}") if not f.name.startswith("."))
     channels = [f"_{channel:04d}{ending}" for channel in range(num_channels)]
-    return [CaseFiles(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
+    return [CaseToClassify(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
 
 
-def _masks_without_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
+def _masks_without_images(folder: Path, cases: Sequence[CaseToClassify]) -> list[str]:
     """A line that says so: images may have another ending, or lie elsewhere."""
     files = {f.name for f in folder.iterdir() if f.name.endswith(READABLE_ENDINGS) and not f.name.startswith(".")}
     others = sorted(files - {case.mask.name for case in cases})

@@ -1,6 +1,5 @@
 """Is every file there and does it fit? From headers only, in seconds, before hours of preprocessing or half a prediction."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,26 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 
-from nnunet_csm.errors import UserError, reason
-from nnunet_csm.nnunet import channel_names
+from nnunet_csm.errors import UserError
+from nnunet_csm.nnunet import channel_names, read_json
 from nnunet_csm.raw.subjects import CaseError
-from nnunet_csm.raw.volumes import read_header
+from nnunet_csm.raw.volumes import NIFTI_ENDINGS, read_header, read_nifti
 
 # What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
 HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
-
-UNREADABLE_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    nibabel.filebasedimages.ImageFileError,
-    nibabel.spatialimages.HeaderDataError,
-    nibabel.wrapstruct.WrapStructError,
-)
 
 ABSENT_SERIES_REMEDY = (
     "for a series the patient does not have, write an all-zero volume with the same geometry: nnunet_csm treats it as absent"
@@ -39,12 +27,7 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; check nnUNet_raw and the dataset's ID")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; it names the channels, the labels and the file ending")
-    try:
-        dataset_json = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    dataset_json: Any = read_json(path, "it names the channels, the labels and the file ending")
     if not isinstance(dataset_json, dict):
         raise UserError(f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending")
     if "modality" in dataset_json and "channel_names" not in dataset_json:
@@ -196,9 +179,6 @@ def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
         except CaseError as error:
             problems.append(str(error))
             continue
-        except UNREADABLE_ERRORS as error:
-            problems.append(f"{path} cannot be read ({reason(error)}); is the copy complete?")
-            continue
         if len(header.shape) == 3:
             headers[path] = header
         else:
@@ -232,10 +212,10 @@ def _read_header(path: Path) -> _Header:
     try:
         header = read_header(path)
     except CaseError:
-        if not path.name.endswith((".nii", ".nii.gz")):
+        if not path.name.endswith(NIFTI_ENDINGS):
             raise
         # ITK refuses directions that are not orthonormal; nnU-Net then reads with nibabel
-        image = nibabel.Nifti1Image.from_filename(path)
+        image = read_nifti(path)
         spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[::-1])
         return _Header(image.shape[::-1], spacing, tuple(image.affine[:3, 3] * (-1.0, -1.0, 1.0)))  # ITK's axes
     return _Header(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin())

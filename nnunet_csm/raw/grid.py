@@ -172,13 +172,8 @@ def labels_of(image: sitk.Image, mask: Mask) -> sitk.Image:
         allowed = ", ".join(map(str, sorted({0, *mask.values})))
         msg = f"{what}: the mask has the value {unknown[0]}, expected one of {allowed}; correct the mask, or say what it means"
         raise CaseError(msg)
-    labels = np.zeros(voxels.shape, dtype=np.uint8)
-    for value, label in mask.values.items():
-        if value != 0:
-            labels[voxels == value] = label
-    painted = sitk.GetImageFromArray(labels)
-    Grid.of(image).put_on(painted)
-    return painted
+    labels = {value: label for value, label in mask.values.items() if value != 0}
+    return sitk.Cast(sitk.ChangeLabel(sitk.Cast(image, sitk.sitkInt32), labels), sitk.sitkUInt8)
 
 
 def refuse_loss(before: sitk.Image, after: sitk.Image, what: str) -> None:

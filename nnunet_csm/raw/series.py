@@ -19,16 +19,16 @@ class SeriesMatch:
     known: bool
 
 
-def canonical_series(
-    channel_names: Mapping[str, str] | Sequence[str], extra_aliases: Mapping[str, str] | None = None
-) -> list[SeriesMatch]:
-    """One match a channel, in channel order.
+def canonical_series(given: Sequence[str], extra_aliases: Mapping[str, str] | None = None) -> list[SeriesMatch]:
+    """One match a channel, in channel order, from the dataset's own names (`nnunet.channel_names`).
 
-    `channel_names` is that of `dataset.json` ({"0": "FLAIR", ...}) or the names in channel order. `extra_aliases` maps names of
-    the dataset to series names and wins over the table; one that is spelled exactly as a channel applies to that channel only.
-    Raises `UserError` when two channels get the same series name, or an extra alias fits no channel.
+    `extra_aliases` maps names of the dataset to series names and wins over the table; one that is spelled exactly as a channel
+    applies to that channel only. Raises `UserError` when a channel has no name, two channels get the same series name, or an
+    extra alias fits no channel.
     """
-    given = _in_channel_order(channel_names)
+    for channel, name in enumerate(given):
+        if not isinstance(name, str) or not _spelling(name):
+            raise UserError(f"channel_names has {name!r} for channel {channel}; give the series a name in dataset.json")
     extra = dict(extra_aliases or {})
     _refuse_unused_aliases(extra, given)
     matches = [_match(name, given, extra) for name in given]
@@ -65,24 +65,6 @@ def _canonical_by_spelling() -> dict[str, str]:
 def _spelling(name: str) -> str:
     """What is compared: case, spaces, underscores and hyphens do not count."""
     return re.sub(r"[\s_\-]+", "", name.casefold())
-
-
-def _in_channel_order(channel_names: Mapping[str, str] | Sequence[str]) -> list[str]:
-    if isinstance(channel_names, Mapping):
-        by_channel = {str(channel): name for channel, name in channel_names.items()}
-        expected = [str(channel) for channel in range(len(by_channel))]
-        if set(by_channel) != set(expected):
-            msg = f"channel_names has the keys {sorted(by_channel)}, not {expected}; number the channels from 0 in dataset.json"
-            raise UserError(msg)
-        names = [by_channel[channel] for channel in expected]
-    else:
-        names = list(channel_names)
-    if not names:
-        raise UserError("channel_names is empty; name at least one series in dataset.json")
-    for channel, name in enumerate(names):
-        if not isinstance(name, str) or not _spelling(name):
-            raise UserError(f"channel_names has {name!r} for channel {channel}; give the series a name in dataset.json")
-    return names
 
 
 def _match(name: str, given: Sequence[str], extra: Mapping[str, str]) -> SeriesMatch:

@@ -15,8 +15,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
-from nibabel.nifti1 import Nifti1Image
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from nnunet_csm.errors import reason
 from nnunet_csm.raw.subjects import CaseError, Volume
@@ -27,6 +28,9 @@ READABLE_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", *DETACHED_ENDINGS)
 
 # A header whose axes are not quite at right angles is taken as if they were when no voxel moves by more than this many voxels.
 MAX_SNAP = 0.25
+
+# what nibabel and gzip raise for a damaged file
+UNREADABLE_ERRORS = (OSError, EOFError, ValueError, zlib.error, HeaderDataError, ImageFileError, WrapStructError)
 
 _CHUNK = 1 << 22  # bytes
 
@@ -165,20 +169,26 @@ def _refuse_non_finite(image: sitk.Image, volume: Volume) -> None:
         raise CaseError(msg + "replace them (such as by 0) where the file was made")
 
 
-def _check_nifti(path: Path) -> None:
-    """Raise `CaseError` when voxels are missing at the end, or the geometry in the header cannot be inverted."""
+def refuse_truncated(path: Path) -> Nifti1Header:
+    """The header of a NIfTI file, after a reading to the end. Raises `CaseError` when voxels are missing there."""
+    kind = type(read_nifti(path).header)
     try:
-        kind = type(_nifti(path).header)
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
             header = kind(file.read(kind.sizeof_hdr), check=False)  # unchecked: nibabel would repair a spacing of zero
             expected = int(header["vox_offset"]) + int(np.prod(header.get_data_shape())) * int(header["bitpix"]) // 8
             found = file.tell()
             while chunk := file.read(_CHUNK):  # to the end: only there gzip notices a truncated or damaged file
                 found += len(chunk)
-    except (OSError, EOFError, zlib.error, ValueError, HeaderDataError, ImageFileError) as error:
+    except UNREADABLE_ERRORS as error:
         raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     if found < expected:
         raise CaseError(f"{path} is truncated: {found} bytes of {expected}, uncompressed; copy it again")
+    return header
+
+
+def _check_nifti(path: Path) -> None:
+    """Raise `CaseError` when voxels are missing at the end, or the geometry in the header cannot be inverted."""
+    header = refuse_truncated(path)
     spacing = tuple(float(edge) for edge in header["pixdim"][1:4])
     if not (np.isfinite(spacing).all() and min(map(abs, spacing)) > 0):
         raise CaseError(
@@ -192,7 +202,7 @@ def _check_nifti(path: Path) -> None:
 
 def _read_sheared(path: Path) -> sitk.Image:
     """A NIfTI file whose axes are not at right angles, when rounding can be the reason."""
-    nifti = _nifti(path)
+    nifti = read_nifti(path)
     matrix = np.diag([-1.0, -1.0, 1.0]) @ nifti.affine[:3, :3]  # ITK's world has x and y reversed
     spacing = np.linalg.norm(matrix, axis=0)
     left, _, right = np.linalg.svd(matrix / spacing)
@@ -216,11 +226,14 @@ def _read_sheared(path: Path) -> sitk.Image:
     return image
 
 
-def _nifti(path: Path) -> Nifti1Image:
-    """Of version 1 or 2; its voxels are not read. Raises `ImageFileError`."""
-    image = nibabel.load(path)
-    if not isinstance(image, Nifti1Image):
-        raise ImageFileError(f"a {type(image).__name__}, not NIfTI")
+def read_nifti(path: Path) -> Nifti1Image:
+    """Of version 1 or 2; its voxels are not read. Raises `CaseError`."""
+    try:
+        image = nibabel.load(path)
+        if not isinstance(image, Nifti1Image):
+            raise ImageFileError(f"a {type(image).__name__}, not NIfTI")
+    except UNREADABLE_ERRORS as error:
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     return image
 
 

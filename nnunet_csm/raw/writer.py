@@ -204,15 +204,14 @@ def _convert_all(
     convert: Callable[[Case], dict[str, Any] | str], cases: Sequence[Case], strict: bool, num_processes: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Case to its entry in the manifest, and case to why it is left out, both in the order of the cases."""
-    results: dict[str, dict[str, Any] | str] = {}
+    results: dict[str, dict[str, Any] | str] = dict.fromkeys((case.identifier for case in cases), "")
     with closing(in_processes(convert, cases, num_processes)) as finished:
         for case, result in tqdm(finished, total=len(cases), desc="cases", unit="case"):
             if strict and isinstance(result, str):
                 raise CaseError(f"case {case.identifier}: {result}")
             results[case.identifier] = result
-    ordered = {case.identifier: results[case.identifier] for case in cases}
-    entries = {name: result for name, result in ordered.items() if not isinstance(result, str)}
-    return entries, {name: result for name, result in ordered.items() if isinstance(result, str)}
+    entries = {name: result for name, result in results.items() if not isinstance(result, str)}
+    return entries, {name: result for name, result in results.items() if isinstance(result, str)}
 
 
 # --- beside the images -------------------------------------------------------------------------------------------------------
