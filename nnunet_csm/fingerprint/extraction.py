@@ -37,8 +37,8 @@ from nnunet_csm.fingerprint.record import (
     with_manifest,
 )
 from nnunet_csm.machine import in_processes
-from nnunet_csm.plans import from_dict
 from nnunet_csm.raw.manifest import read_manifest
+from nnunet_csm.schema import from_dict
 
 # Cases tried for one that a reader can read.
 EXAMPLES = 20
