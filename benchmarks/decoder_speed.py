@@ -10,7 +10,6 @@ the numbers of hidden series. The last column runs under bf16 where the processo
 """
 
 import argparse
-import dataclasses
 import platform
 import statistics
 import sys
@@ -19,12 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steps import MaskedDecoder, architecture_of, bare_pretrainer, masked_batch
-from torch import Tensor
+from steps import MaskedDecoder, bare_pretrainer, batch_of, method_of, variants_of
 
 from nnunet_csm.machine import has_bf16
-from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.pretext.base import Batch
 from nnunet_csm.schema import Size
 
 
@@ -45,30 +42,25 @@ ROWS = (
     Row("S", "S", 4, (16, 16, 16), (96, 96, 96), 0.875, 16),
 )
 
-HEADER = ("batch", "masked", "visible", "ratio", "a quarter", "ratio", "in bf16", "ratio")
-
 
 def milliseconds(row: Row, masked: bool, share: float, bf16: bool, num_steps: int, device: torch.device) -> float:
     """Of a step, as a mean over the numbers of hidden series."""
-    preset = read_preset(row.preset)
-    network = dataclasses.asdict(preset.network)
-    a = architecture_of(row.num_series, row.token_size, **network)
-    decoder = dataclasses.replace(preset.reconstruction, rebuilt_share=share)
+    changes = {"masking": {"mask_ratio": row.mask_ratio}, "reconstruction": {"rebuilt_share": share}}
+    method = method_of(row.preset, row.num_series, row.token_size, row.patch_size, pretext=changes)
     torch.manual_seed(0)
-    trainer = bare_pretrainer(a, decoder, device, compiled=device.type == "cuda", graphs=False)
+    trainer = bare_pretrainer(method, device, compiled=device.type == "cuda", graphs=False)
     trainer.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if masked:
         trainer.network.decoder.__class__ = MaskedDecoder
     medians = []
-    for num_shown in range(1, row.num_series):
-        batch = masked_batch(a, row.patch_size, row.batch_size, num_shown, share, row.mask_ratio)
-        given = batch[0].to(device).half(), batch[1].to(device)
-        times = [step_time(trainer, given, device) for _ in range(num_steps + 1)][1:]
+    for variant in variants_of(trainer.pretext):
+        batch = batch_of(trainer.pretext, row.batch_size, variant, device)
+        times = [step_time(trainer, batch, device) for _ in range(num_steps + 1)][1:]
         medians.append(1000 * statistics.median(times))
     return statistics.mean(medians)
 
 
-def step_time(trainer: Any, batch: tuple[Tensor, Mask], device: torch.device) -> float:
+def step_time(trainer: Any, batch: Batch, device: torch.device) -> float:
     """Seconds; of the processor on a CPU, so that other programs do not count."""
     if device.type == "cpu":
         begun = time.process_time()

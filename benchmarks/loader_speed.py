@@ -166,7 +166,8 @@ def measure(row: Row, seconds: float, num_warm_crops: int) -> None:
             next(made)
         row.wait()
         started, busy, num_batches = time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - started < seconds:
+        # one at least, however busy the machine is
+        while not num_batches or time.perf_counter() - started < seconds:
             next(made)
             num_batches += 1
         row.wait()

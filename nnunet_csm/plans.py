@@ -27,7 +27,7 @@ class EncoderSettings:
     """Kind of the encoder, and what no comparison has settled yet.
 
     Attributes:
-        kind: a name in `model/encoders.py`.
+        kind: a name in `model/encoder.py`.
         positions: half periods of the position embedding, in tokens: "geometric" rise from 1 to 64, "mae" as published with MAE
             from pi to 31,416.
         series_embedding_std: deviation with which the embeddings of series begin; MAE draws such vectors with 0.02.

@@ -1,4 +1,4 @@
-"""A pretext that comes from elsewhere, named in the plans by its dotted path, is trained, judged, carried and studied as ours are."""
+"""A pretext from elsewhere, named in the plans by its dotted path, is trained, judged, carried and studied as ours are."""
 
 import shutil
 from collections.abc import Callable

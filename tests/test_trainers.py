@@ -149,6 +149,8 @@ def test_folds_are_those_of_the_file_and_an_encoder_that_saw_their_test_cases_is
     capsys: pytest.CaptureFixture[str],
     splits_file: str,
 ) -> None:
+    from nnunet_csm.training.pretrained import held_out_cases
+
     preprocessed = tmp_path / "nnUNet_preprocessed"
     shutil.copytree(planned_dataset.folders.preprocessed, preprocessed)
     monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))

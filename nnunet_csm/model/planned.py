@@ -46,8 +46,7 @@ class PlannedNetwork(nn.Module):
     def present_series(self, volume: Float[Tensor, "b n z y x"]) -> tuple[Float[Tensor, "b s z y x"], Bool[Tensor, "b s"]]:
         """The planned series of patches with nnU-Net's channels, and which of them are present."""
         volume = self.planned_series(volume)
-        present = series_present(volume)
-        return volume * present[:, :, None, None, None].to(volume.dtype), present
+        return volume, series_present(volume)
 
     def planned_series(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b s z y x"]:
         """The planned series, in their order, of patches with nnU-Net's channels.

@@ -34,9 +34,13 @@ def read_encoder(path: str) -> PretrainedEncoder:
     saved = checkpoint.load(path)
     weights = {k.removeprefix("encoder."): v for k, v in saved["network_weights"].items() if k.startswith("encoder.")}
     init_args: dict[str, Any] = saved["init_args"]
+    without = f"{path}: a {saved['trainer_name']} network without an encoder of ours"
     if not weights:
-        raise UserError(f"{path}: a {saved['trainer_name']} network without an encoder of ours; give a checkpoint of pretraining")
-    architecture = read_architecture(init_args["plans"], init_args["configuration"], str(path))
+        raise UserError(f"{without}; give a checkpoint of pretraining")
+    try:
+        architecture = read_architecture(init_args["plans"], init_args["configuration"], str(path))
+    except UserError as error:
+        raise UserError(f"{without} ({error}); give a checkpoint of pretraining") from None
     # pretraining may know more series than the dataset whose plans these are
     architecture = replace(architecture, series=tuple(saved.get("series", architecture.series)))
     named = len(architecture.series)

@@ -135,7 +135,8 @@ class ViT(Encoder):
         tz, ty, tx = a.token_size
         self.token_size = tz, ty, tx
         num_series, num_voxels = self.layout(a)
-        self.by_series = options.embedding == "by_series" and num_series > 1
+        # with one series as well, so that its layer can be carried
+        self.by_series = options.embedding == "by_series" and self.keeps_series_apart
         self.embedding: nn.Module = (
             LinearBySeries(num_series, num_voxels, a.width) if self.by_series else nn.Linear(num_voxels, a.width)
         )
@@ -226,8 +227,8 @@ class ViT(Encoder):
     ) -> tuple[dict[str, Tensor], list[Transferred]]:
         """Rows for each series by its name; one that the pretraining did not have starts from the mean of those it had."""
         names = ["series_embedding"]
-        if weights["embedding.weight"].ndim == 3:
-            names += ["embedding.weight", "embedding.bias"]
+        if target.encoder.embedding == "by_series":
+            names += [name for name in ("embedding.weight", "embedding.bias") if name in weights]
         carried, report = dict(weights), []
         for name in names:
             rows = []

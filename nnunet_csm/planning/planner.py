@@ -281,11 +281,15 @@ def _sized(
         squeezed = True
         patch = squeeze(patch, token, spacing, lambda size: finetuning(size, wanted).total <= target)
         why_patch += ", shortened to fit into memory"
+    if any(p % t for p, t in zip(patch, token, strict=True)):
+        raise UserError(
+            f"patch_size {patch} is not a multiple of token_size {token}; choose others with -overwrite_patch_size and "
+            f"-overwrite_token_size"
+        )
     pretraining_patch, why_pretraining_patch = choose_pretraining_patch(preset, patch, token)
     pretext, settings = read_pretext(preset.pretext, pretraining_architecture, f"preset {preset_name}: pretext")
     setup = Setup(pretraining_architecture, settings, pretraining_patch)
-    whole = all(p % t == 0 for p, t in zip(patch, token, strict=True))
-    if target is None or not whole:  # sizes by hand that do not fit each other are refused later, with a better message
+    if target is None:
         pretraining_batch, why_pretraining = preset.pretraining.batch_size, "as in the preset"
         finetuning_batch, why_finetuning = wanted, "as in the preset"
     else:
@@ -303,12 +307,11 @@ def _sized(
         Decision("batch size, pretraining", str(pretraining_batch), why_pretraining),
         Decision("batch size, fine-tuning", str(finetuning_batch), why_finetuning),
     ]
-    if whole:
-        needs = {"pretraining": pretraining(pretraining_batch), "fine-tuning": finetuning(patch, finetuning_batch)}
-        decisions += memory_decisions(needs, target)
-        if target is not None:
-            squeezed |= max(need.total for need in needs.values()) > target
-            squeezed |= pretraining_batch < min(MIN_PRETRAINING_BATCH, preset.pretraining.batch_size)
+    needs = {"pretraining": pretraining(pretraining_batch), "fine-tuning": finetuning(patch, finetuning_batch)}
+    decisions += memory_decisions(needs, target)
+    if target is not None:
+        squeezed |= max(need.total for need in needs.values()) > target
+        squeezed |= pretraining_batch < min(MIN_PRETRAINING_BATCH, preset.pretraining.batch_size)
     return _Sized(
         preset,
         architecture,

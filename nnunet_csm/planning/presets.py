@@ -124,19 +124,25 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         parent = str(path.parent / parent)
     if parent in (name, *children):
         raise UserError(f"preset {name}: inherits from {parent}, which inherits from it; leave inherits_from out in one of them")
-    return merged(_read(parent, (*children, name)), data)
+    return merged(_read(parent, (*children, name)), data, f"preset {name}: ")
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, objects merged key by key; another pretext takes over what it knows of the settings of the first."""
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`base` with `changes`, objects merged key by key; another pretext takes over what it knows of the settings of the first.
+
+    Raises:
+        UserError: no such pretext; `where` is what the message names.
+    """
     result = dict(base)
     for key, value in changes.items():
         there = result.get(key)
         if not (isinstance(value, Mapping) and isinstance(there, Mapping)):
             result[key] = value
             continue
-        if key == "pretext" and "name" in value and value["name"] != there.get("name"):
-            there = {"name": value["name"], **known_to(pretext_class(value["name"], "pretext").Settings, there)}
+        name = value.get("name")
+        # what is no name at all is refused when the outcome is read
+        if key == "pretext" and isinstance(name, str) and name != there.get("name"):
+            there = {"name": name, **known_to(pretext_class(name, f"{where}pretext").Settings, there)}
         result[key] = merged(there, value)
     return result
 

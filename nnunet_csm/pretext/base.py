@@ -21,7 +21,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.tokens import grid_size
 from nnunet_csm.plans import Architecture, Configuration
-from nnunet_csm.schema import Size, from_dict
+from nnunet_csm.schema import Size, from_dict, to_dict
 
 # `csm.pretext.name` in the plans to its class, imported when it is asked for
 PRETEXTS = {"csm": "nnunet_csm.pretext.csm.CSM", "mae3d": "nnunet_csm.pretext.mae3d.MAE3D"}
@@ -147,13 +147,14 @@ class Pretext(nn.Module, ABC):
 
     @classmethod
     def described(cls, setup: Setup, num_present: Mapping[int, int]) -> list[tuple[str, str, str]]:
-        """Lines for the plan: what is decided, its value, why.
+        """Lines for the plan: what is decided, its value, why. Its name and settings, unless said otherwise.
 
         Args:
             setup: what it would be built from.
             num_present: a number of series to the number of cases that have that many.
         """
-        return []
+        settings = ", ".join(f"{key} {value}" for key, value in to_dict(setup.settings).items())
+        return [("pretext", cls.__name__, settings or "has no settings")]
 
     @property
     def crop_sizes(self) -> tuple[Size, ...]:
@@ -208,9 +209,9 @@ class Pretext(nn.Module, ABC):
         return self.setup.num_tokens * float(present.sum(1).double().mean())
 
     def example(self, num_samples: int, variant: int) -> Batch:
-        """A batch of samples that have every series, with images of no content: what memory and operations are counted on."""
+        """A batch of samples that have every series, with images of noise: what memory, operations and time are measured on."""
         num_series = self.setup.num_series
-        volumes = tuple(torch.empty(num_samples, num_series, *size) for size in self.crop_sizes)
+        volumes = tuple(torch.randn(num_samples, num_series, *size) for size in self.crop_sizes)
         draws = Draws(0, torch.arange(num_samples))
         present = torch.ones(num_samples, num_series, dtype=torch.bool)
         return Batch(volumes, self.draw(draws, present, variant, volumes, training=True))
