@@ -38,13 +38,11 @@ def read_release(
     for option in options:
         if option not in taken:
             known = f"its options are {', '.join(f'-{known}' for known in taken)}" if taken else "it has no options"
-            msg = f"{format_name} has no option -{option}; {known}"
-            raise UserError(msg)
+            raise UserError(f"{format_name} has no option -{option}; {known}")
     found = _script(format_name)(release, dataset_id, name or FORMATS[format_name][1], **options)
     if strict and (problems := [*(f"{case}: {reason}" for case, reason in found.left_out.items()), *found.doubts]):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        msg = f"{problems[0]}{more}; without --strict the conversion goes on and reports it"
-        raise UserError(msg)
+        raise UserError(f"{problems[0]}{more}; without --strict the conversion goes on and reports it")
     return found
 
 
@@ -75,7 +73,6 @@ def options_of(format_name: str) -> tuple[str, ...]:
 
 def _script(format_name: str) -> Callable[..., Release]:
     if format_name not in FORMATS:
-        msg = f"there is no format {format_name!r}; choose from {', '.join(FORMATS)}"
-        raise UserError(msg)
+        raise UserError(f"there is no format {format_name!r}; choose from {', '.join(FORMATS)}")
     read: Callable[..., Release] = importlib.import_module(f"{__name__}.{format_name}").read
     return read

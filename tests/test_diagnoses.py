@@ -25,7 +25,7 @@ from nnunet_csm.data.diagnoses import (
 )
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import check_classification, series_lines, split_dataset, take_class_table
-from nnunet_csm.raw.writer import MANIFEST
+from nnunet_csm.raw.manifest import MANIFEST
 
 TABLE = "case,class,mask_label,patient\nb,benign,2,P1\nb,malignant,1,P1\na,malignant,1,P1\nc,benign,1,P2\n"
 SAMPLES = (

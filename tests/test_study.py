@@ -25,7 +25,7 @@ from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
-from nnunet_csm.raw.writer import MANIFEST
+from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
 from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed

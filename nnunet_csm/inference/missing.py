@@ -10,13 +10,14 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.fingerprint.measurement import Volume as Voxels
+from nnunet_csm.files import whole_folder
 from nnunet_csm.fingerprint.measurement import measure_series, nonzero_box
+from nnunet_csm.fingerprint.reading import SeriesImage
 from nnunet_csm.fingerprint.record import ALL_ZERO, CONSTANT
+from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume
-from nnunet_csm.raw.writer import whole_folder, write_image
 
 
 def fill_missing(
@@ -127,7 +128,7 @@ def _without_a_series(
             raise UserError(f"{found}; resample all files of a case to one grid")
     spacing = images[first].GetSpacing()[::-1]
     volumes = {
-        names[channel]: Voxels(sitk.GetArrayFromImage(image).astype(np.float32), spacing, None)
+        names[channel]: SeriesImage(sitk.GetArrayFromImage(image).astype(np.float32), spacing, None)
         for channel, image in images.items()
     }
     records = measure_series(volumes, nonzero_box([volume.voxels for volume in volumes.values()]))

@@ -27,9 +27,9 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.record import FILE_NAME as FINGERPRINT
 from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
 from nnunet_csm.raw.check import load_dataset_json
+from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.raw.subjects import CaseError, Volume
 from nnunet_csm.raw.volumes import read_volume
-from nnunet_csm.raw.writer import patients_of
 
 SPLITS = "splits_final.json"
 Extent = tuple[float, float, float]

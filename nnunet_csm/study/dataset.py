@@ -23,7 +23,7 @@ from nnunet_csm.planning.command import Found, look_at, planned
 from nnunet_csm.planning.planner import Wishes
 from nnunet_csm.planning.request import PlanRequest
 from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, parse_configuration
-from nnunet_csm.raw.writer import patients_of
+from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.study.divisions import everybody
 
 # between the series of a subset
