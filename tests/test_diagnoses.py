@@ -362,24 +362,17 @@ def share_patient(raw: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [truncate_mask, empty_mask, add_stranger, share_patient])
-def test_what_is_wrong_with_a_dataset_is_named(raw: Path, spoil, capsys: pytest.CaptureFixture[str]) -> None:
-    check_classification("1", strict=True)
-    assert "nothing wrong" in capsys.readouterr().out
+def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
+    counted, wrong = check_classification(NAME)
+    assert not wrong and re.fullmatch(r"\d+ samples of \d+ patients: .* counts as positive\)", counted[0])
     message = spoil(raw)
-    check_classification("1", strict=False)
-    printed = capsys.readouterr().out
-    assert re.search(f"WRONG  {message}", printed) and "1 to look at" in printed
-    with pytest.raises(UserError, match=message):
-        check_classification("1", strict=True)
+    (wrong,) = check_classification(NAME)[1]
+    assert re.match(message, wrong)
 
 
-def test_a_case_without_a_class_is_wrong_only_if_that_is_asked(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_case_without_a_class_is_named(raw: Path) -> None:
     write_mask(raw, "other")
-    check_classification("1", strict=False)
-    printed = capsys.readouterr().out
-    assert "1 cases without a class, left out: other" in printed and "nothing wrong" in printed
-    with pytest.raises(UserError, match="other has no class"):
-        check_classification("1", strict=True)
+    assert check_classification(NAME)[1] == ["1 cases without a class, left out: other"]
 
 
 def test_classes_are_counted_by_series() -> None:

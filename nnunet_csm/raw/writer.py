@@ -128,7 +128,7 @@ def write_dataset(
         manifest = {
             "dataset": dataset.name,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            "software": _software(),
+            "software": software(),
             "axes": "x, y, z in mm, as in SimpleITK",
             "reference": reference,
             "registered": register,
@@ -562,8 +562,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _software() -> dict[str, str]:
-    packages = ("SimpleITK", "nibabel", "numpy", "scikit-learn")
+def software(*more: str) -> dict[str, str]:
+    """Versions that what is written depends on, and those of `more` packages."""
+    packages = ("SimpleITK", "nibabel", "numpy", "scikit-learn", *more)
     return {"nnunet_csm": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
