@@ -23,6 +23,7 @@ from nnunet_csm.data.diagnoses import (
     stratified_folds,
     write_class_table,
 )
+from nnunet_csm.doctor import of_classes
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import check_classification, series_lines, split_dataset, take_class_table
 from nnunet_csm.raw.writer import MANIFEST
@@ -368,6 +369,16 @@ def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
     message = spoil(raw)
     (wrong,) = check_classification(NAME)[1]
     assert re.match(message, wrong)
+    said = [str(finding) for finding in of_classes(NAME)]
+    assert re.match(rf"WRONG +classes +{message}.*\n +-> mend it, or correct .*classification\.csv", said[-1])
+    assert len([line for line in said if line.startswith("ok")]) == len(counted)
+
+
+def test_a_class_table_that_cannot_be_read_is_said_and_one_that_is_not_there_is_not(raw: Path) -> None:
+    write_rows(raw, ["c00,x,P0", "c00,y,P0"])
+    assert "not usable" in str(*of_classes(NAME))
+    (raw / "classification.csv").unlink()
+    assert not list(of_classes(NAME))
 
 
 def test_a_case_without_a_class_is_named(raw: Path) -> None:
