@@ -319,7 +319,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="small networks on the CPU")
     parser.add_argument("-n", type=int, default=100, help="steps measured (default: 100)")
     parser.add_argument("-o", help="writes this name with .json and .png")
-    parser.add_argument("--only", default="", help="rows that begin so, such as 'CSM B 4'")
+    parser.add_argument("-only", "--only", default="", help="rows that begin so, such as 'CSM B 4'")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         print("Error: no CUDA device; measure on a machine with one, or give --cpu for small networks", file=sys.stderr)
