@@ -58,9 +58,13 @@ class Labels:
     source: str
 
     def __str__(self) -> str:
-        shown = [f"{value} is {task} {self.names[task]}" for value, task in self.to_task.items() if task]
-        shown += [f"none is {value} {name}" for value, name in self.names.items() if value not in self.to_task.values()]
-        return f"of the predicted values {', '.join(shown)}, as in {self.source}"
+        shown = [
+            f"{self.names[task]} {task}" + f" (predicted as {value})" * (value != task)
+            for value, task in self.to_task.items()
+            if task
+        ]
+        shown += [f"{name} {value} (never predicted)" for value, name in self.names.items() if value not in self.to_task.values()]
+        return f"{', '.join(shown)}; predicted values are those of {self.source}"
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def write(
             }
             temporary_manifest.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{archive}: cannot be written ({_reason(error)}); is there room, and is the disk sound?") from error
+        raise UserError(f"{archive}: cannot be written ({error}); is there room, and is the disk sound?") from error
     for task in found:
         print(_table([case for case in cases if case.task == task.name], task.labels))
     print(f"{archive}: {len(cases)} cases, read back and found equal; where they come from stands in {manifest}")
@@ -309,30 +313,34 @@ def check_case(task: Task, image: Path) -> tuple[Case, bytes]:
         source = nibabel.Nifti1Image.from_filename(image).header
         if len(source.get_data_shape()) not in (3, 4):
             raise ValueError(f"an image of shape {source.get_data_shape()}, expected three or four axes")
+        places = _places(source)
     except UNREADABLE as error:
-        raise UserError(f"{image}: cannot be read ({_reason(error)}); download the task again") from None
+        raise UserError(f"{image}: cannot be read ({error}); download the task again") from None
     try:
         content = prediction.read_bytes()
         # gzip compares its checksum at the end, to which nibabel would not read
         predicted = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
-        voxels = np.asanyarray(predicted.dataobj)
+        voxels, found_places = np.asanyarray(predicted.dataobj), _places(predicted.header)
     except UNREADABLE as error:
-        raise UserError(f"{prediction}: cannot be read ({_reason(error)}); predict the case again") from None
+        raise UserError(f"{prediction}: cannot be read ({error}); predict the case again") from None
     shape = source.get_data_shape()[:3]
     if voxels.shape != shape:
         found, expected = voxels.shape[::-1], shape[::-1]
         raise UserError(f"{prediction} has the shape {found}, but {image} has {expected} (z, y, x); predict from that image")
-    shift = min(_distance(*places, shape) for places in product(_places(predicted.header), _places(source)))
+    apart = min(np.linalg.norm(found - expected, axis=1).max() for found in found_places for expected in places)
+    shift = float(apart / min(source.get_zooms()[:3]))
     if not shift <= LARGEST_SHIFT:
         raise UserError(f"the header of {prediction} puts it {shift:.3g} voxels from {image}; predict from that image")
     if voxels.dtype.kind not in "iuf":
         raise UserError(f"{prediction} holds voxels of type {voxels.dtype}, expected whole numbers; give label maps")
     values, counts = np.unique(voxels, return_counts=True)
     if broken := [value for value in values.tolist() if not float(value).is_integer()]:
-        raise UserError(f"{prediction} holds values that are not whole, {_first(broken)}; give label maps, not probabilities")
+        raise UserError(
+            f"{prediction} holds values that are not whole, {', '.join(map(str, broken[:5]))}; give label maps, not probabilities"
+        )
     if unknown := [int(value) for value in values if int(value) not in labels.to_task]:
-        known = sorted(labels.to_task)
-        raise UserError(f"{prediction} holds the values {_first(unknown)}, but the labels of {labels.source} are {known}")
+        found = ", ".join(map(str, unknown[:5]))
+        raise UserError(f"{prediction} holds the values {found}, but the labels of {labels.source} are {sorted(labels.to_task)}")
     ml = float(np.prod(source.get_zooms()[:3], dtype=np.float64)) / 1000
     volumes = dict.fromkeys(labels.names.values(), 0.0)
     # in the type of the release's label maps
@@ -347,19 +355,14 @@ def check_case(task: Task, image: Path) -> tuple[Case, bytes]:
 
 
 def _places(header: nibabel.Nifti1Header) -> list[np.ndarray]:
-    """Voxel (x, y, z) to mm, as one reader or another may take it: a header can name two places, or none.
+    """Corners of the volume in mm, (8, 3), as one reader or another may take them: a header can name two places, or none.
 
     nnU-Net reads with SimpleITK or with nibabel; where there is none, the latter puts the centre at 0, the former a corner.
     """
-    named = [affine for affine, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code]
-    return named or [header.get_base_affine(), np.diag([*(header.get_zooms()[:3] * np.array([-1, -1, 1])), 1])]
-
-
-def _distance(found: np.ndarray, expected: np.ndarray, shape: Sequence[int]) -> float:
-    """The largest one of a corner in one place from the same corner in the other, in voxels (of the shortest edge)."""
-    corners = np.array([(*corner, 1) for corner in product(*((0, length - 1) for length in shape))])
-    distance = np.linalg.norm((corners @ (found - expected).T)[:, :3], axis=1).max()
-    return float(distance / np.linalg.norm(expected[:3, :3], axis=0).min())
+    affines = [affine for affine, code in (header.get_sform(coded=True), header.get_qform(coded=True)) if code]
+    affines = affines or [header.get_base_affine(), np.diag([*(header.get_zooms()[:3] * np.array([-1, -1, 1])), 1])]
+    corners = list(product(*((0, length - 1) for length in header.get_data_shape()[:3])))
+    return [nibabel.affines.apply_affine(affine, corners) for affine in affines]
 
 
 def _nifti(label_map: np.ndarray, source: nibabel.Nifti1Header) -> bytes:
@@ -380,14 +383,6 @@ def _verify(archive: Path, cases: Sequence[Case]) -> None:
         for case in tqdm(cases, desc="reading back", unit="case"):
             if hashlib.sha256(file.read(case.path_in_archive)).hexdigest() != case.sha256:
                 raise UserError(f"{archive}: {case.path_in_archive} does not read back as it was written; is the disk sound?")
-
-
-def _first(values: Sequence[float]) -> str:
-    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
 
 
 def _table(cases: Sequence[Case], labels: Labels) -> str:
