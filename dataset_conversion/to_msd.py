@@ -141,7 +141,7 @@ def write(
         if path.is_dir() or (path.exists() and not overwrite):
             raise UserError(f"{path} exists; move it away, choose another -o, or replace it with --overwrite")
     excluded = frozenset(case.removesuffix(ENDING) for case in leave_out)
-    sources = labels_from or [None] * len(tasks)
+    sources: Sequence[str | None] = labels_from or [None] * len(tasks)
     found = [read_task(*of_task, excluded) for of_task in zip(tasks, predictions, sources, strict=True)]
     names = [task.name for task in found]
     if len(set(names)) < len(names):
@@ -339,8 +339,8 @@ def check_case(task: Task, image: Path) -> tuple[Case, bytes]:
             f"{prediction} holds values that are not whole, {', '.join(map(str, broken[:5]))}; give label maps, not probabilities"
         )
     if unknown := [int(value) for value in values if int(value) not in labels.to_task]:
-        found = ", ".join(map(str, unknown[:5]))
-        raise UserError(f"{prediction} holds the values {found}, but the labels of {labels.source} are {sorted(labels.to_task)}")
+        listed = ", ".join(map(str, unknown[:5]))
+        raise UserError(f"{prediction} holds the values {listed}, but the labels of {labels.source} are {sorted(labels.to_task)}")
     ml = float(np.prod(source.get_zooms()[:3], dtype=np.float64)) / 1000
     volumes = dict.fromkeys(labels.names.values(), 0.0)
     # in the type of the release's label maps

@@ -223,15 +223,11 @@ def build_parser() -> argparse.ArgumentParser:
         "Segment images as nnUNetv2_predict does, in less time, with a check of the inputs; a case may lack series.",
         "nnunet_csm predict -d 21 -f 0 -i in -o out",
     )
-    p.add_argument("-d", required=True, help="dataset name or ID")
-    p.add_argument("-i", required=True, help="input folder, with CASE_0000.nii.gz, CASE_0001.nii.gz ...")
+    p.add_argument(
+        "-i", required=True, help="input folder, with CASE_0000.nii.gz, CASE_0001.nii.gz ..., as far as they are there"
+    )
     p.add_argument("-o", required=True, help="output folder")
-    p.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds whose predictions are averaged")
-    p.add_argument("-tr", default=FINETUNER, help="trainer")
-    p.add_argument("-c", default="3d_fullres", help="configuration")
-    p.add_argument("-p", default=PLANS_NAME, help="plans")
-    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
-    p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
+    _add_model(p, FINETUNER)
     p.add_argument("--save_probabilities", action="store_true", help="write probabilities beside the segmentations")
     p.add_argument("--continue_prediction", action="store_true", help="keep what is already there")
     p.add_argument("-step_size", type=float, default=0.5, help="from tile to tile, as a share of the patch")
@@ -261,16 +257,10 @@ def build_parser() -> argparse.ArgumentParser:
         "Probabilities of the classes, from images and masks; with maps of what drove them, series by series.",
         "nnunet_csm classify -d 21 -f 0 1 2 3 4 -i images -m masks -o predictions.csv --maps",
     )
-    p.add_argument("-d", required=True, help="dataset name or ID")
     p.add_argument("-i", required=True, help="folder with CASE_0000.nii.gz, CASE_0001.nii.gz ..., as far as a case has them")
     p.add_argument("-m", required=True, help="folder with CASE.nii.gz: masks, such as nnunet_csm predict writes")
     p.add_argument("-o", required=True, help="CSV to write; a JSON beside it tells checkpoints, hashes and software")
-    p.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds whose probabilities are averaged")
-    p.add_argument("-tr", default=CLASSIFIER, help="trainer")
-    p.add_argument("-c", default="3d_fullres", help="configuration")
-    p.add_argument("-p", default=PLANS_NAME, help="plans")
-    p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
-    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
+    _add_model(p, CLASSIFIER)
     p.add_argument("--maps", action="store_true", help="also NIfTI and pictures of what drove each decision, by series")
     p.add_argument("--strict", action="store_true", help="a case without a usable mask is an error, not a line in a report")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -370,6 +360,17 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
         help="spacing in mm of a joint plan, by hand; default: that of the first dataset",
     )
     _add_reading(p)
+
+
+def _add_model(p: argparse.ArgumentParser, trainer: str) -> None:
+    """A trained model, and where it is to run."""
+    p.add_argument("-d", required=True, help="dataset name or ID")
+    p.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds whose predictions are averaged")
+    p.add_argument("-tr", default=trainer, help="trainer")
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", default=PLANS_NAME, help="plans")
+    p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
+    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
 
 
 def _add_training(p: argparse.ArgumentParser, trainer: str) -> None:

@@ -19,7 +19,7 @@ from nnunet_csm.plans import read_configuration
 
 def below(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
     """Every command as it is typed, formats of `convert` among them."""
-    found = {}
+    found = dict[str, argparse.ArgumentParser]()
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for one, command in action.choices.items():

@@ -367,8 +367,8 @@ def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
     counted, wrong = check_classification(NAME)
     assert not wrong and re.fullmatch(r"\d+ samples of \d+ patients: .* counts as positive\)", counted[0])
     message = spoil(raw)
-    (wrong,) = check_classification(NAME)[1]
-    assert re.match(message, wrong)
+    _, (problem,) = check_classification(NAME)
+    assert re.match(message, problem)
     said = [str(finding) for finding in of_classes(NAME)]
     assert re.match(rf"WRONG +classes +{message}.*\n +-> mend it, or correct .*classification\.csv", said[-1])
     assert len([line for line in said if line.startswith("ok")]) == len(counted)

@@ -96,7 +96,7 @@ class Release:
         write_json(self.predictions / "dataset.json", {"labels": labels, **more})
 
     def export(self, **options: object) -> list[to_msd.Case]:
-        return to_msd.write([self.predictions], self.archive, [self.task], **options)  # type: ignore[arg-type]
+        return to_msd.write([self.predictions], self.archive, [self.task], **options)
 
     def unpacked(self) -> dict[str, nibabel.Nifti1Image]:
         with zipfile.ZipFile(self.archive) as file:
