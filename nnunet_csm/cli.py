@@ -13,6 +13,8 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.machine import num_cores
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
+Command = Callable[[argparse.Namespace], int]
+
 NUM_PROCESSES = min(8, num_cores())
 # nnU-Net's variables that hold one
 NUMBERS = ("nnUNet_def_n_proc", "nnUNet_n_proc_DA", "nnUNet_npp", "nnUNet_nps")
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variable in NUMBERS:
             if not (value := os.environ.get(variable) or "0").isdigit():
                 raise UserError(f"the environment variable {variable} is {value!r}, expected a whole number; correct or unset it")
-        command: Callable[[argparse.Namespace], int] = args.run
+        command: Command = args.run
         # a mistyped dataset need not wait for what the command imports; the doctor says itself which folder is not set
         if command is not commands.doctor or all(variable in os.environ for variable in nnunet.FOLDER_VARIABLES):
             given_datasets = getattr(args, "d", None) or []
@@ -58,9 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunet_csm {__version__}")
     subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], int], what: str, example: str, among: Any = subcommands
-    ) -> argparse.ArgumentParser:
+    def add(name: str, what: str, example: str, run: Command | None = None, among: Any = subcommands) -> argparse.ArgumentParser:
+        """A command; what it does is the function of its name in `commands`, if no other is given."""
         command: argparse.ArgumentParser = among.add_parser(
             name,
             help=what,
@@ -68,28 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=f"Example: {example}",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run or getattr(commands, name))
         return command
 
     p = add(
-        "demo",
-        commands.demo,
-        "Run everything on a phantom, on two CPU cores, in minutes, with a summary page.",
-        "nnunet_csm demo -o csm_demo",
+        "demo", "Run everything on a phantom, on two CPU cores, in minutes, with a summary page.", "nnunet_csm demo -o csm_demo"
     )
     p.add_argument("-o", default="csm_demo", help="output folder; holds the nnU-Net folders of the demo and summary.html")
     p.add_argument("-seed", type=int, default=0, help="seed of the phantom")
 
-    add(
-        "env",
-        commands.env,
-        "Print the export that lets stock nnUNetv2_... commands find our trainers.",
-        'eval "$(nnunet_csm env)"',
-    )
+    add("env", "Print the export that lets stock nnUNetv2_... commands find our trainers.", 'eval "$(nnunet_csm env)"')
 
     p = add(
         "doctor",
-        commands.doctor,
         "Check versions, folders, GPU, trainers, what a dataset lacks, and its classes by fold.",
         "nnunet_csm doctor -d 21",
     )
@@ -99,7 +91,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "convert",
-        commands.convert,
         "A release to an nnU-Net raw dataset: series on one grid, zeros for missing ones, a manifest, splits by patient.",
         "nnunet_csm convert table -i series.csv -d 501 -name Prostate -reference T2w",
     )
@@ -113,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("table", "any dataset from a CSV or TSV, DICOM folders included", "-i series.csv -d 501 -name Mine -labels tumour=1"),
         ("bids", "a BIDS folder, masks in its derivatives", "-i bids -d 504 -class_column grade"),
     ):
-        readers[name] = p = add(name, commands.convert, what, f"nnunet_csm convert {name} {example}", formats)
+        readers[name] = p = add(name, what, f"nnunet_csm convert {name} {example}", commands.convert, formats)
         _add_conversion(p)
     readers["bt_msd"].add_argument(
         "--regions", "-regions", action="store_true", help="overlapping regions WT, TC, ET instead of labels"
@@ -127,9 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "to_msd",
-        commands.convert_to_msd,
         "the way out: predictions as the archive of a decathlon submission, after checking every case",
         "nnunet_csm convert to_msd -i out -o submission.zip -task Task01_BrainTumour",
+        commands.convert_to_msd,
         formats,
     )
     p.add_argument("-i", nargs="+", required=True, help="folders written by nnUNetv2_predict, one for each task")
@@ -146,7 +137,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "fingerprint",
-        commands.fingerprint,
         "Which series every case has, copies in place of missing ones, intensities, geometry, misaligned series; with a picture.",
         "nnunet_csm fingerprint -d 21 -np 8",
     )
@@ -155,7 +145,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "plan",
-        commands.plan,
         "Write CSM plans from nnU-Net's plans and the fingerprint; preprocessed data is reused.",
         "nnunet_csm plan -d 21 -gpu_memory_target 40",
     )
@@ -163,7 +152,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "split",
-        commands.split,
         "Write splits_final.json by patient and class: five folds, or repeats of 8:1:1 as in the paper.",
         "nnunet_csm split -d 21 -repeats 10",
     )
@@ -174,7 +162,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "plan_and_preprocess",
-        commands.plan_and_preprocess,
         "nnU-Net's fingerprint, plans and preprocessing, then CSM plans; for datasets without labels as well.",
         "nnunet_csm plan_and_preprocess -d 21 -preset B",
     )
@@ -191,9 +178,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "pretrain",
-        commands.train,
         "Pretrain the encoder on the images of a fold; with joint plans on several datasets, the first of which owns the run.",
         "nnunet_csm pretrain -d 21 -f 0 -device cpu",
+        commands.train,
     )
     p.add_argument("-d", nargs="+", required=True, help="dataset name or ID; several for joint plans")
     _add_training(p, PRETRAINER)
@@ -206,9 +193,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "finetune",
-        commands.train,
         f"Fine-tune a segmenter from the pretrained encoder; with -tr {CLASSIFIER} a classifier.",
         "nnunet_csm finetune -d 21 -f 0 1 2 --npz",
+        commands.train,
     )
     p.add_argument("-d", required=True, help="dataset name or ID")
     _add_training(p, FINETUNER)
@@ -219,7 +206,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "predict",
-        commands.predict,
         "Segment images as nnUNetv2_predict does, in less time, with a check of the inputs; a case may lack series.",
         "nnunet_csm predict -d 21 -f 0 -i in -o out",
     )
@@ -253,7 +239,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "classify",
-        commands.classify,
         "Probabilities of the classes, from images and masks; with maps of what drove them, series by series.",
         "nnunet_csm classify -d 21 -f 0 1 2 3 4 -i images -m masks -o predictions.csv --maps",
     )
@@ -267,7 +252,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "evaluate",
-        commands.evaluate,
         "Score segmentations by label and region, with overlay pictures; or a classifier's tables, with intervals over patients.",
         "nnunet_csm evaluate -d 21 -ref labelsTs -pred out -images imagesTs",
     )
@@ -287,7 +271,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add(
         "study",
-        commands.study,
         "Run a table of methods, label shares and repeats; write it with intervals, as LaTeX and a page; go on where it was.",
         "nnunet_csm study table1 -d 1 -num_gpus 4 --dry_run",
     )

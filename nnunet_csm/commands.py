@@ -269,20 +269,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.command import evaluate_dataset
     from nnunet_csm.evaluation.repeats import evaluate_runs
 
-    tables = [path for path in args.pred if path.endswith(".csv")]
-    if 0 < len(tables) < len(args.pred) or (not tables and len(args.pred) > 1):
-        raise UserError(f"-pred {' '.join(args.pred)}: give one folder of segmentations, or CSV files of a classifier alone")
-    kind = "CSV files" if tables else "a folder"
-    if needless := [name for name in (("d", "ref", "regions", "images") if tables else ("against",)) if getattr(args, name)]:
-        raise UserError(f"-pred names {kind}, for which there is no -{needless[0]}; see `nnunet_csm evaluate -h`")
-    if tables:
-        evaluate_runs([Path(path) for path in tables], [Path(path) for path in args.against], Path(args.o) if args.o else None)
-        return 0
-    if lacking := [f"-{name}" for name in ("d", "ref") if not getattr(args, name)]:
-        raise UserError(f"-pred names {kind} of segmentations, which needs {' and '.join(lacking)} as well")
-    predictions, images = Path(args.pred[0]), Path(args.images) if args.images else None
-    output = Path(args.o) if args.o else predictions
-    evaluate_dataset(args.d, Path(args.ref), predictions, output, args.regions, args.overlays, images, args.np)
+    paths, output = [Path(path) for path in args.pred], Path(args.o) if args.o else None
+    kinds = {path.suffix == ".csv" for path in paths}
+    given = {name for name in ("d", "ref", "regions", "images", "against") if getattr(args, name)}
+    if kinds == {True} and given <= {"against"}:
+        evaluate_runs(paths, [Path(path) for path in args.against], output)
+    elif kinds == {False} and len(paths) == 1 and {"d", "ref"} <= given and "against" not in given:
+        images = Path(args.images) if args.images else None
+        evaluate_dataset(args.d, Path(args.ref), paths[0], output or paths[0], args.regions, args.overlays, images, args.np)
+    else:
+        found = " ".join(["-pred", *args.pred, *(f"-{name}" for name in sorted(given))])
+        known = "one folder of segmentations, with -d and -ref, or CSV files of a classifier, alone or with -against"
+        raise UserError(f"{found}: give -pred {known}")
     return 0
 
 
