@@ -50,24 +50,6 @@ UNREADABLE = (*UNREADABLE_ERRORS, zlib.error)
 
 
 @dataclass(frozen=True)
-class Labels:
-    """What predicted values mean. `names`: foreground values of the task; `to_task`: predicted value -> the task's value."""
-
-    names: dict[int, str]
-    to_task: dict[int, int]
-    source: str
-
-    def __str__(self) -> str:
-        shown = [
-            f"{self.names[task]} {task}" + f" (predicted as {value})" * (value != task)
-            for value, task in self.to_task.items()
-            if task
-        ]
-        shown += [f"{name} {value} (never predicted)" for value, name in self.names.items() if value not in self.to_task.values()]
-        return f"{', '.join(shown)}; predicted values are those of {self.source}"
-
-
-@dataclass(frozen=True)
 class Task:
     """A task of the decathlon, and predictions for it.
 
@@ -75,14 +57,26 @@ class Task:
         predictions: folder as nnUNetv2_predict leaves it.
         images: test case to its file, without those left out.
         problems: where the release's list, its folder and the predictions differ.
+        labels: the task's foreground values -> names.
+        to_task: predicted value -> the task's value, as `labels_source` has it.
     """
 
     name: str
     predictions: Path
     images: dict[str, Path]
     left_out: tuple[str, ...]
-    labels: Labels
     problems: tuple[str, ...]
+    labels: dict[int, str]
+    to_task: dict[int, int]
+    labels_source: str
+
+    def __str__(self) -> str:
+        values = {task: value for value, task in self.to_task.items()}
+        notes = {
+            task: "" if task == values.get(task) else f" (predicted as {values.get(task, 'nothing')})" for task in self.labels
+        }
+        shown = ", ".join(f"{task} {name}{notes[task]}" for task, name in self.labels.items())
+        return f"{self.name}: {shown}; predicted values are those of {self.labels_source}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,7 @@ def write(
     if unknown := sorted(excluded - {case for task in found for case in task.left_out}):
         raise UserError(f"-leave_out {', '.join(unknown)}: no such test image in {', '.join(names)}")
     for task in found:
-        print(f"{task.name}: {task.labels}")
+        print(task)
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
         # the archive takes its name last, so that none lacks its manifest
@@ -168,7 +162,7 @@ def write(
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{archive}: cannot be written ({error}); is there room, and is the disk sound?") from error
     for task in found:
-        print(_table([case for case in cases if case.task == task.name], task.labels))
+        print(_table([case for case in cases if case.task == task.name], list(task.labels.values())))
     print(f"{archive}: {len(cases)} cases, read back and found equal; where they come from stands in {manifest}")
     return cases
 
@@ -205,8 +199,10 @@ def read_task(folder: Path, predictions: Path, labels_from: str | None, excluded
     ]
     for case in sorted(_cases(predictions.iterdir()) - listed - there):
         problems.append(f"{predictions / case}{ENDING} is of no test image of {name}; remove it from the folder")
-    labels = read_labels(name, _label_names(content["labels"], path), path, predictions, labels_from)
-    return Task(name, predictions, images, tuple(sorted((listed | there) & excluded)), labels, tuple(problems))
+    names = _label_names(content["labels"], path)
+    labels = {value: label for value, label in names.items() if value}
+    left_out, matched = tuple(sorted((listed | there) & excluded)), match_labels(names, path, predictions, labels_from)
+    return Task(name, predictions, images, left_out, tuple(problems), labels, *matched)
 
 
 def _cases(paths: Iterable[Path]) -> set[str]:
@@ -215,22 +211,26 @@ def _cases(paths: Iterable[Path]) -> set[str]:
     return {name.removesuffix(ENDING) for name in names if not name.startswith((".", "_"))}
 
 
-def read_labels(task: str, names: dict[int, str], names_file: Path, predictions: Path, labels_from: str | None) -> Labels:
+def match_labels(
+    names: Mapping[int, str], names_file: Path, predictions: Path, labels_from: str | None
+) -> tuple[dict[int, int], str]:
     """Match the predicted values to those of the task, which are called `names` in `names_file`, by the names of the labels.
 
     Models trained on regions predict the values of `regions_class_order`, which have no names; they are kept.
 
+    Returns:
+        Predicted value to the task's value, and where that stands.
+
     Raises:
         UserError: a name that the task does not have.
     """
-    foreground = {value: name for value, name in names.items() if value}
     source = predictions if labels_from is None else Path(labels_from)
     if not source.exists() and source.suffix != ".json":
         source = nnunet.folder("nnUNet_raw") / nnunet.dataset_name(str(source))
     if source.is_dir():
         source /= "dataset.json"
     if labels_from is None and not source.is_file():
-        return Labels(foreground, {value: value for value in names}, f"{task}: {predictions} holds no dataset.json")
+        return {value: value for value in names}, f"{names_file}: {predictions} holds no dataset.json"
     content = nnunet.read_json(source, "give -labels_from a dataset.json, or the name or ID of an nnU-Net dataset")
     labels = content.get("labels")
     if not isinstance(labels, dict):
@@ -239,8 +239,8 @@ def read_labels(task: str, names: dict[int, str], names_file: Path, predictions:
     if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
         order = {0, *(int(value) for value in content.get("regions_class_order", ()))}
         if unknown := sorted(order - set(names)):
-            raise UserError(f"{source}: regions_class_order has the values {unknown}, but {task} has {expected}")
-        return Labels(foreground, {value: value for value in sorted(order)}, f"the regions of {source}")
+            raise UserError(f"{source}: regions_class_order has the values {unknown}, but {names_file} has {expected}")
+        return {value: value for value in sorted(order)}, f"the regions of {source}"
     values = {_plain(name): value for value, name in names.items()}
     to_task = {0: 0}
     for value, name in _label_names(labels, source).items():
@@ -251,7 +251,7 @@ def read_labels(task: str, names: dict[int, str], names_file: Path, predictions:
             )
         if value:
             to_task[value] = values[_plain(name)]
-    return Labels(foreground, to_task, str(source))
+    return to_task, str(source)
 
 
 def _label_names(labels: Mapping[str, Any], source: Path) -> dict[int, str]:
@@ -306,7 +306,7 @@ def check_case(task: Task, image: Path) -> tuple[Case, bytes]:
     Raises:
         UserError: it is missing or unreadable, or its shape, place or values are wrong.
     """
-    name, prediction, labels = image.name.removesuffix(ENDING), task.predictions / image.name, task.labels
+    name, prediction = image.name.removesuffix(ENDING), task.predictions / image.name
     if not prediction.is_file():
         raise UserError(f"{prediction} is missing; predict the case, or use -leave_out {name}")
     try:
@@ -338,17 +338,17 @@ def check_case(task: Task, image: Path) -> tuple[Case, bytes]:
         raise UserError(
             f"{prediction} holds values that are not whole, {', '.join(map(str, broken[:5]))}; give label maps, not probabilities"
         )
-    if unknown := [int(value) for value in values if int(value) not in labels.to_task]:
-        listed = ", ".join(map(str, unknown[:5]))
-        raise UserError(f"{prediction} holds the values {listed}, but the labels of {labels.source} are {sorted(labels.to_task)}")
+    if unknown := [int(value) for value in values if int(value) not in task.to_task]:
+        listed, known = ", ".join(map(str, unknown[:5])), sorted(task.to_task)
+        raise UserError(f"{prediction} holds the values {listed}, but the labels of {task.labels_source} are {known}")
     ml = float(np.prod(source.get_zooms()[:3], dtype=np.float64)) / 1000
-    volumes = dict.fromkeys(labels.names.values(), 0.0)
+    volumes = dict.fromkeys(task.labels.values(), 0.0)
     # in the type of the release's label maps
-    label_map = np.zeros(shape, np.uint8 if max(labels.names, default=0) < 256 else np.uint16, order="F")
+    label_map = np.zeros(shape, np.uint8 if max(task.labels, default=0) < 256 else np.uint16, order="F")
     for value, count in zip(values, counts, strict=True):
-        if target := labels.to_task[int(value)]:
+        if target := task.to_task[int(value)]:
             label_map[voxels == value] = target
-            volumes[labels.names[target]] += int(count) * ml
+            volumes[task.labels[target]] += int(count) * ml
     file = _nifti(label_map, source)
     hashes = (hashlib.sha256(content).hexdigest(), hashlib.sha256(file).hexdigest())
     return Case(task.name, name, image, prediction, *hashes, volumes, shift), file
@@ -385,9 +385,9 @@ def _verify(archive: Path, cases: Sequence[Case]) -> None:
                 raise UserError(f"{archive}: {case.path_in_archive} does not read back as it was written; is the disk sound?")
 
 
-def _table(cases: Sequence[Case], labels: Labels) -> str:
+def _table(cases: Sequence[Case], labels: Sequence[str]) -> str:
     """Volumes in millilitres, then what deserves a look."""
-    table = pd.DataFrame.from_dict({case.name: case.volumes_ml for case in cases}, "index", columns=list(labels.names.values()))
+    table = pd.DataFrame.from_dict({case.name: case.volumes_ml for case in cases}, "index", columns=labels)
     lines = ["volumes in ml", table.to_string(float_format="{:.2f}".format)]
     if empty := list(table.index[~table.any(axis=1)]):
         lines.append(f"{len(empty)} without any foreground: {', '.join(empty)}")
@@ -410,6 +410,6 @@ def _provenance(task: Task) -> dict[str, Any]:
         "dataset": content.get("dataset_name"),
         "plans": content.get("plans_name"),
         "plans_sha256": sha256(plans) if plans.is_file() else None,
-        "labels": asdict(task.labels),
+        "labels": {"names": task.labels, "to_task": task.to_task, "source": task.labels_source},
         "left_out": list(task.left_out),
     }
