@@ -6,7 +6,7 @@ hidden tokens. The step is the trainer's, without drawing and cutting; each figu
 the numbers of hidden series. The last column runs under bf16 where the processor has it.
 
     python benchmarks/decoder_speed.py               # demo, the study few_labels' network and S
-    python benchmarks/decoder_speed.py -n 3 --only S
+    python benchmarks/decoder_speed.py -n 3 -only S
 """
 
 import argparse
@@ -76,7 +76,7 @@ def step_time(trainer: Any, batch: Batch, device: torch.device) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=5, help="steps measured for each number of hidden series (default: 5)")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
+    parser.add_argument("-only", "--only", default="", help="rows whose name begins so")
     parser.add_argument("--gpu", action="store_true", help="on a GPU, under bf16")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():

@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("results", type=Path)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--study", default="quick")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("-study", default="quick")
+    parser.add_argument("-jobs", type=int, default=1)
     args = parser.parse_args()
     stage = Stage(args.stage, args.work, args.results, args.cpu, args.study, args.jobs)
     if args.cpu:

@@ -143,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="reduced configurations, without a GPU")
     parser.add_argument("--compile", action="store_true", help="with --cpu: through torch.compile")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("-only", "--only", default="", help="cases whose name contains this")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         print("Error: no CUDA device; measure on a machine with one, or give --cpu for reduced configurations", file=sys.stderr)

@@ -11,7 +11,7 @@ pretext draws (for CSM, the numbers of hidden series); the peak is that of one l
 
     python benchmarks/pretrain_speed.py -o speed            # table, speed.json, speed.png
     python benchmarks/pretrain_speed.py --cpu               # small networks, where there is no GPU
-    python benchmarks/pretrain_speed.py --presets mae3d own.json    # these only: any pretext that a preset names
+    python benchmarks/pretrain_speed.py -presets mae3d own.json    # these only: any pretext that a preset names
     pip install monai                                       # for MONAI's rows
 """
 
@@ -292,8 +292,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="small networks on the CPU")
     parser.add_argument("-n", type=int, default=100, help="steps measured (default: 100)")
     parser.add_argument("-o", help="writes this name with .json and .png")
-    parser.add_argument("--presets", nargs="+", default=[], help="only these, by name or file, on four series")
-    parser.add_argument("--only", default="", help="rows that begin so, such as 'CSM B 4'")
+    parser.add_argument("-presets", nargs="+", default=[], help="only these, by name or file, on four series")
+    parser.add_argument("-only", "--only", default="", help="rows that begin so, such as 'CSM B 4'")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         print("Error: no CUDA device; measure on a machine with one, or give --cpu for small networks", file=sys.stderr)

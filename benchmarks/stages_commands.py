@@ -139,13 +139,13 @@ def evidence(stage: Stage) -> None:
     given = {path.name for variable in ("nnUNet_preprocessed", "nnUNet_raw") for path in Path(os.environ[variable]).iterdir()}
     datasets = sorted(name for name in given if name.startswith("Dataset") and not name.endswith("_Phantom"))
     if not datasets and not stage.cpu:
-        stage.found("study", "no dataset in --data", False)
+        stage.found("study", "no dataset in -data", False)
         return
     # as many workers as there are cores for each run
     os.environ["nnUNet_n_proc_DA"] = str(max(1, (os.cpu_count() or 1) // stage.jobs - 1))
     for dataset in datasets or [f"Dataset{DATASET}_Phantom"]:
         if not (Path(os.environ["nnUNet_preprocessed"]) / dataset / "nnUNetPlans.json").is_file():
             stage.command("plan_and_preprocess", "-d", dataset)
-        flags = ["-dry_run"] if stage.cpu else ["-jobs", str(stage.jobs)]
+        flags = ["--dry_run"] if stage.cpu else ["-jobs", str(stage.jobs)]
         stage.command("study", stage.study, "-d", dataset, *stage.on(), *flags)
         stage.found("study", f"{stage.study} on {dataset}: {'would run' if stage.cpu else 'every run is done'}", True)

@@ -94,9 +94,8 @@ def _labels(release: Path, given: Mapping[str, str]) -> dict[str, int]:
 def _check_regions(release: Path, labels: Mapping[str, int]) -> None:
     name_of = {value: label.casefold() for label, value in labels.items()}
     if set(name_of) != {0, 1, 2, 3} or not all(name_of[value].startswith(names) for value, names in REGION_LABELS.items()):
-        raise UserError(
-            f"-regions is about 1 edema, 2 non-enhancing tumor, 3 enhancing tumour; {release / 'dataset.json'} has {dict(labels)}"
-        )
+        found = f"{release / 'dataset.json'} has {dict(labels)}"
+        raise UserError(f"--regions is about 1 edema, 2 non-enhancing tumor, 3 enhancing tumour; {found}")
 
 
 def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | None]:

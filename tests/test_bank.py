@@ -503,7 +503,7 @@ def test_free_memory_is_some_and_no_more_than_there_is():
 def test_what_is_wrong_with_files_is_said_with_the_remedy(folder, where):
     with pytest.raises(UserError, match=r"large\.b2nd: 3 series, expected 2 as in the plans"):
         opened(case_files(folder, num_channels=2), where)
-    with pytest.raises(UserError, match=r"gone\.b2nd.*nnunet_csm preprocess"):
+    with pytest.raises(UserError, match=r"gone\.b2nd.*nnunet_csm plan_and_preprocess -preprocess_only"):
         opened(case_files(folder, ["large", "gone"]), where)
     with pytest.raises(UserError, match="no case"):
         opened([], where)

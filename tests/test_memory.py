@@ -173,7 +173,7 @@ def test_joint_tokens_take_what_was_predicted_and_less_than_separate_ones(backen
 def test_a_compiled_step_takes_what_was_predicted():
     # in a process of its own: the shape checks of these tests cannot be compiled, and would break up the network
     benchmark = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-    command = [sys.executable, str(benchmark), "--cpu", "--compile", "--only", "pretraining 96 x 3"]
+    command = [sys.executable, str(benchmark), "--cpu", "--compile", "-only", "pretraining 96 x 3"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "PASS: 2 configurations" in finished.stdout

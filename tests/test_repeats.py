@@ -41,7 +41,7 @@ def write(folder, seed, skill, **changes):
 
 def test_the_auc_is_the_mean_of_the_runs_own(tmp_path, capsys):
     paths = write(tmp_path / "a", 0, 2.0)
-    assert cli.main(["evaluate_classes", "-pred", *map(str, paths), "-o", str(tmp_path / "out")]) == 0
+    assert cli.main(["evaluate", "-pred", *map(str, paths), "-o", str(tmp_path / "out")]) == 0
     expected = np.mean([roc_auc_score(t["class"] == "malignant", t["p_malignant"]) for t in map(pd.read_csv, paths)])
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["metrics"]["auc"]["value"] == pytest.approx(expected)

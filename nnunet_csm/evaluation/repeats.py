@@ -1,4 +1,4 @@
-"""`nnunet_csm evaluate_classes`: predictions of several folds or repeats as one table, alone or beside another training's."""
+"""A classifier's predictions of several folds or repeats as one table, alone or beside another training's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

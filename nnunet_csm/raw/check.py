@@ -61,7 +61,7 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
         return [*check_inputs(folder / "imagesTr", names, ending), "no labels in dataset.json: images to pretrain on"]
     if not (folder / "labelsTr").is_dir():
         raise UserError(f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json')
-    cases, problems = _found_cases(folder / "imagesTr", len(names), ending, labels=folder / "labelsTr")
+    cases, problems = _found_cases(folder / "imagesTr", names, ending, labels=folder / "labelsTr")
     lines = _checked(folder / "imagesTr", cases, problems, names, ending)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
         lines.append(f"numTraining is {dataset_json['numTraining']} in dataset.json, but imagesTr holds {len(cases)} cases")
@@ -72,7 +72,7 @@ def check_inputs(folder: Path, names: Sequence[str], file_ending: str) -> list[s
     """Check a folder of images to be predicted (`case_0000.nii.gz`, ...): as `check_dataset`, without labels."""
     if not folder.is_dir():
         raise UserError(f"the input folder {folder} does not exist; give -i the folder with the images")
-    cases, problems = _found_cases(folder, len(names), file_ending, labels=None)
+    cases, problems = _found_cases(folder, names, file_ending, labels=None)
     return _checked(folder, cases, problems, names, file_ending)
 
 
@@ -97,7 +97,7 @@ class _Header:
 def _checked(folder: Path, cases: Sequence[_Case], problems: Sequence[str], names: Sequence[str], ending: str) -> list[str]:
     """Lines to print, or `UserError` with the first problem and the number of further ones."""
     if not (cases or problems):
-        raise UserError(_no_case(folder, ending))
+        raise UserError(no_case(folder, ending))
     problems, notes = list(problems), list[str]()
     for case in cases:
         problems += _missing_files(case, names)
@@ -115,25 +115,33 @@ def _first(messages: Sequence[str]) -> str:
     return messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else "")
 
 
-def _found_cases(folder: Path, num_channels: int, ending: str, labels: Path | None) -> tuple[list[_Case], list[str]]:
-    """Cases by file name, and the files that nnU-Net would take for something else than they are."""
+def files_by_case(folder: Path, names: Sequence[str], ending: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
+    """Case to channel to file, both in order, and the files that nnU-Net would take for something else than they are."""
     pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
-    identifiers, problems = set(), []
+    cases, problems = dict[str, dict[int, Path]](), list[str]()
     for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
         match = pattern.fullmatch(path.name)
         if match is None:
             problems.append(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
             continue
-        if int(match["channel"]) >= num_channels:
-            problems.append(f"{path} is of channel {int(match['channel'])}, but the dataset has {num_channels}; remove the file")
-        identifiers.add(match["identifier"])
+        channel = int(match["channel"])
+        if channel >= len(names):
+            known = ", ".join(f"{number:04d} {name}" for number, name in enumerate(names))
+            problems.append(f"{path} is of channel {channel}, but there are {known}; rename or remove it")
+        cases.setdefault(match["identifier"], {})[channel] = path
+    return dict(sorted(cases.items())), problems
+
+
+def _found_cases(folder: Path, names: Sequence[str], ending: str, labels: Path | None) -> tuple[list[_Case], list[str]]:
+    """Cases by file name, and what is wrong with names of files."""
+    found, problems = files_by_case(folder, names, ending)
     cases = [
         _Case(
             identifier,
-            tuple(folder / f"{identifier}_{channel:04d}{ending}" for channel in range(num_channels)),
+            tuple(folder / f"{identifier}_{channel:04d}{ending}" for channel in range(len(names))),
             None if labels is None else labels / f"{identifier}{ending}",
         )
-        for identifier in sorted(identifiers)
+        for identifier in found
     ]
     return cases, problems
 
@@ -221,7 +229,7 @@ def _read_header(path: Path) -> _Header:
     return _Header(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin())
 
 
-def _no_case(folder: Path, ending: str) -> str:
+def no_case(folder: Path, ending: str) -> str:
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     listing = f"found {len(found)} other entries, such as {found[0]}" if found else "the folder is empty"
     return f"{folder} holds no image called CASE_0000{ending}; {listing}"

@@ -27,12 +27,10 @@ def save_manifest(
     folder: Path, name: str, reference: str, register: bool, entries: Mapping[str, Any], left_out: Mapping[str, str]
 ) -> None:
     """Write down how the dataset `name` was made; `entries` are those of `cases.write_case`, by case."""
-    packages = ("SimpleITK", "nibabel", "numpy", "scikit-learn")
-    software = {"nnunet_csm": __version__, "python": platform.python_version(), **{one: version(one) for one in packages}}
     manifest = {
         "dataset": name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "software": software,
+        "software": software(),
         "axes": "x, y, z in mm, as in SimpleITK",
         "reference": reference,
         "registered": register,
@@ -40,6 +38,12 @@ def save_manifest(
         "left_out": left_out,
     }
     save_json(manifest, folder / MANIFEST)
+
+
+def software(*more: str) -> dict[str, str]:
+    """Versions that what is written depends on, and those of `more` packages."""
+    packages = ("SimpleITK", "nibabel", "numpy", "scikit-learn", *more)
+    return {"nnunet_csm": __version__, "python": platform.python_version(), **{one: version(one) for one in packages}}
 
 
 def read_manifest(raw_folder: Path) -> dict[str, Any]:

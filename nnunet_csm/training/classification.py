@@ -219,9 +219,10 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         for name, why in volumes.left_out.items():
             self.print_to_log_file(f"WARNING: {name} is left out: {why}", add_timestamp=False)
         if not len(volumes) or (side == "train" and len(counted) < len(self.table.classes)):
+            lacking = ", ".join(c for c in self.table.classes if not counted[c])
             raise UserError(
-                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without samples of "
-                f"{', '.join(c for c in self.table.classes if not counted[c])}; see `nnunet_csm classification_check`"
+                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without samples of {lacking}; "
+                f"see `nnunet_csm doctor -d {self.plans_manager.dataset_name}`"
             )
         return volumes
 
