@@ -10,14 +10,27 @@ from jaxtyping import Float, Int
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.classification import compare, draw_classification, evaluate
+from nnunet_csm.evaluation.class_curves import draw_classification
+from nnunet_csm.evaluation.classification import compare, evaluate
 from nnunet_csm.files import write_text
 
 PROBABILITY = "p_"
 
 
+def classes_of(table: pd.DataFrame) -> tuple[str, ...]:
+    """The classes that a table of predictions has probabilities of, in the order of their indices."""
+    return tuple(name.removeprefix(PROBABILITY) for name in table if name.startswith(PROBABILITY))
+
+
+def labels_and_probabilities(table: pd.DataFrame) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n c"]]:
+    """True class indices and probabilities of a table of predictions."""
+    classes = classes_of(table)
+    labels = np.array([classes.index(name) for name in table["class"]])
+    return labels, table[[PROBABILITY + name for name in classes]].to_numpy(np.float64)
+
+
 @dataclass(frozen=True)
-class Runs:
+class PooledRuns:
     """Predictions of some runs, one after the other; a run is a fold or a repeat, with a network of its own.
 
     Attributes:
@@ -33,16 +46,16 @@ class Runs:
     runs: tuple[int, ...]
 
 
-def read_runs(paths: Sequence[Path]) -> Runs:
+def read_runs(paths: Sequence[Path]) -> PooledRuns:
     """Read the `predictions.csv` of trainings, one a run, in their order.
 
     Raises:
         UserError: no such file, not a table of a classifier's validation, or other classes than in the first.
     """
     tables = [_read(path) for path in paths]
-    classes = tuple(name.removeprefix(PROBABILITY) for name in tables[0] if name.startswith(PROBABILITY))
+    classes = classes_of(tables[0])
     for path, table in zip(paths, tables, strict=True):
-        found = tuple(name.removeprefix(PROBABILITY) for name in table if name.startswith(PROBABILITY))
+        found = classes_of(table)
         if found != classes:
             raise UserError(
                 f"{path}: probabilities of {', '.join(found)}, {paths[0]} has {', '.join(classes)}; give runs of one task"
@@ -50,11 +63,12 @@ def read_runs(paths: Sequence[Path]) -> Runs:
         if unknown := sorted(set(table["class"]) - set(classes)):
             raise UserError(f"{path}: class {unknown[0]!r} has no column of probabilities; expected one of {', '.join(classes)}")
     table = pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run")
-    return Runs(
+    labels, probabilities = labels_and_probabilities(table)
+    return PooledRuns(
         names=tuple(zip(table["run"], table["case"], table["mask_label"].astype(str), strict=True)),
         classes=classes,
-        labels=np.array([classes.index(name) for name in table["class"]]),
-        probabilities=table[[PROBABILITY + name for name in classes]].to_numpy(np.float64),
+        labels=labels,
+        probabilities=probabilities,
         patients=tuple(table["patient"]),
         runs=tuple(int(run) for run in table["run"]),
     )
@@ -69,7 +83,7 @@ def _read(path: Path) -> pd.DataFrame:
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV ({error}); {remedy}") from None
     missing = [name for name in ("case", "mask_label", "patient", "class") if name not in table]
-    if missing or not any(name.startswith(PROBABILITY) for name in table) or table.empty:
+    if missing or not classes_of(table) or table.empty:
         raise UserError(f"{path}: no column {missing[0] if missing else 'p_CLASS'} or no row; {remedy}")
     return table
 
@@ -95,7 +109,7 @@ def evaluate_runs(predictions: Sequence[Path], against: Sequence[Path], output: 
                 f"give the same folds of both trainings, in the same order"
             )
         compared = compare(others.labels, others.probabilities, runs.probabilities, runs.classes, runs.patients, runs.runs)
-        counts = evaluate(*given, runs=runs.runs, num_resamples=0).to_markdown().splitlines()[0]
+        counts = evaluate(*given, runs=runs.runs, num_resamples=0).counts
         text = f"{counts}\n\n{compared.to_markdown(('against', 'predictions'))}"
         table, result = compared.table(), compared.to_dict()
     print(f"{len(predictions)} runs; {text}")

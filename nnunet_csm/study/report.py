@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nnunet_csm.evaluation.bootstrap import CONFIDENCE
 from nnunet_csm.figures.overlays import save_methods_of_case
 from nnunet_csm.figures.page import Page
 from nnunet_csm.figures.studies import Curve, PatientDifferences, save_label_efficiency, save_patient_differences
@@ -15,14 +16,13 @@ from nnunet_csm.study.statistics import (
     ALL_SERIES,
     AUC,
     AVERAGE,
-    CONFIDENCE,
     NUM_RESAMPLES,
     SINGLE_MEAN,
     Contrast,
     contrasts_of,
+    crossed_interval,
     differences,
     divisions,
-    interval,
     pairs,
     scores,
     with_single_mean,
@@ -142,7 +142,7 @@ def _bounds(row: pd.Series, results: pd.DataFrame) -> tuple[float, float]:
     names = ["table", "arm", "labels", "finetuned", "tested"]
     group = results[(results[names] == [row[name] for name in names]).all(axis=1)]
     matrix = scores(group)[row["structure"]]
-    return interval(matrix.to_numpy(), divisions(group, matrix.columns))
+    return crossed_interval(matrix.to_numpy(), divisions(group, matrix.columns))
 
 
 def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[Contrast]) -> list[tuple[Path, str]]:
@@ -158,7 +158,7 @@ def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[C
         if matrix.empty:
             continue
         values = matrix.mean(axis=1).to_numpy()
-        low, high = interval(matrix.to_numpy(), divisions(pair.arm, matrix.columns))
+        low, high = crossed_interval(matrix.to_numpy(), divisions(pair.arm, matrix.columns))
         name = _pair_name(pair.names, len({*results["tested"]}) > 1)
         panels.setdefault(str(pair.names["table"]), []).append(PatientDifferences(name, values, values.mean(), low, high))
     drawn: list[tuple[Path, str]] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nnunet_csm.evaluation.bootstrap import CONFIDENCE
 from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
 from nnunet_csm.files import write_text
 from nnunet_csm.study.grid import HIDDEN, SHOWN, Grid
@@ -14,7 +15,6 @@ from nnunet_csm.study.statistics import (
     ALL_SERIES,
     AUC,
     AVERAGE,
-    CONFIDENCE,
     JOIN,
     SINGLE_MEAN,
     Contrast,
