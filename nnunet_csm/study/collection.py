@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
+from nnunet_csm.evaluation.regions import BRATS_REGIONS
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.runs import ALL, CLASSIFIER, Row, Run
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_csm.evaluation.bootstrap import CONFIDENCE
-from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
+from nnunet_csm.evaluation.regions import BRATS_REGIONS
 from nnunet_csm.files import write_text
 from nnunet_csm.study.grid import HIDDEN, SHOWN, Grid
 from nnunet_csm.study.statistics import (
