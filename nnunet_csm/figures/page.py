@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
@@ -60,12 +63,12 @@ figcaption { margin-top: .4rem; color: #4b535d; font-size: .92rem; max-width: 44
 {%- for table in section.tables %}<div class="scroll"><table>
 {% if table.caption %}<caption>{{ table.caption }}</caption>
 {% endif %}<thead><tr>
-{%- for name in table.header %}<th{% if table.is_number(loop.index0) %} class="number"{% endif %}>{{ name }}</th>{% endfor -%}
+{%- for name in table.cells %}<th{% if table.is_number[loop.index0] %} class="number"{% endif %}>{{ name }}</th>{% endfor -%}
 </tr></thead>
 <tbody>
-{% for row in table.rows %}{% set place = loop.index0 %}<tr>
-{%- for cell in row %}<td{% if table.is_number(loop.index0) %} class="number"{% endif %}
-{%- if (place, loop.index0) in table.best %} class="best"{% endif %}>{{ cell|cell }}</td>{% endfor -%}
+{% for row in table.cells.itertuples(index=False) %}{% set place = loop.index0 %}<tr>
+{%- for cell in row %}<td{% if table.is_number[loop.index0] %} class="number"{% endif %}
+{%- if table.best is not none and table.best[place, loop.index0] %} class="best"{% endif %}>{{ cell|cell }}</td>{% endfor -%}
 </tr>
 {% endfor %}</tbody>
 </table></div>
@@ -81,21 +84,16 @@ figcaption { margin-top: .4rem; color: #4b535d; font-size: .92rem; max-width: 44
 
 @dataclass(frozen=True)
 class Table:
-    """Header and rows of text and numbers. Floats get three decimals, NaN is a dash, columns of numbers stand to the right.
+    """Text and numbers: floats get three decimals, NaN is a dash, columns of numbers stand to the right, `best` is bold."""
 
-    `best` are the (row, column) of cells of text that are drawn bold.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[object]]
+    cells: pd.DataFrame
     caption: str = ""
-    best: frozenset[tuple[int, int]] = frozenset()
+    best: Bool[np.ndarray, "row column"] | None = None
 
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.header) for row in self.rows), f"rows of {self.header} differ in length"
-
-    def is_number(self, column: int) -> bool:
-        return bool(self.rows) and all(isinstance(row[column], (int, float)) for row in self.rows)
+    @property
+    def is_number(self) -> list[bool]:
+        """Of every column."""
+        return [pd.api.types.is_numeric_dtype(kind) for kind in self.cells.dtypes]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from nnunet_csm.study.statistics import (
     scores,
     with_single_mean,
 )
-from nnunet_csm.study.tables import arms_of, make_tables, share_of_labels
+from nnunet_csm.study.tables import arms_of, make_tables, percent, series_name, share_of_labels
 
 MOST_PANELS = 12
 MOST_CASES = 4
@@ -125,7 +125,7 @@ def draw_label_efficiency(figures: Path, summary: pd.DataFrame, results: pd.Data
         measure = AUC if list(panels) == [AUC] else "Dice"
         path = figures / f"labels_{len(drawn) + 1}.png"
         save_label_efficiency(path, panels, measure)
-        drawn.append((path, f"{table}, {_series(series)}: {measure} over the number of labelled training cases"))
+        drawn.append((path, f"{table}, {series_name(series)}: {measure} over the number of labelled training cases"))
     return drawn
 
 
@@ -171,13 +171,9 @@ def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[C
 
 
 def _pair_name(names: Mapping[str, Any], with_series: bool) -> str:
-    other = "" if names["labels"] == names["baseline_labels"] else f" with {100 * names['baseline_labels']:g} %"
-    series = f", {_series(names['tested'])}" if with_series else ""
-    return f"{names['arm']} − {names['baseline']}{other}, {100 * names['labels']:g} % of labels{series}"
-
-
-def _series(tested: str) -> str:
-    return "all series" if tested == ALL_SERIES else tested
+    other = "" if names["labels"] == names["baseline_labels"] else f" with {percent(names['baseline_labels'])}"
+    series = f", {series_name(names['tested'])}" if with_series else ""
+    return f"{names['arm']} − {names['baseline']}{other}, {percent(names['labels'])} of labels{series}"
 
 
 def draw_cases(folder: Path, results: pd.DataFrame, cases: CaseFiles) -> list[tuple[Path, str]]:
