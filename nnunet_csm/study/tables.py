@@ -54,7 +54,7 @@ class Tables:
         return "\n".join(grid.to_markdown() for grid in self.grids)
 
     def to_latex(self) -> str:
-        needed = "% needs \\usepackage{booktabs}, and \\usepackage{graphicx} for wide tables"
+        needed = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}"
         return "\n".join([needed, *(grid.to_latex() for grid in self.grids)])
 
     def save(self, folder: Path) -> None:
