@@ -28,6 +28,9 @@ INK = "#222222"
 PAPER = "#ffffff"
 EMPTY = "#eeeeee"
 
+# dark ones of COLOURS, for lines on white
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
+
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty white figure of `width` x `height` pixels."""
@@ -65,6 +68,22 @@ def draw_grey(axes: Axes, image: Float[np.ndarray, "y x"], window: tuple[float, 
     """`aspect` is the height of a voxel over its width."""
     axes.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect, interpolation="nearest")
     axes.set_axis_off()
+
+
+def line_colours(num_lines: int) -> list[str]:
+    """Colours of that many lines; after the last it begins again."""
+    return [LINE_COLOURS[line % len(LINE_COLOURS)] for line in range(num_lines)]
+
+
+def label_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title, names of the axes and a light grid, as all plots have them."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_empty(axes: Axes, text: str) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -96,28 +97,13 @@ class Table:
         return [pd.api.types.is_numeric_dtype(kind) for kind in self.cells.dtypes]
 
 
-@dataclass(frozen=True)
-class _Image:
-    data: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    paragraphs: Sequence[str]
-    tables: Sequence[Table]
-    images: Sequence[_Image]
-    facts: Sequence[tuple[str, object]]
-
-
 class Page:
     """Collect sections, then `save`. All text is escaped; an empty line in a text begins a paragraph."""
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title = title
         self.lead = lead
-        self._sections: list[_Section] = []
+        self._sections: list[dict[str, Any]] = []
 
     def section(
         self,
@@ -131,8 +117,9 @@ class Page:
 
         Raises UserError for an image that cannot be read or is of a kind that browsers do not show.
         """
-        embedded = [_Image(_data_uri(Path(path)), caption) for path, caption in images]
-        self._sections.append(_Section(title, _paragraphs(text), tuple(tables), embedded, tuple(facts)))
+        embedded = [{"data": _data_uri(Path(path)), "caption": caption} for path, caption in images]
+        paragraphs = _paragraphs(text)
+        self._sections.append({"title": title, "paragraphs": paragraphs, "tables": tables, "images": embedded, "facts": facts})
 
     def save(self, path: str | Path) -> None:
         """Write the page: a reader sees the old file or the whole new one. The folder is made when it is not there."""

@@ -27,7 +27,7 @@ from nnunet_csm.study.statistics import (
     scores,
     with_single_mean,
 )
-from nnunet_csm.study.tables import arms_of, make_tables, percent, series_name, share_of_labels
+from nnunet_csm.study.tables import arms_of, make_tables, percent, series_name, share_of_labels, versus
 
 MOST_PANELS = 12
 MOST_CASES = 4
@@ -171,9 +171,8 @@ def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[C
 
 
 def _pair_name(names: Mapping[str, Any], with_series: bool) -> str:
-    other = "" if names["labels"] == names["baseline_labels"] else f" with {percent(names['baseline_labels'])}"
     series = f", {series_name(names['tested'])}" if with_series else ""
-    return f"{names['arm']} − {names['baseline']}{other}, {percent(names['labels'])} of labels{series}"
+    return f"{versus(names)}, {percent(names['labels'])} of labels{series}"
 
 
 def draw_cases(folder: Path, results: pd.DataFrame, cases: CaseFiles) -> list[tuple[Path, str]]:

@@ -298,7 +298,7 @@ def _comparison_grids(name: str, comparisons: pd.DataFrame) -> Iterator[Grid]:
 def _comparison_grid(name: str, part: str, comparisons: pd.DataFrame) -> Grid:
     ends = zip(map(points, comparisons["low"]), map(points, comparisons["high"]), strict=True)
     names = {
-        "Comparison": comparisons.apply(_versus, axis=1),
+        "Comparison": comparisons.apply(versus, axis=1),
         "Series": _series_names(comparisons),
         "Labels": comparisons["labels"].map(percent),
         "Structure": comparisons["structure"].map(short_name),
@@ -322,7 +322,7 @@ def _comparison_grid(name: str, part: str, comparisons: pd.DataFrame) -> Grid:
     return _plain(name, part, caption, names, numbers).brief(*details)
 
 
-def _versus(row: pd.Series) -> str:
+def versus(row: Mapping[str, Any]) -> str:
     """What is compared; the baseline's share of labels where it is another."""
     other = "" if row["labels"] == row["baseline_labels"] else f" with {percent(row['baseline_labels'])}"
     return f"{row['arm']} − {row['baseline']}{other}"
