@@ -89,7 +89,9 @@ class Grid:
 
     def to_page(self) -> Table:
         """Numbers stay on one line; words may wrap."""
-        cells = self.cells.map(lambda cell: cell if cell[:1].isalpha() else cell.replace(" ", "\u00a0"))
+        numbers = self.cells.iloc[:, self.num_text :]
+        numbers = numbers.map(lambda cell: cell if cell[:1].isalpha() else cell.replace(" ", "\u00a0"))
+        cells = pd.concat([self.cells.iloc[:, : self.num_text], numbers], axis=1)
         return Table(cells, self.caption, self.best)
 
     def _marked(self, mark: str, escape: Callable[[str], str]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ path. Predictions of classes have a row a sample: `SETTING`, num_labelled, repea
 `finetuned` and `tested` name series: "all", "FLAIR", "T1w+T2w"; `labels` is the share of training patients that are labelled.
 
 A setting is what one row of a paper's table is about. A repeat is a training with a split, a seed or a fold of its
-own; it may test all patients or some. Dice is NaN where it is not defined (evaluation/segmentation.py) and then counts nowhere.
+own; it may test all patients or some. Dice is NaN where it is not defined (evaluation/scores.py) and then counts nowhere.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,27 +32,7 @@ AUC = "AUC"
 FAILURE = 0.1
 NUM_RESAMPLES = 5000
 
-COMPARISONS = [
-    "table",
-    "arm",
-    "baseline",
-    "labels",
-    "baseline_labels",
-    "finetuned",
-    "tested",
-    "structure",
-    "num_patients",
-    "num_repeats",
-    "num_pairs",
-    "num_unpaired",
-    "difference",
-    "low",
-    "high",
-    "test",
-    "p_value",
-    "p_holm",
-    "note",
-]
+COMPARED = ["table", "arm", "baseline", "labels", "baseline_labels", "finetuned", "tested"]
 PAIR = ["patient", "case", "repeat"]
 RUN = ["table", "arm", "labels", "repeat"]
 
@@ -70,7 +50,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows of two arms to be compared; `names` holds the first columns of a comparison, up to `tested`."""
+    """Rows of two arms to be compared; `names` are `COMPARED`."""
 
     names: Mapping[str, Any]
     arm: pd.DataFrame
@@ -164,7 +144,7 @@ def pairs(table: pd.DataFrame, contrasts: Sequence[Contrast]) -> Iterator[Pair]:
                 first, second = arm[arm["labels"] == share], baseline[baseline["labels"] == other]
                 if len(first) and len(second):
                     names = (name, contrast.arm, contrast.baseline, share, other, finetuned, tested)
-                    yield Pair(dict(zip(COMPARISONS, names, strict=False)), first, second)
+                    yield Pair(dict(zip(COMPARED, names, strict=True)), first, second)
 
 
 def differences(pair: Pair) -> dict[str, pd.DataFrame]:
@@ -188,12 +168,13 @@ def _by_patient(by_case: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFrame:
-    """A row a pair of settings and structure: `COMPARISONS`, differences being arm - baseline on the same (case, repeat).
+    """A row a pair of settings and structure, differences being arm - baseline on the same (case, repeat).
 
-    difference: mean over patients of a patient's mean over repeats. low, high: `crossed_interval` over patients and repeats.
-    p_value: Wilcoxon's signed-rank test over patients' means. p_holm: corrected for all comparisons of the table, those with a
-    part of the series at test time being a table of their own. num_unpaired counts
-    (case, repeat) that one arm lacks: not tested, or Dice not defined, as of a structure that is neither there nor predicted.
+    Columns are `COMPARED`, structure, num_patients, num_repeats, num_pairs and these. difference: mean over patients of a
+    patient's mean over repeats. low, high: `crossed_interval` over patients and repeats. p_value: Wilcoxon's signed-rank test
+    over patients' means. p_holm: corrected for all comparisons of the table, those with a part of the series at test time being
+    a table of their own. num_unpaired counts (case, repeat) that one arm lacks: not tested, or Dice not defined, as of a
+    structure that is neither there nor predicted.
     """
     rows = []
     for pair in pairs(results, contrasts):
@@ -215,6 +196,7 @@ def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFram
                     "high": high,
                     "test": "Wilcoxon",
                     "p_value": signed_rank(mean_of_defined(found, axis=1)),
+                    "p_holm": np.nan,
                     "note": _note(len(found), int(there.sum()), len({*of_division[there]})),
                 }
             )
@@ -249,7 +231,7 @@ def _note(num_patients: int, num_repeats: int, num_divisions: int) -> str:
 
 
 def _with_holm(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=COMPARISONS)
+    table = pd.DataFrame(rows, columns=None if rows else COMPARED)
     for _, group in table.groupby(["table", table["tested"] != table["finetuned"]], sort=False):
         table.loc[group.index, "p_holm"] = holm(group["p_value"].to_numpy(np.float64))
     return table
@@ -338,6 +320,7 @@ def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) ->
                 "high": high,
                 "test": "bootstrap",
                 "p_value": two_sided_p(resampled),
+                "p_holm": np.nan,
                 "note": _note(num_patients, len(runs), len({*divisions(pair.arm, pair.arm["repeat"].unique())})),
             }
         )
