@@ -24,8 +24,8 @@ from torch import Tensor
 
 from nnunet_csm.machine import has_bf16
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Size
 from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.schema import Size
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from steps import NUM_CLASSES, architecture_of, bare_finetuner, labelled_batch
 from torch import Tensor
 
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Size
+from nnunet_csm.schema import Size
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 NUM_SERIES = 4

@@ -24,8 +24,9 @@ import torch
 from steps import MASKING, NUM_CLASSES, architecture_of, bare_finetuner, bare_pretrainer, labelled_batch, masked_batch
 
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Architecture, Reconstruction, Size
+from nnunet_csm.plans import Architecture, Reconstruction
 from nnunet_csm.pretext import memory
+from nnunet_csm.schema import Size
 
 LOWEST, HIGHEST = 1.00, 1.15
 NUM_STEPS = 3

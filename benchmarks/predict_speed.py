@@ -36,7 +36,8 @@ from nnunet_csm.machine import keep_freed_memory
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.phantom import LABELS, PhantomSpec, draw_subject
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import NETWORK_CLASS, Size
+from nnunet_csm.plans import NETWORK_CLASS
+from nnunet_csm.schema import Size
 
 SERIES = PhantomSpec().series
 # what the planner makes of a preset for four series at 1 mm

@@ -42,18 +42,9 @@ from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.data.draws import Purpose, ahead
 from nnunet_csm.machine import num_workers
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import (
-    VERSION,
-    Architecture,
-    Classification,
-    Configuration,
-    Finetuning,
-    Recipe,
-    Reconstruction,
-    Size,
-    Source,
-)
+from nnunet_csm.plans import VERSION, Architecture, Classification, Configuration, Finetuning, Recipe, Reconstruction, Source
 from nnunet_csm.pretext.csm import CSM, masked_mean
+from nnunet_csm.schema import Size
 from nnunet_csm.training.graphs import why_no_graphs
 from nnunet_csm.training.pretraining import MaskedBatches
 

@@ -17,10 +17,11 @@ from nnunet_csm.model.encoder import of_series, sine_cosine
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.model.tokens import all_tokens, coordinates, select
-from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule, Size, to_dict
+from nnunet_csm.plans import Architecture, Masking, Reconstruction, Schedule
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask
 from nnunet_csm.pretext.memory import max_shown_series
+from nnunet_csm.schema import Size, to_dict
 from nnunet_csm.training.graphs import GraphedSteps
 from nnunet_csm.training.optimization import build_optimizer
 from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain

@@ -15,9 +15,9 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.hidden import HIDDEN_WHOLE
 from nnunet_csm.figures.overlays import save_overlay
 from nnunet_csm.figures.page import Page, Table
+from nnunet_csm.judging.kinds import HIDDEN_WHOLE
 from nnunet_csm.phantom import PhantomSpec, write_task
 
 DATASET, NAME, CONFIGURATION, FOLD = "900", "Dataset900_Phantom", "3d_fullres", "0"

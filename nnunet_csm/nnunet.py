@@ -89,7 +89,7 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
 
 
 def run_apart(entry_point: str, arguments: Sequence[str]) -> int:
-    """As `run`, in a process of its own.
+    """Do as `run`, in a process of its own.
 
     Returns:
         Its exit code.

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from nnunet_csm.planning.planner import Facts, Wishes, plan
-from nnunet_csm.plans import Architecture, Configuration, Masking, Reconstruction, Size, Source, read_configuration
+from nnunet_csm.plans import Architecture, Configuration, Masking, Reconstruction, Source, read_configuration
 from nnunet_csm.pretext.csm import masked_mean
 from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.pretext.memory import Memory
+from nnunet_csm.schema import Size
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SERIES = ("FLAIR", "T1w", "T2w")

@@ -87,7 +87,7 @@ def test_every_place_and_series_counts(pooling):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_features_and_head_make_the_logits_and_absent_tokens_get_no_gradient(pooling):
     network, volume = build(pooling=pooling), random_volume(absent=[1])
-    tokens, present = network.forward_features(volume)
+    tokens, present = network.features(volume)
     assert tokens.shape == (2, 3, 30, TINY["width"])
     assert present.tolist() == [[True, False, True]] * 2
     tokens = tokens.detach().requires_grad_()

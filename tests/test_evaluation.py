@@ -9,10 +9,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from sklearn.linear_model import LinearRegression, Ridge
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
 from nnunet_csm.evaluation.regions import parse_regions, regions_of
 from nnunet_csm.evaluation.scores import Scores
 from nnunet_csm.evaluation.segmentation import evaluate_folder
+from nnunet_csm.judging.voxel_regression import RidgeBaseline
 
 GLIOMA = {"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}
 

@@ -22,15 +22,17 @@ from nnunet_csm.data.crops import Occupancy
 from nnunet_csm.data.draws import Draws, Purpose
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.classifier import CSMClassifier
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.model.tokens import select, separate, to_tokens, to_volume
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, read_encoder, transfer
 from nnunet_csm.planning.planner import Wishes, plan
-from nnunet_csm.plans import Masking, read_configuration, to_dict
+from nnunet_csm.plans import Masking, read_configuration
 from nnunet_csm.pretext import masking as csm_masking
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.mae3d import MAE3D, draw_mask, without_empty_series
 from nnunet_csm.pretext.masking import num_visible, without_background
+from nnunet_csm.schema import to_dict
 from nnunet_csm.training.pretraining import MaskedBatches
 
 NUM_TOKENS, NUM_VOXELS = math.prod(GRID_SIZE), math.prod(TOKEN_SIZE)
@@ -433,7 +435,7 @@ def test_the_classifier_pools_joint_tokens(pooling):
     network = CSMClassifier(3, 2, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY, joint_tokens=True, pooling=pooling).eval()
     # of the second sample, the first and the second series are absent
     volume = random_volume(torch.tensor([[True, True, True], [False, False, True]]))
-    tokens, present = network.forward_features(volume)
+    tokens, present = network.features(volume)
     assert tokens.shape == (2, 1, NUM_TOKENS, TINY["width"]) and present.all() and present.shape == (2, 1)
     together = network(volume)
     for sample in range(2):

@@ -19,7 +19,7 @@ from torch import nn
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
+from nnunet_csm.plans import Architecture, Masking, Reconstruction
 from nnunet_csm.pretext import mae3d
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.mae3d import MAE3D
@@ -36,6 +36,7 @@ from nnunet_csm.pretext.memory import (
     max_shown_series,
     pretraining_memory,
 )
+from nnunet_csm.schema import Size, to_dict
 
 MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 DECODER = Reconstruction(width=96, depth=2, num_heads=4, normalize_targets=False)

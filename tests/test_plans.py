@@ -6,7 +6,8 @@ import pytest
 from factories import GRID_SIZE, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.plans import Architecture, Recipe, from_dict, parse_configuration, read_configuration, to_dict
+from nnunet_csm.plans import Architecture, Recipe, parse_configuration, read_configuration
+from nnunet_csm.schema import from_dict, to_dict
 
 FILE = "/data/nnUNetCSMPlans.json"
 ENTRY = ("configurations", "3d_fullres")

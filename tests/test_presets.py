@@ -9,7 +9,8 @@ import pytest
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.presets import Preset, PresetNetwork, paper_preset, preset_names, read_preset
-from nnunet_csm.plans import Masking, Reconstruction, from_dict
+from nnunet_csm.plans import Masking, Reconstruction
+from nnunet_csm.schema import from_dict
 
 # section IV-A of arXiv 2412.07387: series, edge of the patch, epochs of pretraining
 PAPER = {

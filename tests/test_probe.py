@@ -19,7 +19,7 @@ from sklearn.linear_model import Ridge
 
 from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.hidden import (
+from nnunet_csm.judging.kinds import (
     HIDDEN_PART,
     HIDDEN_WHOLE,
     HIDDEN_WHOLE_ALONE,
@@ -29,10 +29,10 @@ from nnunet_csm.evaluation.hidden import (
     num_voxels,
     squared_errors,
 )
-from nnunet_csm.evaluation.linear_probe import LabelledTokens, average_precision
-from nnunet_csm.evaluation.plateau import judge
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
-from nnunet_csm.evaluation.token_regression import TokenRidge, cell_size
+from nnunet_csm.judging.average_precision import LabelledTokens, average_precision
+from nnunet_csm.judging.plateau import judge
+from nnunet_csm.judging.voxel_regression import RidgeBaseline
+from nnunet_csm.judging.token_regression import TokenRidge, cell_size
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.tokens import to_tokens
 from nnunet_csm.pretext.csm import Rebuilt

@@ -16,7 +16,8 @@ from torch import nn
 
 from nnunet_csm.model.decoders import level_strides
 from nnunet_csm.model.fusion import SeriesProjections, mean_over_present
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 
 NUM_CLASSES = 4

@@ -7,11 +7,13 @@ from torch import nn
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.model.tokens import all_tokens, coordinates, select, to_map, to_tokens
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
-from nnunet_csm.plans import read_configuration, to_dict
+from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.schema import to_dict
 
 
 def pretrained(folder, plans=None):

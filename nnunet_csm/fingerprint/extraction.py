@@ -39,8 +39,8 @@ from nnunet_csm.fingerprint.record import (
     save_fingerprint,
     with_manifest,
 )
-from nnunet_csm.plans import from_dict
 from nnunet_csm.raw.writer import read_manifest
+from nnunet_csm.schema import from_dict
 
 # Cases handed out but not yet measured, for each process: enough that none waits, and no more in memory than that.
 JOBS_PER_PROCESS = 4

@@ -15,7 +15,7 @@ import numpy as np
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
-from nnunet_csm.plans import from_dict
+from nnunet_csm.schema import from_dict
 
 FILE_NAME = "csm_fingerprint.json"
 VERSION = 1

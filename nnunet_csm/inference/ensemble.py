@@ -21,7 +21,7 @@ from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.model.attribution import series_shares, token_maps
 from nnunet_csm.model.classifier import CSMClassifier, build_classifier, probabilities
-from nnunet_csm.model.segmenter import series_present
+from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Configuration, read_configuration
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import CaseError, Volume

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.inheritance import read_inherited, shipped_names
-from nnunet_csm.plans import from_dict
+from nnunet_csm.schema import from_dict
 
 FOLDER = files("nnunet_csm.presets") / "studies"
 
@@ -131,7 +131,7 @@ def read_study(name: str) -> Study:
 
 
 def parse_study(data: Mapping[str, Any], where: str) -> Study:
-    """As `read_study`, for what stands in the file."""
+    """Do as `read_study`, for what stands in the file."""
     arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in data.get("arms") or []]
     study = from_dict(Study, {"changes": {}, **data, "arms": arms}, where)
     _check(study, where)
@@ -189,7 +189,7 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
 
 # of a preset: what the pretrained weights depend on; within `network`, the rest belongs to the segmenter
 PRETRAINING_KEYS = frozenset(
-    {"pretraining", "pretraining_grid", "masking", "reconstruction", "token_edge", "token_size", "patch_size", "max_patch_voxels"}
+    {"pretraining", "pretraining_grid", "pretext", "token_edge", "token_size", "patch_size", "max_patch_voxels"}
 )
 # what the trainer of the one task does not read of a preset
 OTHER_TASKS_KEYS = {
@@ -198,7 +198,7 @@ OTHER_TASKS_KEYS = {
     ),
     "segmentation": frozenset({"classification"}),
 }
-ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "joint_tokens"})
+ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "encoder"})
 
 
 def pretraining_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
