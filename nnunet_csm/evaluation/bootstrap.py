@@ -59,7 +59,7 @@ def two_sided_p(resampled: Float[np.ndarray, " n"]) -> float:
 
 
 def ratio(numerator: Real[np.ndarray, "..."], denominator: Real[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """NaN where the denominator is 0."""
+    """Divide; NaN where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator != 0)
 
 

@@ -49,7 +49,7 @@ def _curves(
     patient: Int[np.ndarray, " n"],
     num_resamples: int,
 ) -> ClassCurves:
-    """Of one class against all others."""
+    """Curves of one class against all others."""
     true, false = (above[0] for above in above_thresholds(is_positive, probability, np.ones((1, len(probability)))))
     bins = bins_of(probability)
     filled = np.unique(bins)

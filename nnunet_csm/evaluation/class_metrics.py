@@ -62,12 +62,12 @@ def measure(
 def auc(
     labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n c"], weights: Float[np.ndarray, "r n"]
 ) -> Float[np.ndarray, " r"]:
-    """AUC of weighted samples of one network, `weights` says how often each resample drew each sample."""
+    """AUC of weighted samples of one network; `weights` says how often each resample drew each sample."""
     return _over_classes(_ranking(labels, probabilities, weights)[:, 0])
 
 
 def _over_classes(values: Float[np.ndarray, "r c"]) -> Float[np.ndarray, " r"]:
-    """Of two classes the last one's, of more the mean of those that are defined."""
+    """Take the last one's of two classes; of more, the mean of those that are defined."""
     return values[:, 1] if values.shape[1] == 2 else mean_of_defined(values, axis=1)
 
 

@@ -93,7 +93,7 @@ class Table:
 
     @property
     def is_number(self) -> list[bool]:
-        """Of every column."""
+        """Whether each column holds numbers."""
         return [pd.api.types.is_numeric_dtype(kind) for kind in self.cells.dtypes]
 
 

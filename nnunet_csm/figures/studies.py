@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class PatientDifferences:
-    """Of one comparison: a value a patient, their mean and its interval."""
+    """Differences of one comparison: a value a patient, their mean and its interval."""
 
     name: str
     values: Float[np.ndarray, " p"]

@@ -56,7 +56,7 @@ class Grid:
     blocks: tuple[int, ...] = (0,)
 
     def brief(self, *details: str) -> "Grid":
-        """Without those columns of `details` in which several rows say the same; the caption ends with what they say."""
+        """Leave out the columns of `details` in which several rows say the same; the caption ends with what they say."""
         shared = np.array([name in details and len({*cells}) == 1 < len(cells) for name, cells in self.cells.items()])
         if not shared.any():
             return self

@@ -122,7 +122,7 @@ def _grids_of(name: str, summary: pd.DataFrame, comparisons: pd.DataFrame) -> It
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """By series, then by share of labels, each in order of appearance."""
+    """Sort by series, then by share of labels, each in order of appearance."""
     ranks = {column: table[column].map(list(dict.fromkeys(table[column])).index) for column in ("finetuned", "tested", "labels")}
     return table.loc[pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index]
 
@@ -162,14 +162,14 @@ def _is_subset(table: pd.DataFrame) -> pd.Series:
 
 
 def mean_and_sd(mean: float, sd: float) -> str:
-    """As in the paper: 0.8345 ± 0.007. Of one repeat there is no deviation."""
+    """Write as in the paper: 0.8345 ± 0.007. Of one repeat there is no deviation."""
     if np.isnan(mean):
         return UNDEFINED
     return f"{mean:.4f}" if np.isnan(sd) else f"{mean:.4f} ± {sd:.3f}"
 
 
 def share_of_labels(share: float, least: int, most: int) -> str:
-    """With the number of cases, which differs between folds of different sizes."""
+    """Write a share with the number of cases, which differs between folds of different sizes."""
     return f"{100 * share:g} % ({least if least == most else f'{least}–{most}'})"
 
 
@@ -290,7 +290,7 @@ def _plain(table: str, name: str, caption: str, names: Mapping[str, Any], number
 
 
 def _comparison_grids(name: str, comparisons: pd.DataFrame) -> Iterator[Grid]:
-    """With the series that networks were made for; with a part of them."""
+    """Tables with the series that networks were made for, and with a part of them."""
     for is_part, part in comparisons.groupby(_is_subset(comparisons), sort=True):
         yield _comparison_grid(name, "comparisons of parts" if is_part else "comparisons", part)
 
@@ -329,7 +329,7 @@ def versus(row: Mapping[str, Any]) -> str:
 
 
 def points(difference: float) -> str:
-    """Of 100; with a sign."""
+    """Write a difference of Dice in points of 100, with a sign."""
     return UNDEFINED if np.isnan(difference) else f"{100 * difference:+.2f}".replace("-", "−")
 
 
