@@ -122,6 +122,14 @@ def test_a_study_inherits_and_replaces(tmp_path: Path) -> None:
     assert read_study(str(tmp_path / "b.json")) == replace(read_study(str(tmp_path / "a.json")), labels=(0.5,))
 
 
+@pytest.mark.parametrize(("parent", "complaint"), [("a.json", "inherits from it"), ("table99", "no study 'table99'"), (3, "3")])
+def test_what_a_study_cannot_inherit_is_named(tmp_path: Path, parent: Any, complaint: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"inherits_from": "b.json"}))
+    (tmp_path / "b.json").write_text(json.dumps(spec(inherits_from=parent)))
+    with pytest.raises(UserError, match=complaint):
+        read_study(str(tmp_path / "b.json"))
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '"x"'])
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)

@@ -131,6 +131,11 @@ def draw_grey(axes: Axes, image: Float[np.ndarray, "y x"], window: tuple[float, 
     axes.set_axis_off()
 
 
+def line_colours(num_lines: int) -> list[str]:
+    """Colours of that many lines; after the last it begins again."""
+    return [LINE_COLOURS[line % len(LINE_COLOURS)] for line in range(num_lines)]
+
+
 def draw_absent(axes: Axes) -> None:
     """A light panel that says so, where there is no image."""
     axes.set_facecolor(EMPTY)

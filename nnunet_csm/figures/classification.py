@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from scipy.stats import binomtest
 
-from nnunet_csm.figures.canvas import INK, LINE_COLOURS, dress, new_figure, save_figure
+from nnunet_csm.figures.canvas import INK, LINE_COLOURS, dress, line_colours, new_figure, save_figure
 
 # Pixels.
 WIDTH = 900
@@ -82,7 +82,7 @@ def save_classification(
 
 def _draw_roc(axes: Axes, curves: Sequence[ClassCurves]) -> None:
     axes.plot([0, 1], [0, 1], **REFERENCE)
-    for one, colour in zip(curves, _colours(curves), strict=True):
+    for one, colour in zip(curves, line_colours(len(curves)), strict=True):
         axes.plot(
             one.false_positive_rate, one.true_positive_rate, color=colour, linewidth=1.5, label=f"{one.name}: AUC {one.auc}"
         )
@@ -93,7 +93,7 @@ def _draw_roc(axes: Axes, curves: Sequence[ClassCurves]) -> None:
 
 
 def _draw_precision_recall(axes: Axes, curves: Sequence[ClassCurves]) -> None:
-    for one, colour in zip(curves, _colours(curves), strict=True):
+    for one, colour in zip(curves, line_colours(len(curves)), strict=True):
         recall, precision = one.true_positive_rate, np.append(one.precision[:1], one.precision)
         label = f"{one.name}: average precision {one.average_precision}"
         axes.plot(recall, precision, drawstyle="steps-pre", color=colour, linewidth=1.5, label=label)
@@ -104,7 +104,7 @@ def _draw_precision_recall(axes: Axes, curves: Sequence[ClassCurves]) -> None:
 
 def _draw_reliability(axes: Axes, curves: Sequence[ClassCurves]) -> None:
     axes.plot([0, 1], [0, 1], **REFERENCE)
-    for one, colour in zip(curves, _colours(curves), strict=True):
+    for one, colour in zip(curves, line_colours(len(curves)), strict=True):
         if len(curves) == 1:
             tests = [binomtest(round(share * n), int(n)) for share, n in zip(one.observed, one.counts, strict=True)]
             bars = np.transpose([tuple(test.proportion_ci(method="wilson")) for test in tests])
@@ -142,10 +142,6 @@ def _draw_strip(
         "Samples by true class",
         f"probability of {classes[1]}" if is_binary else "probability of the true class (dashed: chance)",
     )
-
-
-def _colours(curves: Sequence[ClassCurves]) -> list[str]:
-    return [LINE_COLOURS[index % len(LINE_COLOURS)] for index in range(len(curves))]
 
 
 def _unit_square(axes: Axes) -> None:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from nnunet_csm.figures.canvas import LINE_COLOURS, dress, new_figure, save_figure
+from nnunet_csm.figures.canvas import dress, line_colours, new_figure, save_figure
 
 # Pixels.
 WIDTH = 900
@@ -40,7 +39,7 @@ def save_curves(path: str | Path, panels: Sequence[Panel]) -> None:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    for (name, values), colour in zip(panel.lines.items(), cycle(LINE_COLOURS), strict=False):
+    for (name, values), colour in zip(panel.lines.items(), line_colours(len(panel.lines)), strict=True):
         y = np.asarray(values, dtype=np.float64)
         drawable = np.isfinite(y) & (y > 0 if panel.log else True)
         # A line through one point is invisible, and some values are measured every few epochs only.

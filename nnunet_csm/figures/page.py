@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
@@ -17,36 +21,16 @@ MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
 
 @dataclass(frozen=True)
 class Table:
-    """Header and rows of text and numbers. Floats get three decimals, NaN is a dash, columns of numbers stand to the right.
+    """Text and numbers: floats get three decimals, NaN is a dash, columns of numbers stand to the right, `best` is bold."""
 
-    `best` are the (row, column) of cells of text that are drawn bold.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[object]]
+    cells: pd.DataFrame
     caption: str = ""
-    best: frozenset[tuple[int, int]] = frozenset()
+    best: Bool[np.ndarray, "row column"] | None = None
 
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.header) for row in self.rows), f"rows of {self.header} differ in length"
-
-    def is_number(self, column: int) -> bool:
-        return bool(self.rows) and all(isinstance(row[column], (int, float)) for row in self.rows)
-
-
-@dataclass(frozen=True)
-class _Image:
-    data: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    paragraphs: Sequence[str]
-    tables: Sequence[Table]
-    images: Sequence[_Image]
-    facts: Sequence[tuple[str, object]]
+    @property
+    def is_number(self) -> list[bool]:
+        """Whether each column holds numbers."""
+        return [pd.api.types.is_numeric_dtype(kind) for kind in self.cells.dtypes]
 
 
 class Page:
@@ -55,7 +39,7 @@ class Page:
     def __init__(self, title: str, lead: str = "") -> None:
         self.title = title
         self.lead = lead
-        self._sections: list[_Section] = []
+        self._sections: list[dict[str, Any]] = []
 
     def section(
         self,
@@ -69,8 +53,9 @@ class Page:
 
         Raises UserError for an image that cannot be read or is of a kind that browsers do not show.
         """
-        embedded = [_Image(_data_uri(Path(path)), caption) for path, caption in images]
-        self._sections.append(_Section(title, _paragraphs(text), tuple(tables), embedded, tuple(facts)))
+        embedded = [{"data": _data_uri(Path(path)), "caption": caption} for path, caption in images]
+        paragraphs = _paragraphs(text)
+        self._sections.append({"title": title, "paragraphs": paragraphs, "tables": tables, "images": embedded, "facts": facts})
 
     def save(self, path: str | Path) -> None:
         """Write the page: a reader sees the old file or the whole new one. The folder is made when it is not there."""

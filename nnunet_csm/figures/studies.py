@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-from nnunet_csm.figures.canvas import INK, LINE_COLOURS, dress, new_figure, save_figure
+from nnunet_csm.figures.canvas import INK, dress, line_colours, new_figure, save_figure
 
 # Pixels.
 WIDTH = 900
@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class PatientDifferences:
-    """Of one comparison: a value a patient, their mean and its interval."""
+    """Differences of one comparison: a value a patient, their mean and its interval."""
 
     name: str
     values: Float[np.ndarray, " p"]
@@ -51,8 +51,7 @@ def save_label_efficiency(path: str | Path, panels: Mapping[str, Sequence[Curve]
     figure = new_figure(WIDTH, PANEL_HEIGHT * num_rows * (1 if num_columns == 2 else 1.3))
     for position, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(num_rows, num_columns, position)
-        for place, curve in enumerate(curves):
-            colour = LINE_COLOURS[place % len(LINE_COLOURS)]
+        for place, (curve, colour) in enumerate(zip(curves, line_colours(len(curves)), strict=True)):
             axes.fill_between(curve.num_labelled, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
             marker = MARKERS[place % len(MARKERS)]
             axes.plot(curve.num_labelled, curve.score, color=colour, marker=marker, markersize=5, linewidth=1.6, label=curve.name)

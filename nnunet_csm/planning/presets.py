@@ -1,16 +1,18 @@
 """What a preset fixes; the planner decides the rest. The files are in `plans/`, installed as nnunet_csm.presets."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.inheritance import read_inherited, shipped_names
 from nnunet_csm.plans import Architecture, ClassifierSettings, Finetuning, Optimization
 from nnunet_csm.pretext.base import pretext_class, read_pretext
 from nnunet_csm.schema import Size, from_dict
+
+FOLDER = files("nnunet_csm.presets")
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ MOVED = frozenset({"masking", "reconstruction"})
 
 def preset_names() -> list[str]:
     """Presets that come with the package."""
-    return sorted(f.name.removesuffix(".json") for f in files("nnunet_csm.presets").iterdir() if f.name.endswith(".json"))
+    return shipped_names(FOLDER)
 
 
 def read_preset(name: str) -> Preset:
     """A shipped preset by name, or a preset file by path."""
-    content = _read(name)
+    content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), ["auto", "paper"])
     if moved := sorted(MOVED & content.keys()):
         raise UserError(f'preset {name}: {", ".join(moved)} belong into "pretext": {{"name": "csm", ...}}; move them there')
     if content.get("network", {}).get("joint_tokens") is not None:
@@ -93,38 +95,6 @@ def read_preset(name: str) -> Preset:
         if length.num_crops is None and length.passes is None:
             raise UserError(f"preset {name}: {stage} has neither num_crops nor passes; give one of them")
     return preset
-
-
-def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".json") else None
-    if path is not None:
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
-    else:
-        text = (files("nnunet_csm.presets") / f"{name}.json").read_text(encoding="utf-8") if name in preset_names() else None
-    if text is None:
-        by_dataset = "" if children else "auto, paper, "
-        child = f"preset {children[-1]}: inherits_from: " if children else ""
-        raise UserError(
-            f"{child}no preset {name!r}; expected {by_dataset}one of {', '.join(preset_names())}, or the path of a JSON file"
-        )
-    try:
-        data: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"preset {name}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"preset {name}: expected a JSON object, found {type(data).__name__}")
-    parent = data.pop("inherits_from", None)
-    if parent is None:
-        return data
-    if not isinstance(parent, str):
-        raise UserError(
-            f"preset {name}: inherits_from is {parent!r}; expected the name of another preset or the path of its file"
-        )
-    if path is not None and parent.endswith(".json"):
-        parent = str(path.parent / parent)
-    if parent in (name, *children):
-        raise UserError(f"preset {name}: inherits from {parent}, which inherits from it; leave inherits_from out in one of them")
-    return merged(_read(parent, (*children, name)), data, f"preset {name}: ")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:

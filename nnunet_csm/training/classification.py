@@ -22,7 +22,8 @@ from nnunet_csm.data.draws import Purpose, batches, generator, key
 from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, vary
 from nnunet_csm.data.sources import case_names, run_name, split
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.evaluation.classification import draw_classification, evaluate
+from nnunet_csm.evaluation.class_curves import draw_classification
+from nnunet_csm.evaluation.classification import evaluate
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.files import write_text
 from nnunet_csm.model.classifier import build_classifier, probabilities
