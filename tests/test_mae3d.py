@@ -247,7 +247,6 @@ def masked_batches(present, volume=None, **changes):
         series_present=present,
         shapes=torch.full((len(present), 3), 12),
         occupancy=Occupancy.of([np.ones((2, 2, 2), bool)] * len(present)),
-        reach=lambda step: None,
         cut=cut,
     )
     chosen = read_settings(**(JOINT | {"pretraining": {"batch_size": 8}} | changes))

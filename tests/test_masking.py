@@ -134,7 +134,6 @@ def masked_batches(series_present, batch_size):
         series_present=series_present,
         shapes=torch.full((len(series_present), 3), 12),
         occupancy=Occupancy.of([np.ones((2, 2, 2), bool)] * len(series_present)),
-        reach=lambda step: None,
         cut=lambda chosen, crops, patch_size: chosen,
     )
     s = series_present.shape[1]

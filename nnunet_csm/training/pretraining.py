@@ -80,30 +80,21 @@ class MaskedBatches:
         self.share = settings.csm.reconstruction.rebuilt_share if purpose == Purpose.TRAINING else 1.0
 
     def __call__(self, epoch: int, step: int) -> tuple[Tensor, Mask]:
-        within = self.bank.reach(epoch * self.settings.csm.pretraining.iterations_per_epoch + step)
-        seed, num_shown = self.batch_key(epoch, step, within)
-        return self.make(seed, num_shown, within)
+        return self.make(*self.batch_key(epoch, step))
 
-    def batch_key(self, epoch: int, step: int, within: Tensor | None = None) -> tuple[int, int]:
-        """What a batch is a function of: the key of its draws, and the number of series that all its samples show.
-
-        `within`: see `Bank.reach`.
-        """
+    def batch_key(self, epoch: int, step: int) -> tuple[int, int]:
+        """What a batch is a function of: the key of its draws, and the number of series that all its samples show."""
         seed = key(self.settings.csm.seed, self.purpose, epoch, step)
-        weights = self.weights if within is None else self.weights[within]
         # one number for all samples, of all ranks; drawn on the CPU, since shapes depend on it
         batch = Draws(seed, torch.zeros(1, dtype=torch.long))
-        return seed, 1 + int(pick(weights.sum(0).cumsum(0), batch, What.NUM_SHOWN))
+        return seed, 1 + int(pick(self.weights.sum(0).cumsum(0), batch, What.NUM_SHOWN))
 
-    def make(self, seed: int | Tensor, num_shown: int, within: Tensor | None = None) -> tuple[Tensor, Mask]:
+    def make(self, seed: int | Tensor, num_shown: int) -> tuple[Tensor, Mask]:
         """The batch of a key. When that is a tensor on the bank's device, nothing here waits for the device or reads from it."""
         csm = self.settings.csm
         patch_size = csm.pretraining_patch_size
-        cumulative = self.cumulative if within is None else self.weights[within].cumsum(0)
         draws = Draws(seed, self.places)
-        chosen = pick(cumulative[:, num_shown - 1].contiguous(), draws, What.CASE)
-        if within is not None:
-            chosen = within[chosen]
+        chosen = pick(self.cumulative[:, num_shown - 1].contiguous(), draws, What.CASE)
         crops = draw_crops(draws, self.bank.shapes[chosen], patch_size, self.bank.occupancy[chosen])
         present, num_tokens = self.bank.series_present[chosen], math.prod(self.settings.pretraining_grid)
         if self.settings.architecture.joint_tokens:
@@ -209,10 +200,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             files,
             self.device,
             os.environ.get(VARIABLE, "auto"),
-            batch_size=self.schedule.batch_size,
-            seed=self.settings.csm.seed,
-            num_ranks=self.ranks.num_local,
-            agree=lambda number: min(self.ranks.gather(number)),
             reserved=self.step_memory() if self.device.type == "cuda" else 0,
         )
 
