@@ -200,19 +200,17 @@ def equal(stage: Stage) -> None:
         name: MaskedBatches(bank, settings_of(row, 100), Purpose.TRAINING, range(row.batch_size)) for name, bank in banks.items()
     }
 
-    def same(name: str) -> tuple[bool, str]:
+    def same() -> tuple[bool, str]:
         for step in range(12):
-            expected, found = batches["memory"](0, step), batches[name](0, step)
+            expected, found = batches["mapped"](0, step), batches["gpu"](0, step)
             tensors = zip((expected[0], *expected[1].tensors), (found[0], *found[1].tensors), strict=True)
             for number, (one, other) in enumerate(tensors):
                 if not one.equal(other.cpu()):
                     return False, f"tensor {number} of step {step} differs"
         return True, "12 batches: volumes and masks to the bit"
 
-    for name in batches:
-        if name != "memory":
-            stage.attempt(f"bank: {name} as memory", lambda name=name: same(name))  # type: ignore[misc]
-    graphs(stage, batches["gpu" if "gpu" in batches else "memory"], row)
+    stage.attempt("bank: gpu as mapped", same)
+    graphs(stage, batches["gpu"], row)
     attention(stage)
 
 
@@ -223,23 +221,18 @@ def small_row(stage: Stage) -> Any:
 
 
 def open_banks(stage: Stage) -> dict[str, Any]:
-    """The three kinds, on the same files."""
+    """Both kinds, on the same files."""
     from pretrain_speed import MAX_SERIES, NUM_CASES, write_cases
 
-    from nnunet_csm.data.bank import CaseFile, DiskBank, GpuBank, MemoryBank, read
+    from nnunet_csm.data.bank import CaseFile, GpuBank, MappedBank, read
 
     folder = stage.work / "cases"
     if not (folder / f"case{NUM_CASES - 1}_seg.b2nd").exists():
         folder.mkdir(exist_ok=True)
         write_cases(folder, small_row(stage).shape)
     files = [CaseFile(f"case{n}", folder / f"case{n}.b2nd", MAX_SERIES, (0, 1, 2, 3)) for n in range(NUM_CASES)]
-    flat = torch.empty(NUM_CASES * 4 * int(np.prod(small_row(stage).shape)), dtype=torch.float16)
-    contents = read(files, flat)
-    return {
-        "memory": MemoryBank(contents, flat, not stage.cpu, ""),
-        "disk": DiskBank(contents, 2**32, 16, 1, not stage.cpu),
-        "gpu": GpuBank(contents, flat.to(stage.device), ""),
-    }
+    contents = read(files)
+    return {"mapped": MappedBank(contents, not stage.cpu), "gpu": GpuBank(contents, stage.device)}
 
 
 def attention(stage: Stage) -> None:

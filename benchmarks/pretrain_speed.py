@@ -175,9 +175,7 @@ def csm_steps(row: Row, folder: Path, num_steps: int, device: torch.device, comp
     """The trainer's step on its next batch, and where the volumes are."""
     channels = tuple(range(row.num_series))
     paths = [folder / f"case{number}.b2nd" for number in range(NUM_CASES)]
-    bank = open_bank(
-        [CaseFile(path.stem, path, MAX_SERIES, channels) for path in paths], device, batch_size=row.batch_size, seed=1
-    )
+    bank = open_bank([CaseFile(path.stem, path, MAX_SERIES, channels) for path in paths], device)
     batches = MaskedBatches(bank, settings_of(row, num_steps), Purpose.TRAINING, range(row.batch_size))
     keys = ((0, number) for number in range(10**9))
     threads = num_workers(device) if bank.where != "gpu" else 0
@@ -337,11 +335,13 @@ def main() -> int:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         table = rows(args.cpu, monai)
-        write_cases(Path(temporary), table[0].shape)
+        folder = Path(temporary) / "dataset" / "cases"
+        folder.mkdir(parents=True)
+        write_cases(folder, table[0].shape)
         for row in table:
             if not f"{row.what} {row.preset} {row.num_series} {row.edge} {row.batch_size}".startswith(args.only):
                 continue
-            measured = fastest(row, temporary, args.n, device.type)
+            measured = fastest(row, str(folder), args.n, device.type)
             flops = operations(row) if row.what == "CSM" else math.nan
             measured |= {"operations": flops, "share_of_peak": measured["crops_per_second"] * flops / peak}
             found.append(dataclasses.asdict(row) | measured)
