@@ -81,7 +81,8 @@ def write_case(folder: Path, number: int, patch_size: Size) -> None:
     if path.is_file():
         return
     if number >= NUM_SYNTHETIC:
-        os.link(folder / f"case_{number % NUM_SYNTHETIC}.b2nd", path)
+        for ending in ("_seg.b2nd", ".pkl", ".b2nd"):
+            os.link(folder / f"case_{number % NUM_SYNTHETIC}{ending}", folder / f"case_{number}{ending}")
         return
     rng = np.random.default_rng(number)
     axes = (np.linspace(-1.05, 1.05, length) for length in SHAPE)

@@ -270,16 +270,17 @@ def read(files: Sequence[CaseFile]) -> Contents:
     Raises:
         UserError: as `open_bank`.
     """
-    known = [_load(file) for file in files]
-    missing = [file for file, stored in zip(files, known, strict=True) if stored is None]
+    missing = [file for file in files if not _is_stored(file)]
     size = sum(2 * math.prod(_open(file).shape) for file in missing)
     with ExitStack() as stack:
         for folder in sorted({file.stored.parent for file in missing}):
             _make_room(folder, size)
             stack.enter_context(in_turn(folder, "images are written"))
-        mapped = ahead(_case, zip(files, known, strict=True), min(NUM_READERS, num_cores()), torch.device("cpu"))
-        stack.enter_context(closing(mapped))
-        cases = list(tqdm(mapped, "reading images", len(files), unit="case", disable=None, leave=False))
+        written = stack.enter_context(closing(ahead(_store, missing, min(NUM_READERS, num_cores()), torch.device("cpu"))))
+        for _ in tqdm(written, "storing images as fp16", len(missing), unit="case", disable=None, leave=False):
+            pass
+    # only here: what is kept of a case between its decoding and that of others would leave memory in pieces
+    cases = [_case(file) for file in files]
     kept = [case for case in cases if any(case.series_present)]
     left_out = [case.file.name for case in cases if not any(case.series_present)]
     if not kept:
@@ -300,17 +301,20 @@ def _make_room(folder: Path, size: int) -> None:
         raise UserError(f"{folder}: {_gib(size)} of images are to be stored as fp16, and {_gib(free)} are left; {remedy}")
 
 
-def _case(known: tuple[CaseFile, Stored | None]) -> Case:
-    file, stored = known
-    # another process may have written it in the meantime
-    stored = stored or _load(file)
-    if stored is None:
+def _store(file: CaseFile) -> None:
+    # another process may have done it in the meantime
+    if not _is_stored(file):
         with whole(file.stored) as temporary, temporary.open("wb") as out:
             torch.save(_decode(file), out)
             # or a power failure could leave a file of the right name and length without its voxels
             out.flush()
             os.fsync(out.fileno())
-        stored = torch.load(file.stored, mmap=True, weights_only=True)
+    # for its errors, before hours may have passed
+    _case(file)
+
+
+def _case(file: CaseFile) -> Case:
+    stored = _mapped(file)
     _check_channels(file, len(stored["volumes"]))
     channels = [channel for channel in file.channels if channel is not None]
     if set(channels) & set(stored["not_finite"]):
@@ -322,19 +326,22 @@ def _case(known: tuple[CaseFile, Stored | None]) -> Case:
     return Case(file, stored["shape"], volumes, stored["occupied"][channels].any(0).numpy())
 
 
+def _mapped(file: CaseFile) -> Stored:
+    return torch.load(file.stored, mmap=True, weights_only=True)
+
+
+def _is_stored(file: CaseFile) -> bool:
+    """Whether there is a whole stored file, made from the present one by the present code."""
+    try:
+        return bool(_mapped(file)["stamp"] == _stamp(file.path))
+    except (OSError, RuntimeError):
+        return False
+
+
 def _stamp(path: Path) -> list[float]:
     """What a stored file was made from, and how."""
     found = path.stat()
     return [FORMAT, BLOCK, MIN_SPAN, found.st_size, found.st_mtime_ns]
-
-
-def _load(file: CaseFile) -> Stored | None:
-    """What is stored of a case, its voxels mapped; None when that is nothing whole, or was made from another file."""
-    try:
-        stored = torch.load(file.stored, mmap=True, weights_only=True)
-        return stored if stored["stamp"] == _stamp(file.path) else None
-    except (OSError, RuntimeError):
-        return None
 
 
 def _decode(file: CaseFile) -> Stored:
