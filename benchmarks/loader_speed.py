@@ -1,11 +1,11 @@
-"""Crops a second of the three banks beside nnU-Net's own loader, on the same preprocessed cases in one run.
+"""Crops a second of the banks beside nnU-Net's own loader, on the same preprocessed cases in one run.
 
 nnU-Net's loader runs without transforms and without looking for foreground; it decompresses labels too, which is its way, and
 ours never does. Two threads are two threads of ours, and two processes of nnU-Net's. Rows take turns, and each
 is the median of its turns, so that other programs on the machine slow all of them alike.
 
-The floor of a bank on the CPU: a crop of fp16 is read once and written once. The disk bank also decodes a volume for every 16
-crops, whole and from a warm page cache: what a disk adds is not measured here.
+The floor of a bank on the CPU: a crop of fp16 is read once and written once. Mapped files are in the page cache: what a disk
+adds is not measured here.
 
     python benchmarks/loader_speed.py -o /tmp/loader_speed -n 40
     python benchmarks/loader_speed.py -o /tmp/loader_speed -d 1
@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.bank import Bank, CaseFile, DiskBank, GpuBank, MemoryBank, Where, read
+from nnunet_csm.data.bank import Bank, CaseFile, GpuBank, MappedBank, Where, read
 from nnunet_csm.data.crops import Size, draw_crops
 from nnunet_csm.data.draws import Draws, What, ahead, batches
 from nnunet_csm.errors import exit_on_user_error
@@ -46,8 +46,6 @@ from nnunet_csm.errors import exit_on_user_error
 # of BT-MSD after cropping: series, and voxels along (z, y, x)
 NUM_SERIES, SHAPE = 4, (138, 170, 138)
 NUM_SYNTHETIC = 8
-# of the cases, how many the cache of the disk bank holds here, so that volumes come and go as with many more cases
-SHARE_CACHED = 0.6
 # batches before the clock starts: then threads are at work, and memory is used again that batches gave back
 NUM_WARM = 8
 CPU = torch.device("cpu")
@@ -79,7 +77,12 @@ class Row:
 
 def write_case(folder: Path, number: int, patch_size: Size) -> None:
     """A head of whole-numbered grey values in a volume of zeros, as nnU-Net's preprocessor leaves BT-MSD behind."""
-    if (folder / f"case_{number}.b2nd").is_file():
+    path = folder / f"case_{number}.b2nd"
+    if path.is_file():
+        return
+    if number >= NUM_SYNTHETIC:
+        for ending in ("_seg.b2nd", ".pkl", ".b2nd"):
+            os.link(folder / f"case_{number % NUM_SYNTHETIC}{ending}", folder / f"case_{number}{ending}")
         return
     rng = np.random.default_rng(number)
     axes = (np.linspace(-1.05, 1.05, length) for length in SHAPE)
@@ -94,7 +97,7 @@ def write_case(folder: Path, number: int, patch_size: Size) -> None:
     sizes = {}
     for suffix, array in (("", volume), ("_seg", labels)):
         sizes[f"blocks{suffix}"], sizes[f"chunks{suffix}"] = comp_blosc2_params(array.shape, patch_size)
-    nnUNetDatasetBlosc2.save_case(volume, labels, {"class_locations": None}, str(folder / f"case_{number}"), **sizes)
+    nnUNetDatasetBlosc2.save_case(volume, labels, {"class_locations": None}, str(path.with_suffix("")), **sizes)
 
 
 def find_files(folder: Path, num_cases: int) -> list[CaseFile]:
@@ -111,9 +114,7 @@ def maker(bank: Bank, batch_size: int, patch_size: Size) -> Callable[[int], Tens
 
     def make(step: int) -> Tensor:
         draws = Draws(step, places)
-        pool = bank.reach(step)
-        chosen = draws.integers(What.CASE, 1)[:, 0] % (len(bank) if pool is None else len(pool))
-        chosen = chosen if pool is None else pool[chosen]
+        chosen = draws.integers(What.CASE, 1)[:, 0] % len(bank)
         return bank.cut(chosen, draw_crops(draws, bank.shapes[chosen], patch_size, bank.occupancy[chosen]), patch_size)
 
     return make
@@ -122,7 +123,7 @@ def maker(bank: Bank, batch_size: int, patch_size: Size) -> Callable[[int], Tens
 def rows_of_bank(
     where: Where, opened: Callable[[], Bank], device: torch.device, batch_size: int, patch_size: Size, num_threads: int, size: int
 ) -> list[Row]:
-    """Every turn opens the bank anew, so that no turn finds memory or a cache that another one left behind."""
+    """Every turn opens the bank anew, so that no turn finds memory that another one left behind."""
     # inline where there is but one; a bank on the GPU needs none
     workers = 0 if num_threads == 1 or where == "gpu" else num_threads
 
@@ -137,8 +138,8 @@ def rows_of_bank(
         name = where if where == "gpu" else f"{where}, to the GPU"
         return [Row(name, batch_size, num_threads, size, by_threads, torch.cuda.synchronize)]
     rows = [Row(where, batch_size, num_threads, size, by_threads, nothing)]
-    if where == "memory" and num_threads > 1:
-        rows.append(Row("memory, processes", batch_size, num_threads, size, by_processes, nothing, in_this_process=False))
+    if num_threads > 1:
+        rows.append(Row("mapped, processes", batch_size, num_threads, size, by_processes, nothing, in_this_process=False))
     return rows
 
 
@@ -159,10 +160,10 @@ def row_of_nnunet(folder: Path, num_series: int, batch_size: int, patch_size: Si
     return Row("nnU-Net's loader", batch_size, num_threads, size, start, nothing, in_this_process=num_threads == 1)
 
 
-def measure(row: Row, seconds: float, num_warm_crops: int) -> None:
+def measure(row: Row, seconds: float) -> None:
     made = row.start()
     try:
-        for _ in range(max(NUM_WARM, num_warm_crops // row.batch_size)):
+        for _ in range(NUM_WARM):
             next(made)
         row.wait()
         started, busy, num_batches = time.perf_counter(), time.process_time(), 0
@@ -215,34 +216,33 @@ def main() -> None:
         else:
             folder = args.o / "cases"
             folder.mkdir(parents=True, exist_ok=True)
-            for number in tqdm(range(min(NUM_SYNTHETIC, args.n)), desc="writing cases", disable=None):
+            for number in tqdm(range(args.n), desc="writing cases", disable=None):
                 write_case(folder, number, patch_size)
         files = find_files(folder, args.n)
-        started = time.perf_counter()
-        flat = torch.empty(sum(math.prod(blosc2.open(str(file.path)).shape) for file in files), dtype=torch.float16)
-        contents = read(files, flat)
-        reading = time.perf_counter() - started
-    num_series, total = contents.series_present.shape[1], 2 * len(flat)
+        reading = []
+        # decoded and stored unless an earlier call did that, then mapped only
+        for _ in range(2):
+            started = time.perf_counter()
+            contents = read(files)
+            reading.append(time.perf_counter() - started)
+    num_series = len(contents.cases[0].volumes)
     size = 2 * num_series * math.prod(patch_size)
     devices = [CPU] + [torch.device("cuda", 0)] * torch.cuda.is_available()
-    cache_bytes = int(SHARE_CACHED * total)
-    pools = DiskBank(contents, cache_bytes, 1, 0).pools
     rows = []
     for batch_size, num_threads in itertools.product(args.batch, args.threads):
         rows.append(row_of_nnunet(folder, num_series, batch_size, patch_size, num_threads))
         for device in devices:
             pinned = device.type == "cuda"
             opened: dict[Where, Callable[[], Bank]] = {
-                "memory": partial(MemoryBank, contents, flat, pinned, ""),
-                "disk": partial(DiskBank, contents, cache_bytes, batch_size, 0, pinned),
+                "mapped": partial(MappedBank, contents, pinned),
             }
             if pinned:
-                opened["gpu"] = lambda: GpuBank(contents, flat.to(devices[1]), "")
+                opened["gpu"] = partial(GpuBank, contents, device)
             for where, make in opened.items():
                 rows += rows_of_bank(where, make, device, batch_size, patch_size, num_threads, size)
     for turn in range(args.turns):
         for row in tqdm(rows, desc=f"turn {turn + 1} of {args.turns}", unit="row", disable=None, leave=False):
-            measure(row, args.s, 4 * len(files) if row.name.startswith("disk") else 0)
+            measure(row, args.s)
     bandwidth = copied_bytes_a_second()
     print(
         f"\n{'':<24}{'batch':>6}{'threads':>8}{'crops/s':>10}{'GiB/s':>8}{'to nnU-Net':>12}{'crops/CPU s':>13}{'to nnU-Net':>12}"
@@ -274,8 +274,8 @@ def main() -> None:
     stored = sum(path.stat().st_size for path in paths)
     print(
         f"\n{len(files)} cases ({len(paths)} files, {stored / 2**20:.0f} MiB) of {num_series} series, the first "
-        f"{tuple(contents.shapes[0].tolist())}; patch {patch_size}; {total / 2**30:.1f} GiB as fp16, read in {reading:.1f} s; "
-        f"cache of {SHARE_CACHED:.0%} of them, pools of {pools.pool_size if pools else len(files)} cases"
+        f"{contents.cases[0].shape}; patch {patch_size}; {contents.num_bytes / 2**30:.1f} GiB as fp16, opened in "
+        f"{reading[0]:.1f} s and again in {reading[1]:.2f} s"
     )
     most = bandwidth / size
     print(f"the floor: one thread copies {bandwidth / 2**30:.1f} GiB/s, {most:.0f} crops of {size / 2**20:.1f} MiB a second")

@@ -145,9 +145,7 @@ def our_step(row: Row, folder: Path, device: torch.device, compiled: bool) -> tu
     """The trainer's step on its next batch, and where the volumes are."""
     channels = tuple(range(row.num_series))
     paths = [folder / f"case{number}.b2nd" for number in range(NUM_CASES)]
-    bank = open_bank(
-        [CaseFile(path.stem, path, MAX_SERIES, channels) for path in paths], device, batch_size=row.batch_size, seed=1
-    )
+    bank = open_bank([CaseFile(path.stem, path, MAX_SERIES, channels) for path in paths], device)
     graphs = not why_no_graphs(device, 1, 1)
     trainer = bare_pretrainer(row.method, device, compiled, graphs)
     batches = trainer.train_batches = Batches(bank, trainer.pretext, 1, Purpose.TRAINING, range(row.batch_size))
@@ -311,11 +309,13 @@ def main() -> int:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         table = rows(args.cpu, monai, args.presets)
-        write_cases(Path(temporary), table[0].shape)
+        folder = Path(temporary) / "dataset" / "cases"
+        folder.mkdir(parents=True)
+        write_cases(folder, table[0].shape)
         for row in table:
             if not str(row).startswith(args.only):
                 continue
-            measured = fastest(row, temporary, args.n, device.type)
+            measured = fastest(row, str(folder), args.n, device.type)
             flops = math.nan if row.monai else operations(row)
             measured |= {"operations": flops, "share_of_peak": measured["crops_per_second"] * flops / peak}
             found.append({"what": row.what, **dataclasses.asdict(row), **measured})

@@ -1,6 +1,5 @@
 """Stages of `on_gpu.py` that ask whether a machine does what a CPU does: alive, equal."""
 
-import math
 import os
 import shutil
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnunet_csm.data.bank import Bank, CaseFile, DiskBank, GpuBank, MemoryBank, read
+from nnunet_csm.data.bank import Bank, CaseFile, GpuBank, MappedBank, read
 from nnunet_csm.data.draws import Purpose
 from nnunet_csm.machine import why_not_compiled
 from nnunet_csm.pretext.batches import Batches
@@ -53,35 +52,28 @@ def equal(stage: Stage) -> None:
     drawn_for = method.build()
     batches = {name: Batches(bank, drawn_for, 1, Purpose.TRAINING, range(BATCH_SIZE)) for name, bank in open_banks(stage).items()}
 
-    def same(name: str) -> tuple[bool, str]:
+    def same() -> tuple[bool, str]:
         for step in range(12):
-            expected, found = batches["memory"](0, step), batches[name](0, step)
+            expected, found = batches["mapped"](0, step), batches["gpu"](0, step)
             for number, (one, other) in enumerate(zip(expected.tensors, found.tensors, strict=True)):
                 if not one.equal(other.cpu()):
                     return False, f"tensor {number} of step {step} differs"
         return True, "12 batches: volumes and masks to the bit"
 
-    for name in batches:
-        if name != "memory":
-            stage.attempt(f"bank: {name} as memory", lambda name=name: same(name))
+    stage.attempt("bank: gpu as mapped", same)
     graphs(stage, batches["gpu"], method)
     attention(stage)
 
 
 def open_banks(stage: Stage) -> dict[str, Bank]:
-    """The three kinds, on the same files."""
+    """Both kinds, on the same files."""
     folder = stage.work / "cases"
     if not (folder / f"case{NUM_CASES - 1}_seg.b2nd").exists():
         folder.mkdir(exist_ok=True)
         write_cases(folder, SHAPE)
     files = [CaseFile(f"case{n}", folder / f"case{n}.b2nd", MAX_SERIES, (0, 1, 2, 3)) for n in range(NUM_CASES)]
-    flat = torch.empty(NUM_CASES * 4 * math.prod(SHAPE), dtype=torch.float16)
-    contents = read(files, flat)
-    return {
-        "memory": MemoryBank(contents, flat, not stage.cpu, ""),
-        "disk": DiskBank(contents, 2**32, 16, 1, not stage.cpu),
-        "gpu": GpuBank(contents, flat.to(stage.device), ""),
-    }
+    contents = read(files)
+    return {"mapped": MappedBank(contents, not stage.cpu), "gpu": GpuBank(contents, stage.device)}
 
 
 def attention(stage: Stage) -> None:

@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(p, PRETRAINER)
     p.add_argument(
         "-bank",
-        choices=("auto", "gpu", "memory", "disk"),
+        choices=("auto", "gpu", "mapped"),
         help="where the volumes are kept (nnUNet_csm_bank); default: the fastest place they fit in. nnUNet_csm_graphs=f: no "
         "CUDA graphs",
     )

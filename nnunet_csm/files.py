@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         UserError: there is no room for it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # of no other process, on no other machine that shares the folder
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -88,6 +90,21 @@ def alone(folder: str | Path, what: str, remedy: str = "choose another fold or p
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_turn(folder: Path, what: str) -> Iterator[None]:
+    """Have other processes that do the same in a folder wait. A killed one no longer makes them wait."""
+    with (folder / ".writing").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: {what} by another process; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # a file system that knows no locks
+            pass
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

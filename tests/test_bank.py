@@ -2,7 +2,13 @@
 
 import inspect
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,19 +19,7 @@ from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_csm.data import bank as bank_module
-from nnunet_csm.data.bank import (
-    CROPS_PER_VOLUME,
-    CaseFile,
-    DiskBank,
-    GpuBank,
-    MemoryBank,
-    Pools,
-    ahead,
-    free_memory,
-    memory_bytes,
-    open_bank,
-    read,
-)
+from nnunet_csm.data.bank import FOLDER_VARIABLE, CaseFile, GpuBank, MappedBank, ahead, open_bank, read
 from nnunet_csm.data.crops import BLOCK, Crops, Occupancy, cut, draw_crops, gather, occupied_blocks
 from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.errors import UserError
@@ -62,24 +56,29 @@ def case_files(folder, names=SHAPES, num_channels=3, channels=(0, 1, 2)):
 
 
 def opened(files, where="auto"):
-    return open_bank(files, CPU, where, batch_size=4, seed=0)
+    return open_bank(files, CPU, where)
 
 
 def gpu_bank(files):
     """On the CPU, where `open_bank` would not put it."""
-    flat = torch.empty(sum(math.prod(SHAPES[file.name]) * len(file.channels) for file in files), dtype=torch.float16)
-    return GpuBank(read(files, flat), flat, "")
+    return GpuBank(read(files), CPU)
 
 
-BANKS = {"gpu": gpu_bank, "memory": lambda files: opened(files, "memory"), "disk": lambda files: opened(files, "disk")}
+BANKS = {"gpu": gpu_bank, "mapped": opened}
 every_bank = pytest.mark.parametrize("where", list(BANKS))
 
 
 @pytest.fixture
 def folder(tmp_path):
+    return preprocessed(tmp_path)
+
+
+def preprocessed(tmp_path):
+    folder = tmp_path / "Dataset001_Phantom" / "nnUNetPlans_3d_fullres"
+    folder.mkdir(parents=True)
     for name in SHAPES:
-        save(tmp_path, name, volume_of(name))
-    return tmp_path
+        save(folder, name, volume_of(name))
+    return folder
 
 
 def half(array):
@@ -150,13 +149,16 @@ def island(shape, low, high, background=-0.7):
     return volume
 
 
-def test_a_block_is_occupied_where_any_series_varies():
-    one, other = island((24, 20, 17), (0, 0, 0), (8, 8, 8)), island((24, 20, 17), (17, 9, 16), (24, 20, 17))
-    blocks = occupied_blocks([one, other])
-    assert blocks.shape == (3, 3, 3)
-    assert set(zip(*np.nonzero(blocks), strict=True)) == {(0, 0, 0), (2, 1, 2), (2, 2, 2)}
+def test_a_block_is_occupied_where_any_series_of_the_run_varies(folder):
+    series = [island((24, 20, 17), low, high) for low, high in (((0, 0, 0), (8, 8, 8)), ((17, 9, 16), (24, 20, 17)))]
+    one = occupied_blocks(series[0])
+    assert one.shape == (3, 3, 3) and list(zip(*np.nonzero(one), strict=True)) == [(0, 0, 0)]
     # whatever the units, and rounding is no variation
-    assert np.array_equal(occupied_blocks([1000 * one + 1e-2 * np.sin(np.arange(17)), other]), blocks)
+    assert np.array_equal(occupied_blocks(1000 * series[0] + 1e-2 * np.sin(np.arange(17, dtype=np.float32))), one)
+    save(folder, "islands", np.stack([*series, np.zeros_like(series[0])]))
+    for channels, expected in (((0, 1, 2), {(0, 0, 0), (2, 1, 2), (2, 2, 2)}), ((2, 1), {(2, 1, 2), (2, 2, 2)})):
+        (case,) = read(case_files(folder, ["islands"], channels=channels)).cases
+        assert set(zip(*np.nonzero(case.occupied), strict=True)) == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -227,28 +229,20 @@ def test_patches_are_those_of_the_stored_volumes(folder, where):
 
 @settings(max_examples=15, deadline=None)
 @given(patch_size=st.tuples(*[st.integers(1, 12)] * 3), seed=st.integers(0, 99))
-def test_all_banks_give_the_same_patches_for_the_same_draws(banks, patch_size, seed):
+def test_both_banks_give_the_same_patches_for_the_same_draws(banks, patch_size, seed):
     results = []
     for bank in banks:
         draws = Draws(seed, torch.arange(9))
         chosen = draws.integers(What.CASE, 1)[:, 0] % len(bank)
         crops = draw_crops(draws, bank.shapes[chosen], patch_size, bank.occupancy[chosen])
         results.append(bank.cut(chosen, crops, patch_size))
-    assert results[0].any()
-    assert all(result.equal(results[0]) for result in results[1:])
+    assert results[0].any() and results[0].equal(results[1])
 
 
 @pytest.fixture(scope="module")
 def banks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cases")
-    for name in SHAPES:
-        save(folder, name, volume_of(name))
-    files = case_files(folder)
-    return [make(files) for make in BANKS.values()] + [small_disk_bank(files, num_bytes) for num_bytes in (0, 1500, 6000)]
-
-
-def small_disk_bank(files, num_bytes):
-    return DiskBank(read(files), num_bytes, batch_size=4, seed=0)
+    files = case_files(preprocessed(tmp_path_factory.mktemp("cases")))
+    return [make(files) for make in BANKS.values()]
 
 
 def test_beyond_two_to_the_31_voxels_places_are_still_right():
@@ -299,7 +293,7 @@ def test_what_was_cut_can_be_changed_without_changing_the_case(folder, where):
 
 
 def test_memory_of_a_batch_is_used_again_once_nobody_holds_any_of_it(folder):
-    bank = opened(case_files(folder), "memory")
+    bank = opened(case_files(folder))
     crops = Crops(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool))
 
     def cut_case(case):
@@ -326,12 +320,10 @@ def test_values_beyond_fp16_are_clamped(folder, where):
     assert bank.cut(torch.tensor([0]), crops, (1, 1, 1)).ravel().tolist() == [65504, -65504, 7]
 
 
-# --- threads and the cache ---------------------------------------------------------------------------------------------------
+def test_threads_cut_the_same_patches(folder):
+    bank = opened(case_files(folder))
 
-
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_threads_cut_the_same_patches(folder, where):
-    def batches(bank, num_threads):
+    def batches(num_threads):
         def make(seed):
             draws = Draws(seed, torch.arange(5))
             chosen = draws.integers(What.CASE, 1)[:, 0] % len(bank)
@@ -339,197 +331,258 @@ def test_threads_cut_the_same_patches(folder, where):
 
         return list(ahead(make, range(40), num_threads, CPU))
 
-    files = case_files(folder)
-    for threaded, alone in zip(batches(BANKS[where](files), 4), batches(BANKS[where](files), 0), strict=True):
+    for threaded, alone in zip(batches(4), batches(0), strict=True):
         assert threaded.equal(alone)
 
 
-def decoded_by(bank, monkeypatch):
-    """Cases in the order in which the bank decodes them."""
-    seen = []
-    inner = bank.cache.decode
-
-    def decode(case):
-        seen.append(case)
-        return inner(case)
-
-    monkeypatch.setattr(bank.cache, "decode", decode)
-    return seen
+# --- stored files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_holds_no_more_than_it_may_and_drops_what_was_not_used_longest(folder, monkeypatch):
-    sizes = [2 * math.prod(SHAPES[n]) * (3 - (n in ABSENT)) for n in SHAPES]
-    bank = small_disk_bank(case_files(folder), sizes[0] + sizes[2])
-    seen = decoded_by(bank, monkeypatch)
-    for case in (0, 2, 0, 2, 1, 2, 0, 1):
-        bank.part(case, (0, 0, 0), PATCH_SIZE)
-        assert bank.cache.num_bytes <= bank.cache.max_bytes
-        assert bank.cache.num_bytes == sum(sizes[kept] for kept in bank.cache.kept)
-    # case 1 takes the place of case 0, which takes that of case 1, which takes that of case 2
-    assert seen == [0, 2, 1, 0, 1]
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the cases that are decoded, in order."""
+    names, inner = [], bank_module._decode
+
+    def decode(file):
+        names.append(file.name)
+        return inner(file)
+
+    monkeypatch.setattr(bank_module, "_decode", decode)
+    return names
 
 
-def test_threads_that_want_one_case_decode_it_once(folder, monkeypatch):
-    bank = opened(case_files(folder), "disk")
-    seen = decoded_by(bank, monkeypatch)
-    list(ahead(lambda case: bank.part(case, (0, 0, 0), PATCH_SIZE), [0, 1, 2] * 20, 6, CPU))
-    assert sorted(seen) == [0, 1, 2]
+def whole_patches(bank):
+    """A patch from the first corner of every case, larger than all of them."""
+    start = torch.zeros(len(bank), 3, dtype=torch.long)
+    return bank.cut(torch.arange(len(bank)), Crops(start, start.bool()), (10, 10, 10))
 
 
-def test_a_file_that_cannot_be_read_is_an_error_each_time_and_for_everybody(folder):
-    bank = opened(case_files(folder), "disk")
-    (folder / "large.b2nd").unlink()
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"large\.b2nd"):
-            list(ahead(lambda case: bank.part(case, (0, 0, 0), PATCH_SIZE), [0, 0], 2, CPU))
-    assert not bank.cache.kept
+def test_a_case_is_decoded_once_for_all_folds_and_parts_of_the_series(folder, decoded):
+    first = opened(case_files(folder, ["large"]))
+    again = opened(case_files(folder, channels=(2, None)))
+    assert sorted(decoded) == sorted(SHAPES)
+    assert whole_patches(again)[0, 0].equal(whole_patches(first)[0, 2])
+    stored = folder.with_name("nnUNetPlans_3d_fullres_csm")
+    assert {file.name for file in stored.iterdir()} == {".writing", *(f"{name}.pt" for name in SHAPES)}
+    assert str(stored) in again.reason and "0.0 GiB" in again.reason
 
 
-def test_a_patch_of_a_volume_much_larger_than_it_is_cut_from_the_file(folder, monkeypatch):
-    monkeypatch.setattr(bank_module, "PIECE", 0)
-    bank = opened(case_files(folder), "disk")
-    seen = decoded_by(bank, monkeypatch)
-    crops = drawn_crops(3, bank.shapes[[0, 0]], (2, 2, 2))
-    patches = bank.cut(torch.tensor([0, 0]), crops, (2, 2, 2))
-    assert CROPS_PER_VOLUME * 8 < 9 * 8 * 7 and seen == []
-    assert patches.equal(opened(case_files(folder), "memory").cut(torch.tensor([0, 0]), crops, (2, 2, 2)))
+def test_files_go_where_the_variable_says(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "scratch"))
+    opened(case_files(folder))
+    assert len(list((tmp_path / "scratch" / "Dataset001_Phantom" / "nnUNetPlans_3d_fullres_csm").glob("*.pt"))) == 3
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-# --- pools -------------------------------------------------------------------------------------------------------------------
+@every_bank
+def test_a_case_that_was_preprocessed_again_is_read_again_and_no_other(folder, where, decoded):
+    before = whole_patches(BANKS[where](case_files(folder)))
+    decoded.clear()
+    # of the same size and name, as after another normalisation
+    path = folder / "large.b2nd"
+    num_bytes = path.stat().st_size
+    path.unlink()
+    save(folder, "large", volume_of("large")[[2, 1, 0]])
+    after = whole_patches(BANKS[where](case_files(folder)))
+    assert decoded == ["large"] and abs(path.stat().st_size - num_bytes) < 100
+    assert after[0].equal(before[0][[2, 1, 0]]) and after[1:].equal(before[1:])
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.data(), st.integers(0, 9))
-def test_every_case_is_in_the_pool_as_often_as_any_other(num_cases, data, seed):
-    pool_size = data.draw(st.integers(1, num_cases))
-    # the window moves on by one case a step
-    pools = Pools(num_cases, pool_size, CROPS_PER_VOLUME, seed)
-    counts: Counter[int] = Counter()
-    num_passes = 4
-    for step in range(num_passes * num_cases):
-        pool = pools(step)
-        assert pool.shape == (pool_size,)
-        counts.update(pool.tolist())
-    assert set(counts) == set(range(num_cases))
-    # all but the stays that begin before the first pass or end after the last one
-    assert all(abs(count - num_passes * pool_size) <= pool_size for count in counts.values())
+def test_a_file_that_was_preprocessed_again_is_noticed_by_its_time_or_its_size_alone(folder, decoded):
+    opened(case_files(folder, ["large"]))
+    path = folder / "large.b2nd"
+    found = path.stat()
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    opened(case_files(folder, ["large"]))
+    path.write_bytes(path.read_bytes() + b" ")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    opened(case_files(folder, ["large"]))
+    assert decoded == ["large"] * 3
 
 
-def test_each_case_stays_in_the_pool_for_some_crops_and_neighbouring_pools_share_nearly_all_cases():
-    pools = Pools(num_cases=50, pool_size=10, batch_size=8, seed=3)
-    steps: dict[int, list[int]] = {case: [] for case in range(50)}
-    for step in range(100, 2100):
-        for case in pools(step).tolist():
-            steps[case].append(step)
-        assert len(set(pools(step).tolist()) - set(pools(step + 1).tolist())) <= 1
-    # the window moves by one case every 16 / 8 steps, so that a stay is of 20 steps; 2,000 steps are 20 passes
-    assert all(abs(len(stay) - 400) <= 20 for stay in steps.values())
-    assert not pools(5).equal(Pools(50, 10, 8, seed=4)(5))
+@pytest.mark.parametrize("name", ["FORMAT", "BLOCK", "MIN_SPAN"])
+def test_files_of_other_code_are_not_used(folder, decoded, monkeypatch, name):
+    opened(case_files(folder, ["large"]))
+    monkeypatch.setattr(bank_module, name, 2 * getattr(bank_module, name))
+    opened(case_files(folder, ["large"]))
+    assert decoded == ["large"] * 2
 
 
-def test_a_disk_bank_draws_from_pools_that_fit_its_cache(tmp_path):
-    rng = np.random.default_rng(0)
-    names = [f"case_{number:02d}" for number in range(40)]
-    for name in names:
-        save(tmp_path, name, rng.normal(size=(3, 4, 4, 4)).astype(np.float32))
-    files = case_files(tmp_path, names)
-    size = 2 * 3 * 4**3
-    bank = small_disk_bank(files, 30 * size)
-    decoded = 0
-    for step in range(400):
-        pool = bank.reach(step)
-        assert len(pool) == 22
-        for case in pool[Draws(step, torch.arange(4)).integers(What.CASE, 1)[:, 0] % len(pool)].tolist():
-            before = bank.cache.kept.get(case)
-            bank.part(case, (0, 0, 0), PATCH_SIZE)
-            decoded += before is None
-    # one decoding for 16 crops, besides the first pool
-    assert decoded <= 22 + 1.2 * 1600 / CROPS_PER_VOLUME
-    # all cases fit, or the pool would be too small to be of use
-    assert small_disk_bank(files, 60 * size).reach(0) is None
-    assert len(small_disk_bank(files, size).reach(0)) == bank_module.MIN_POOL
-    assert opened(files, "memory").reach(0) is None
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_stored_file_that_is_not_whole_is_written_again(folder, share):
+    """As a disk may leave behind that failed."""
+    (file,) = case_files(folder, ["large"])
+    expected = whole_patches(opened([file])).clone()
+    raw = file.stored.read_bytes()
+    file.stored.write_bytes(raw[: int(share * len(raw))])
+    assert whole_patches(opened([file])).equal(expected)
+    assert len(file.stored.read_bytes()) == len(raw)
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from nnunet_csm.data import bank
+
+folder, names, killed = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3] == "killed"
+if killed:
+    def save(stored, out):
+        out.write(b"half of a file")
+        out.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save
+print("ready", flush=True)
+sys.stdin.readline()
+opened = bank.open_bank([bank.CaseFile(n, folder / f"{n}.b2nd", 3, (0, 1, 2)) for n in names], torch.device("cpu"))
+print(sum(int(volume.sum() * 1000) for volumes in opened.volumes for volume in volumes if volume is not None))
+"""
+
+
+def start_writer(folder, names, how="to the end"):
+    command = [sys.executable, "-c", WRITER, str(folder), ",".join(names), how]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_that_start_at_once_are_all_right(folder):
+    """Folds that share cases, one of which is stored from before."""
+    opened(case_files(folder, ["equal"]))
+    names = ["large", "small", "equal"]
+    writers = [start_writer(folder, names[::order]) for order in (1, -1, 1)]
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    sums = {writer.communicate()[0].splitlines()[-1] for writer in writers}
+    assert len(sums) == 1 and all(writer.returncode == 0 for writer in writers)
+    assert sums == {
+        str(sum(int(v.sum() * 1000) for vs in opened(case_files(folder, names)).volumes for v in vs if v is not None))
+    }
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(folder, decoded):
+    writer = start_writer(folder, SHAPES, "killed")
+    writer.communicate("\n")
+    assert writer.returncode == -signal.SIGKILL
+    files = case_files(folder)
+    assert not any(file.stored.exists() for file in files)
+    # nor does its lock keep others out
+    patches = whole_patches(opened(files))
+    assert sorted(decoded) == sorted(SHAPES)
+    for patch, name in zip(patches, SHAPES, strict=True):
+        assert np.array_equal(patch, half(sliced(volume_of(name), (0, 0, 0), (False,) * 3, (10, 10, 10))))
 
 
 # --- where -------------------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_chosen_when_the_images_take_a_share_of_it_and_else_the_disk(folder, monkeypatch):
-    size = 2 * 3 * sum(map(math.prod, SHAPES.values()))
-    monkeypatch.setattr(bank_module, "free_memory", lambda: 2 * size)
-    bank = opened(case_files(folder))
-    assert isinstance(bank, MemoryBank) and "within 50%" in bank.reason
-    monkeypatch.setattr(bank_module, "free_memory", lambda: 2 * size - 2)
-    bank = opened(case_files(folder))
-    assert isinstance(bank, DiskBank) and "more than 50%" in bank.reason and "cache of" in bank.reason
-    # two ranks on one machine have a half each
-    monkeypatch.setattr(bank_module, "free_memory", lambda: 3 * size)
-    assert open_bank(case_files(folder), CPU, batch_size=4, seed=0, num_ranks=2).where == "disk"
-
-
-def test_a_bank_that_was_asked_for_and_does_not_fit_is_an_error_with_sizes_and_the_remedy(folder, monkeypatch):
-    monkeypatch.setattr(bank_module, "free_memory", lambda: 1000)
-    with pytest.raises(UserError, match=r"_csm_bank is memory: .* GiB .* do not fit .* GiB free memory; choose disk or auto"):
-        opened(case_files(folder), "memory")
-    assert opened(case_files(folder), "disk").where == "disk"
+def test_a_bank_that_was_asked_for_and_is_not_there_is_an_error_with_the_remedy(folder):
+    assert isinstance(opened(case_files(folder), "mapped"), MappedBank)
     with pytest.raises(UserError, match="nnUNet_csm_bank is gpu, but the network is on cpu; choose"):
         opened(case_files(folder), "gpu")
-    with pytest.raises(UserError, match="nnUNet_csm_bank is 'ram'; choose auto, gpu, memory or disk"):
-        opened(case_files(folder), "ram")
+    for old in ("memory", "disk", "ram"):
+        with pytest.raises(UserError, match=f"nnUNet_csm_bank is '{old}'; choose auto, gpu or mapped .*memory and disk"):
+            opened(case_files(folder), old)
 
 
-def test_ranks_agree_on_the_place_and_the_pool_of_the_one_with_least_room(folder):
-    """Or they would draw other cases for the same batch."""
-    given = []
+@pytest.mark.parametrize(
+    ("where", "free", "chosen", "said"),
+    [
+        ("auto", 2.0, "gpu", "as they take no more than 50%"),
+        ("auto", 1.9, "mapped", "more than 50% of .* beside a step of .*; mapped into memory"),
+        ("gpu", 1.2, "gpu", "no more than 90%"),
+        ("mapped", 9.0, "mapped", r"GiB\); mapped into memory"),
+    ],
+)
+def test_the_gpu_is_chosen_when_the_images_take_a_share_of_what_a_step_leaves(folder, monkeypatch, where, free, chosen, said):
+    bank = on_a_gpu(case_files(folder), monkeypatch, where, free)
+    assert bank.where == chosen and re.search(said, bank.reason)
 
-    def agree(number):
-        given.append(number)
-        return min(number, 0 if len(given) == 1 else 2**20)
 
-    bank = open_bank(case_files(folder), CPU, batch_size=4, seed=0, agree=agree)
-    assert bank.where == "disk" and "but disk, since another rank has less room" in bank.reason
-    assert isinstance(bank, DiskBank)
-    assert given[0] == 1 and given[1] > bank.cache.max_bytes == 2**20
+def test_a_gpu_that_is_too_small_is_an_error_with_sizes_and_the_remedy(folder, monkeypatch):
+    with pytest.raises(UserError, match=r"_csm_bank is gpu: .* GiB .* do not fit into 90% of .*; choose mapped or auto"):
+        on_a_gpu(case_files(folder), monkeypatch, "gpu", 1.1)
 
 
-def test_free_memory_is_some_and_no_more_than_there_is():
-    assert 2**20 < free_memory() <= memory_bytes()
+def on_a_gpu(files, monkeypatch, where, free):
+    """A bank for a GPU on which `free` times the images' size is left beside a step; volumes stay on the CPU."""
+    reserved, size = 10**6, read(files).num_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * size) + reserved, 0))
+    monkeypatch.setattr(bank_module, "GpuBank", lambda contents, device, reason: GpuBank(contents, CPU, reason))
+    monkeypatch.setattr(bank_module, "_pinned", lambda device, reason: (False, reason))
+    return open_bank(files, torch.device("cuda"), where, reserved=reserved)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_decoded(folder, decoded, monkeypatch):
+    monkeypatch.setattr(bank_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=bank_module.SPARE))
+    with pytest.raises(UserError, match=r"_csm: 0\.0 GiB of images are to be stored .* 1\.0 GiB are left; set nnUNet_csm_images"):
+        opened(case_files(folder))
+    assert not decoded
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy_unless_all_is_there(folder, monkeypatch):
+    def refused(**_):
+        raise PermissionError(13, "Permission denied")
+
+    opened(case_files(folder, ["large"]))
+    monkeypatch.setattr(bank_module.tempfile, "TemporaryFile", refused)
+    assert len(opened(case_files(folder, ["large"]))) == 1
+    with pytest.raises(UserError, match=r"_csm: images cannot be stored there .*Permission denied.* set nnUNet_csm_images"):
+        opened(case_files(folder))
 
 
 # --- bad files ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_what_is_wrong_with_files_is_said_with_the_remedy(folder, where):
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_is_wrong_with_files_is_said_with_the_remedy(folder, stored):
+    if stored:
+        opened(case_files(folder))
     with pytest.raises(UserError, match=r"large\.b2nd: 3 series, expected 2 as in the plans"):
-        opened(case_files(folder, num_channels=2), where)
+        opened(case_files(folder, num_channels=2))
     with pytest.raises(UserError, match=r"gone\.b2nd.*nnunet_csm plan_and_preprocess -preprocess_only"):
-        opened(case_files(folder, ["large", "gone"]), where)
+        opened(case_files(folder, ["large", "gone"]))
     with pytest.raises(UserError, match="no case"):
-        opened([], where)
+        opened([])
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_a_case_of_nothing_but_zeros_is_left_out_and_named(folder, where):
+def test_a_case_whose_preprocessed_file_is_gone_is_not_taken_from_what_was_stored(folder):
+    opened(case_files(folder))
+    (folder / "large.b2nd").unlink()
+    with pytest.raises(UserError, match=r"large\.b2nd: not preprocessed"):
+        opened(case_files(folder))
+
+
+def test_a_case_of_nothing_but_zeros_is_left_out_and_named(folder):
     save(folder, "empty", np.zeros((3, 4, 6, 5), np.float32))
-    bank = opened(case_files(folder, ["empty", "large"]), where)
-    assert bank.names == ["large"] and bank.left_out == ["empty"] and len(bank.shapes) == len(bank.series_present) == 1
-    with pytest.raises(UserError, match="empty hold"):
-        opened(case_files(folder, ["empty"]), where)
+    for _ in range(2):
+        bank = opened(case_files(folder, ["empty", "large"]))
+        assert bank.names == ["large"] and bank.left_out == ["empty"] and len(bank.shapes) == len(bank.series_present) == 1
+        with pytest.raises(UserError, match="empty hold"):
+            opened(case_files(folder, ["empty"]))
+    # of which the run has no series at all
+    bank = opened([*case_files(folder, ["small"], channels=(None,)), *case_files(folder, ["large"], channels=(0,))])
+    assert bank.names == ["large"] and bank.left_out == ["small"]
 
 
-@pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_voxels_that_are_no_numbers_are_refused_with_the_remedy(folder, where, value):
+def test_voxels_that_are_no_numbers_are_refused_with_the_remedy_in_series_of_the_run(folder, value):
     volume = np.ones((3, 4, 6, 5), np.float32)
     volume[1, 2, 3, 1] = value
     save(folder, "broken", volume)
-    with pytest.raises(UserError, match=r"broken\.b2nd: holds NaN or infinite voxels"):
-        opened(case_files(folder, ["large", "broken"]), where)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"broken\.b2nd: holds NaN or infinite voxels"):
+            opened(case_files(folder, ["large", "broken"]))
+    assert opened(case_files(folder, ["large", "broken"], channels=(0, 2))).series_present.all()
 
 
 def test_a_file_that_was_cut_off_is_named_with_the_remedy(folder):
     path = folder / "large.b2nd"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"large\.b2nd: not a whole file .* preprocess again"):
+    for _ in range(2):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(UserError, match=r"large\.b2nd: not a whole file .* preprocess again"):
+            opened(case_files(folder))
+        path.unlink()
+        save(folder, "large", volume_of("large"))
         opened(case_files(folder))

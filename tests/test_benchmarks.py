@@ -156,7 +156,7 @@ def test_cutting(load, printed, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "SHAPE", (24, 32, 24))
     sizes = ("-n", 2, "-patch", 16, 16, 16, "-batch", 2, "-threads", 1)
     table = printed(module, "-o", tmp_path, *sizes, "-s", 0.05, "-turns", 1)
-    for bank in ("nnU-Net's loader", "memory", "disk"):
+    for bank in ("nnU-Net's loader", "mapped"):
         _, _, crops_per_second, *_ = numbers(table, bank)
         assert crops_per_second > 0
     rows = json.loads((tmp_path / "loader_speed.json").read_text())["rows"]

@@ -1,12 +1,13 @@
 """A reader sees the old file or the whole new one, whatever happens in between."""
 
 import errno
+import threading
 from pathlib import Path
 
 import pytest
 
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.files import alone, whole, write_text
+from nnunet_csm.files import alone, in_turn, whole, write_text
 
 
 def begin(path: Path, error: Exception) -> None:
@@ -73,3 +74,29 @@ def test_a_second_one_is_kept_out_until_the_first_has_ended(tmp_path: Path) -> N
     with alone(tmp_path / "fold_0", "training"):
         pass
     assert not list((tmp_path / "fold_0").iterdir())
+
+
+def test_processes_wait_for_their_turn_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = []
+
+    def second() -> None:
+        with in_turn(tmp_path, "images are written"):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with in_turn(tmp_path, "images are written"):
+        other.start()
+        other.join(0.3)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    assert capsys.readouterr().out == f"{tmp_path}: images are written by another process; waiting for it\n"
+
+
+def test_one_file_written_by_two_at_once_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    with whole(path) as slow:
+        slow.write_text("slow", encoding="utf-8")
+        write_text(path, "quick")
+        assert path.read_text() == "quick"
+    assert path.read_text() == "slow" and [file.name for file in tmp_path.iterdir()] == ["table.csv"]

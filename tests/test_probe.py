@@ -303,7 +303,7 @@ def test_labels_are_those_of_the_patches(tmp_path: Path) -> None:
         blosc2.asarray(np.ascontiguousarray(image), urlpath=str(path), mode="w")
         blosc2.asarray(np.ascontiguousarray(label), urlpath=str(label_file(path)), mode="w")
         files.append(CaseFile(str(number), path, 3, (0, 1, 2)))
-    bank = open_bank(files, torch.device("cpu"), "memory", batch_size=2, seed=0)
+    bank = open_bank(files, torch.device("cpu"))
     patches = LabelledPatches.draw(bank, [0, 2], 5, settings, ignored=9)
     assert patches.volume.shape == (10, 3, *settings.csm.pretraining_patch_size)
     means = patches.statistics(settings)

@@ -219,7 +219,7 @@ def test_a_step_without_memory_ends_with_the_remedies(
     said = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
     assert said.startswith("Error: no GPU memory for a step: CUDA out of memory. Tried to allocate 2.00 GiB. Learn")
-    assert "nnUNet_csm_accumulate=2" in said and "nnUNet_csm_bank=memory" in said
+    assert "nnUNet_csm_accumulate=2" in said and "nnUNet_csm_bank=mapped" in said
 
 
 def test_missing_splits_are_those_of_nnunet(

@@ -1,21 +1,21 @@
-"""Images of preprocessed cases, without labels, kept where patches are cut from them fastest: on the GPU, in memory or on disk.
+"""Images of preprocessed cases, without labels, kept where patches are cut from them fastest: on the GPU, or in mapped files.
 
-The three banks give the same patches for the same draws. What is kept is fp16, so that a batch does not depend on where it lies.
+Every case is decoded once, to an uncompressed file of fp16 beside the preprocessed folder, which all folds, arms of a study and
+resumed runs map into memory; the operating system keeps as much of these files there as it has room for. Both banks give the same
+patches for the same draws.
 """
 
 import math
 import os
-import threading
+import shutil
+import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import blosc2
 import numpy as np
@@ -24,29 +24,28 @@ from jaxtyping import Bool, Float16, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_csm.data.crops import Crops, Occupancy, Size, cut, gather, occupied_blocks
-from nnunet_csm.data.draws import Purpose, ahead, key
+from nnunet_csm.data.crops import BLOCK, MIN_SPAN, Crops, Occupancy, Size, cut, gather, occupied_blocks
+from nnunet_csm.data.draws import ahead
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import in_turn, whole
 from nnunet_csm.machine import num_cores, why_not_compiled
 
-Where: TypeAlias = Literal["gpu", "memory", "disk"]
+Where: TypeAlias = Literal["gpu", "mapped"]
+# what a stored file holds, see `_decode`
+Stored: TypeAlias = dict[str, Any]
 # where the user insists on having the images
 VARIABLE = "nnUNet_csm_bank"
+# where stored files go instead of nnUNet_preprocessed: to a faster disk, or one with more room
+FOLDER_VARIABLE = "nnUNet_csm_images"
 
-# the images are kept where they take no more than this share of what is free; the rest is for the network, or other programs
-SHARE_OF_GPU, SHARE_OF_MEMORY = 0.5, 0.5
+# the images are kept on the GPU where they take no more than this share of what is free; the rest is for the network
+SHARE_OF_GPU = 0.5
 # the same when the user insists
 SHARE_WHEN_FORCED = 0.9
-# of the disk bank. Not a share of memory: pools follow from it, and draws from pools, which are to be those of other machines.
-# A larger cache would not be faster, since every volume is used CROPS_PER_VOLUME times from any
-CACHE_BYTES = 4 * 2**30
-CROPS_PER_VOLUME = 16
-# of the cache, which keeps some volumes for a while after they left the pool: without that room it would drop some that are in it
-SHARE_OF_POOL = 0.75
-# fewer cases than this would be shown too often in a row, even when they do not fit into the cache
-MIN_POOL = 16
-# edge of what a `.b2nd` file compresses in one piece: a patch takes about this much more of it along every axis
-PIECE = 32
+# bytes of a disk that are left to checkpoints and other programs
+SPARE = 2**30
+# of the stored files; another number when what is in them changes its meaning
+FORMAT = 1
 # threads that decompress files
 NUM_READERS = 8
 # of samples at a time, where gathering is not compiled and its indices lie in memory
@@ -69,25 +68,47 @@ class CaseFile:
     num_channels: int
     channels: tuple[int | None, ...]
 
+    @property
+    def stored(self) -> Path:
+        """The file of fp16, of all channels, whichever of them a run has."""
+        folder = self.path.parent
+        dataset = Path(os.environ.get(FOLDER_VARIABLE) or folder.parent.parent) / folder.parent.name
+        return dataset / f"{folder.name}_csm" / f"{self.path.stem}.pt"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The images of a case as the run sees them."""
+
+    file: CaseFile
+    shape: Size
+    volumes: list[Float16[Tensor, "z y x"] | None]
+    """Of every series; None for one that the case does not have, or that is all zero."""
+    occupied: Bool[np.ndarray, "bz by bx"]
+    """Blocks in which any series varies."""
+
+    @property
+    def series_present(self) -> list[bool]:
+        return [volume is not None for volume in self.volumes]
+
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found in the files of some cases; tensors are on the CPU."""
+    """What was found in the files of some cases."""
 
-    files: list[CaseFile]
-    shapes: Int[Tensor, "c 3"]
-    series_present: Bool[Tensor, "c s"]
-    occupancy: Occupancy
-    offset: Int[Tensor, "c s"]
-    """Where each volume begins when all lie one after the other, those of absent series left out; 0 for these."""
+    cases: list[Case]
     left_out: list[str]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(volume.nbytes for case in self.cases for volume in case.volumes if volume is not None)
 
 
 class Bank(ABC):
     """The images of some preprocessed cases.
 
     Attributes:
-        where: "gpu", "memory" or "disk".
+        where: "gpu" or "mapped".
         reason: why the images lie there, with sizes, for the log.
         names: identifiers of the cases.
         shapes: (c, 3) voxels along (z, y, x).
@@ -100,11 +121,13 @@ class Bank(ABC):
     where: ClassVar[Where]
 
     def __init__(self, contents: Contents, device: torch.device, reason: str) -> None:
-        self.device, self.reason = device, reason
-        self.files, self.left_out = contents.files, contents.left_out
-        self.names = [file.name for file in contents.files]
-        self.shapes, self.series_present = contents.shapes.to(device), contents.series_present.to(device)
-        self.occupancy = contents.occupancy.to(device)
+        cases = contents.cases
+        self.device, self.reason, self.left_out = device, reason, contents.left_out
+        self.files = [case.file for case in cases]
+        self.names = [file.name for file in self.files]
+        self.shapes = torch.tensor([case.shape for case in cases], device=device)
+        self.series_present = torch.tensor([case.series_present for case in cases], device=device)
+        self.occupancy = Occupancy.of(case.occupied for case in cases).to(device)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,20 +140,23 @@ class Bank(ABC):
         result lies in pinned memory.
         """
 
-    def reach(self, step: int) -> Int[Tensor, " p"] | None:
-        """The cases that may be drawn in a step of the run, see `Pools`; None when all may."""
-        return None
-
 
 class GpuBank(Bank):
     """All volumes in one tensor on the device; a batch is one gather."""
 
     where = "gpu"
 
-    def __init__(self, contents: Contents, flat: Float16[Tensor, " n"], reason: str) -> None:
-        super().__init__(contents, flat.device, reason)
-        self.flat, self.offset = flat, contents.offset.to(flat.device)
-        self.compiled = flat.is_cuda and not why_not_compiled(flat.device.type)
+    def __init__(self, contents: Contents, device: torch.device, reason: str = "") -> None:
+        super().__init__(contents, device, reason)
+        volumes = [volume for case in contents.cases for volume in case.volumes if volume is not None]
+        self.flat = torch.empty(contents.num_bytes // 2, dtype=torch.float16, device=device)
+        parts = self.flat.split([volume.numel() for volume in volumes])
+        copied = tqdm(zip(parts, volumes, strict=True), "copying images", len(volumes), unit="volume", disable=None, leave=False)
+        for part, volume in copied:
+            part.copy_(volume.ravel())
+        sizes = self.shapes.prod(1, keepdim=True) * self.series_present
+        self.offset = sizes.ravel().cumsum(0).view_as(sizes) - sizes
+        self.compiled = device.type == "cuda" and not why_not_compiled(device.type)
         self.gather = torch.compile(gather, fullgraph=True, dynamic=False) if self.compiled else gather
 
     @torch.no_grad()
@@ -144,29 +170,26 @@ class GpuBank(Bank):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class HostBank(Bank):
-    """Patches are slices, cut by the CPU. The volumes' own pages are not pinned: no GPU reads them."""
+class MappedBank(Bank):
+    """Patches are slices of mapped files, cut by the CPU. The volumes' own pages are not pinned: no GPU reads them."""
 
-    def __init__(self, contents: Contents, pinned: bool, reason: str) -> None:
+    where = "mapped"
+
+    def __init__(self, contents: Contents, pinned: bool = False, reason: str = "") -> None:
         super().__init__(contents, torch.device("cpu"), reason)
-        self.pinned, self.present = pinned, contents.series_present.tolist()
+        self.volumes = [[None if volume is None else volume.numpy() for volume in case.volumes] for case in contents.cases]
+        self.pinned = pinned
         self.unused: list[np.ndarray] = []
-
-    @abstractmethod
-    def part(self, case: int, start: Sequence[int], patch_size: Size) -> tuple[Sequence[np.ndarray], Sequence[int]]:
-        """Volumes (z, y, x) of the present series that hold a patch, and where in them it starts."""
 
     def cut(self, cases: Int[Tensor, " b"], crops: Crops, patch_size: Size) -> Float16[Tensor, "b s z y x"]:
         batch = self._empty((len(cases), self.series_present.shape[1], *patch_size))
         drawn = zip(batch, cases.tolist(), crops.start.tolist(), crops.flip.tolist(), strict=True)
         for patches, case, start, flip in drawn:
-            volumes, first = self.part(case, start, patch_size)
-            remaining = iter(volumes)
-            for patch, present in zip(patches, self.present[case], strict=True):
-                if present:
-                    cut(next(remaining), first, flip, patch)
-                else:
+            for patch, volume in zip(patches, self.volumes[case], strict=True):
+                if volume is None:
                     patch.zero_()
+                else:
+                    cut(volume, start, flip, patch)
         return batch
 
     def _empty(self, shape: tuple[int, ...]) -> Float16[Tensor, "b s z y x"]:
@@ -186,213 +209,46 @@ class HostBank(Bank):
         return torch.from_numpy(lent)
 
 
-class MemoryBank(HostBank):
-    """All volumes in the memory of the machine."""
-
-    where = "memory"
-
-    def __init__(self, contents: Contents, flat: Float16[Tensor, " n"], pinned: bool, reason: str) -> None:
-        super().__init__(contents, pinned, reason)
-        self.volumes = [
-            [flat[first : first + math.prod(shape)].view(shape).numpy() for first in offset[present].tolist()]
-            for offset, shape, present in zip(contents.offset, contents.shapes.tolist(), contents.series_present, strict=True)
-        ]
-
-    def part(self, case: int, start: Sequence[int], patch_size: Size) -> tuple[Sequence[np.ndarray], Sequence[int]]:
-        return self.volumes[case], start
-
-
-class DiskBank(HostBank):
-    """Volumes stay in their files; decoded ones are kept in a cache as long as it has room, the least recently used leave first.
-
-    Its memory does not depend on the number of cases.
-    """
-
-    where = "disk"
-
-    def __init__(
-        self, contents: Contents, cache_bytes: int, batch_size: int, seed: int, pinned: bool = False, reason: str = ""
-    ) -> None:
-        super().__init__(contents, pinned, reason)
-        self.num_voxels = contents.shapes.prod(1).tolist()
-        self.sizes = (2 * contents.shapes.prod(1) * contents.series_present.sum(1)).tolist()
-        self.cache = _Cache(self._decode, cache_bytes)
-        # as many as fit, by their mean size
-        pool_size = int(SHARE_OF_POOL * cache_bytes * len(self) / sum(self.sizes))
-        pool_size = min(max(pool_size, MIN_POOL), len(self))
-        self.pools = Pools(len(self), pool_size, batch_size, seed) if pool_size < len(self) else None
-
-    def reach(self, step: int) -> Int[Tensor, " p"] | None:
-        return self.pools(step) if self.pools else None
-
-    def part(self, case: int, start: Sequence[int], patch_size: Size) -> tuple[Sequence[np.ndarray], Sequence[int]]:
-        voxels_of_patch = math.prod(size + PIECE for size in patch_size)
-        if self.sizes[case] <= self.cache.max_bytes and self.num_voxels[case] <= CROPS_PER_VOLUME * voxels_of_patch:
-            return self.cache(case), start
-        # so large that decoding all of it takes longer than its crops one by one
-        lower = [max(first, 0) for first in start]
-        box = tuple(slice(low, first + size) for low, first, size in zip(lower, start, patch_size, strict=True))
-        return self._decode(case, box), [first - low for first, low in zip(start, lower, strict=True)]
-
-    def _decode(self, case: int, box: tuple[slice, ...] = (slice(None),) * 3) -> list[np.ndarray]:
-        file = self.files[case]
-        opened = _open(file)
-        channels = [c for c, present in zip(file.channels, self.present[case], strict=True) if present and c is not None]
-        return [to_half(torch.from_numpy(opened[(channel, *box)])).numpy() for channel in channels]
-
-
-class _Cache:
-    """Decoded volumes of the cases used last, of `max_bytes` in all. Two threads that want one case decode it once."""
-
-    def __init__(self, decode: Callable[[int], list[np.ndarray]], max_bytes: int) -> None:
-        self.decode, self.max_bytes = decode, max_bytes
-        self.kept: OrderedDict[int, Future[list[np.ndarray]]] = OrderedDict()
-        self.num_bytes, self.lock = 0, threading.Lock()
-
-    def __call__(self, case: int) -> list[np.ndarray]:
-        with self.lock:
-            known = self.kept.get(case)
-            if known is None:
-                mine = self.kept[case] = Future()
-            else:
-                self.kept.move_to_end(case)
-        if known is not None:
-            return known.result()
-        try:
-            volumes = self.decode(case)
-        except BaseException as error:
-            with self.lock:
-                del self.kept[case]
-            mine.set_exception(error)
-            raise
-        mine.set_result(volumes)
-        with self.lock:
-            self.num_bytes += _num_bytes(volumes)
-            self._make_room()
-        return volumes
-
-    def _make_room(self) -> None:
-        for case, future in list(self.kept.items()):
-            if self.num_bytes <= self.max_bytes:
-                return
-            # others are still being decoded, and not yet counted
-            if future.done():
-                self.num_bytes -= _num_bytes(future.result())
-                del self.kept[case]
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Which cases may be drawn in a step, so that a decoded volume serves many crops before it leaves the cache.
-
-    The cases stand in an endless row of permutations of all of them. The pool is a window of that row which moves on by one
-    case for every `CROPS_PER_VOLUME` crops: every case is in it for as many steps as any other, so that over a pass through
-    the cases each is drawn as often as without pools. What changes is that neighbouring steps share cases, and that a batch
-    holds cases of one pool.
-
-    A function of the seed and the step, counted over the whole run, and of nothing else: the same on all ranks, in a run that
-    was resumed, and whoever makes the batch.
-    """
-
-    num_cases: int
-    pool_size: int
-    """At most `num_cases`."""
-    batch_size: int
-    """Of all ranks."""
-    seed: int
-
-    def __call__(self, step: int) -> Int[Tensor, " p"]:
-        """The cases of a step; one may be there twice, at the end of one permutation and the beginning of the next."""
-        first = step * self.batch_size // CROPS_PER_VOLUME
-        number, begin = divmod(first, self.num_cases)
-        row = [_permutation(self.num_cases, self.seed, number + following) for following in (0, 1)]
-        return torch.cat(row)[begin : begin + self.pool_size]
-
-
-@lru_cache(maxsize=4)
-def _permutation(num_cases: int, seed: int, number: int) -> Int[Tensor, " c"]:
-    return torch.from_numpy(np.random.default_rng(key(seed, Purpose.POOL, number)).permutation(num_cases))
-
-
-def open_bank(
-    files: Sequence[CaseFile],
-    device: torch.device,
-    where: str = "auto",
-    *,
-    batch_size: int,
-    seed: int,
-    num_ranks: int = 1,
-    agree: Callable[[int], int] = lambda number: number,
-    reserved: int = 0,
-) -> Bank:
-    """Read the cases and keep them in the fastest place that has room: the GPU, else memory, else their files.
+def open_bank(files: Sequence[CaseFile], device: torch.device, where: str = "auto", *, reserved: int = 0) -> Bank:
+    """Map the stored files of the cases, after writing those that are missing; copy them to the GPU where that has room.
 
     Args:
         files: of the cases.
         device: of the network.
         where: "auto", or the place that the user insists on (`nnUNet_csm_bank`).
-        batch_size: of all ranks; with `seed`, what the pools of a disk bank follow from.
-        num_ranks: processes on this machine that open a bank at the same time, each on a GPU of its own.
-        agree: the least of the numbers that all ranks give. One whose neighbour was quicker finds less memory free, and with
-            another place or pool it would draw other cases.
         reserved: bytes of the GPU that steps are to have.
 
     Raises:
         UserError: an unknown or too small place; no case; or one that was not preprocessed, has another number of channels than
-            the plans, or holds voxels that are no numbers.
+            the plans, or holds voxels that are no numbers; or no room to store them.
     """
     if not files:
         raise UserError("no case to read; check splits_final.json and the preprocessed folder")
-    size = sum(2 * sum(c is not None for c in f.channels) * math.prod(_open(f).shape[1:]) for f in files)
-    place, reason = _choose(size, device, where, num_ranks, reserved)
-    slowest_first = get_args(Where)[::-1]
-    agreed = slowest_first[agree(slowest_first.index(place))]
-    if agreed != place:
-        place, reason = agreed, f"{reason}; but {agreed}, since another rank has less room"
-    pinned, reason = _pinned(device, reason)
-    if place == "disk":
-        cache_bytes = agree(min(CACHE_BYTES, int(SHARE_OF_MEMORY * free_memory() / num_ranks)))
-        bank = DiskBank(read(files), cache_bytes, batch_size, seed, pinned)
-        pools = f"pools of {bank.pools.pool_size} of {len(bank)} cases" if bank.pools else "which holds all cases"
-        bank.reason = f"{reason}; cache of {_gib(cache_bytes)}, {pools}"
-        return bank
-    try:
-        flat = torch.empty(size // 2, dtype=torch.float16, device=device if place == "gpu" else "cpu")
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # another program took it between the question and the answer
-        raise UserError(f"no room for {_gib(size)} of images ({error}); set {VARIABLE}=disk") from None
-    contents = read(files, flat)
-    return GpuBank(contents, flat, reason) if place == "gpu" else MemoryBank(contents, flat, pinned, reason)
-
-
-def _choose(size: int, device: torch.device, where: str, num_ranks: int, reserved: int) -> tuple[Where, str]:
-    """The place of `size` bytes of images, and why it was chosen."""
     if where not in ("auto", *get_args(Where)):
-        raise UserError(f"{VARIABLE} is {where!r}; choose auto, gpu, memory or disk")
+        raise UserError(
+            f"{VARIABLE} is {where!r}; choose auto, gpu or mapped (which stands for memory and disk of earlier versions)"
+        )
     if where == "gpu" and device.type != "cuda":
-        raise UserError(f"{VARIABLE} is gpu, but the network is on {device}; choose auto, memory or disk")
-    images = f"{_gib(size)} of images as fp16"
-    if where == "disk":
-        return "disk", f"{images}, and {VARIABLE} is disk"
-    places: list[tuple[Where, int, float, str]] = []
-    if device.type == "cuda":
-        free_there = max(0, torch.cuda.mem_get_info(device)[0] - reserved)
-        places.append(("gpu", free_there, SHARE_OF_GPU, f"left on {device} beside a step of {_gib(reserved)}"))
-    places.append(("memory", free_memory() // num_ranks, SHARE_OF_MEMORY, "free memory" + " a rank" * (num_ranks > 1)))
-    tried = ""
-    for place, free, share, whose in places:
-        if place == where:
-            if size > SHARE_WHEN_FORCED * free:
-                smaller = "memory, disk or auto" if place == "gpu" else "disk or auto"
-                raise UserError(
-                    f"{VARIABLE} is {place}: {images} do not fit into {SHARE_WHEN_FORCED:.0%} of {_gib(free)} {whose}; "
-                    f"choose {smaller}"
-                )
-            return place, f"{images}, of {_gib(free)} {whose}, and {VARIABLE} is {place}"
-        if where == "auto" and size <= share * free:
-            return place, f"{images}{tried}, within {share:.0%} of {_gib(free)} {whose}"
-        tried += f", more than {share:.0%} of {_gib(free)} {whose}"
-    return "disk", images + tried
+        raise UserError(f"{VARIABLE} is gpu, but the network is on {device}; choose auto or mapped")
+    contents = read(files)
+    images = f"{_gib(contents.num_bytes)} of images as fp16"
+    size = sum(file.stored.stat().st_size for file in files)
+    reason = f"{images}, stored in {', '.join(sorted({str(file.stored.parent) for file in files}))} ({_gib(size)})"
+    if device.type == "cuda" and where != "mapped":
+        free = max(0, torch.cuda.mem_get_info(device)[0] - reserved)
+        share = SHARE_WHEN_FORCED if where == "gpu" else SHARE_OF_GPU
+        room = f"{share:.0%} of {_gib(free)} left on {device} beside a step of {_gib(reserved)}"
+        if contents.num_bytes <= share * free:
+            try:
+                return GpuBank(contents, device, f"{reason}; on the GPU, as they take no more than {room}")
+            except torch.OutOfMemoryError as error:
+                # another program took it between the question and the answer
+                raise UserError(f"no room for {images} ({error}); set {VARIABLE}=mapped") from None
+        if where == "gpu":
+            raise UserError(f"{VARIABLE} is gpu: {images} do not fit into {room}; choose mapped or auto")
+        reason += f"; more than {room}"
+    pinned, reason = _pinned(device, f"{reason}; mapped into memory")
+    return MappedBank(contents, pinned, reason)
 
 
 def _pinned(device: torch.device, reason: str) -> tuple[bool, str]:
@@ -406,69 +262,108 @@ def _pinned(device: torch.device, reason: str) -> tuple[bool, str]:
     return True, reason
 
 
-@dataclass(frozen=True)
-class _Case:
-    file: CaseFile
-    shape: tuple[int, ...]
-    present: list[bool]
-    volumes: list[Tensor]
-    """Of the present series; none when they are not to be kept."""
-    occupied: Bool[np.ndarray, "z y x"]
+def read(files: Sequence[CaseFile]) -> Contents:
+    """Map the stored files of the cases, after writing those that are missing or were made from other files, in threads.
 
-
-def read(files: Sequence[CaseFile], flat: Float16[Tensor, " n"] | None = None) -> Contents:
-    """Read and check all cases once, in threads; with `flat`, put their volumes there one after the other.
+    One process writes to a folder at a time; others wait, and find what it wrote.
 
     Raises:
         UserError: as `open_bank`.
     """
-    kept: list[CaseFile] = []
-    shapes, present, offsets, maps = [], [], [], []
-    left_out, end = [], 0
-    num_readers = min(NUM_READERS, num_cores())
-    cases = ahead(partial(_read, keep=flat is not None), files, num_readers, torch.device("cpu"))
-    with closing(cases):
-        for case in tqdm(cases, total=len(files), desc="reading images", unit="case", disable=None, leave=False):
-            if not any(case.present):
-                left_out.append(case.file.name)
-                continue
-            offset = [0] * len(case.present)
-            if flat is not None:
-                for series, volume in zip(np.flatnonzero(case.present), case.volumes, strict=True):
-                    offset[series], end = end, end + volume.numel()
-                    flat[offset[series] : end].copy_(volume.ravel())
-            kept.append(case.file)
-            shapes.append(case.shape)
-            present.append(case.present)
-            offsets.append(offset)
-            maps.append(case.occupied)
+    missing = [file for file in files if not _is_stored(file)]
+    size = sum(2 * math.prod(_open(file).shape) for file in missing)
+    with ExitStack() as stack:
+        for folder in sorted({file.stored.parent for file in missing}):
+            _make_room(folder, size)
+            stack.enter_context(in_turn(folder, "images are written"))
+        written = stack.enter_context(closing(ahead(_store, missing, min(NUM_READERS, num_cores()), torch.device("cpu"))))
+        for _ in tqdm(written, "storing images as fp16", len(missing), unit="case", disable=None, leave=False):
+            pass
+    # only here: what is kept of a case between its decoding and that of others would leave memory in pieces
+    cases = [_case(file) for file in files]
+    kept = [case for case in cases if any(case.series_present)]
+    left_out = [case.file.name for case in cases if not any(case.series_present)]
     if not kept:
         raise UserError(f"{files[0].path.parent}: {', '.join(left_out[:5])} hold nothing but zeros in the planned series")
-    return Contents(kept, torch.tensor(shapes), torch.tensor(present), Occupancy.of(maps), torch.tensor(offsets), left_out)
+    return Contents(kept, left_out)
 
 
-def _read(file: CaseFile, keep: bool) -> _Case:
-    opened = _open(file)
-    present, volumes, decoded = [], [], []
-    for channel in file.channels:
-        array = None if channel is None else opened[channel]
-        if array is not None:
-            lowest, highest = (float(value) for value in torch.from_numpy(array).aminmax())
-            # either is NaN when a voxel is
-            if not (math.isfinite(lowest) and math.isfinite(highest)):
-                raise UserError(
-                    f"{file.path}: holds NaN or infinite voxels; write 0 or what belongs there into the raw images "
-                    f"(`nnunet_csm fingerprint` names them) and preprocess again"
-                )
-            if lowest == highest == 0:
-                array = None
-        present.append(array is not None)
-        if array is not None:
-            decoded.append(array)
-            if keep:
-                volumes.append(to_half(torch.from_numpy(array)))
-    occupied = occupied_blocks(decoded) if decoded else np.zeros((0, 0, 0), bool)
-    return _Case(file, opened.shape[1:], present, volumes, occupied)
+def _make_room(folder: Path, size: int) -> None:
+    """Make a folder for stored files of so many bytes."""
+    remedy = f"set {FOLDER_VARIABLE} to a folder with more room (one in /dev/shm is in memory)"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: images cannot be stored there as fp16 ({error.strerror}); {remedy}") from None
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE:
+        raise UserError(f"{folder}: {_gib(size)} of images are to be stored as fp16, and {_gib(free)} are left; {remedy}")
+
+
+def _store(file: CaseFile) -> None:
+    # another process may have done it in the meantime
+    if not _is_stored(file):
+        with whole(file.stored) as temporary, temporary.open("wb") as out:
+            torch.save(_decode(file), out)
+            # or a power failure could leave a file of the right name and length without its voxels
+            out.flush()
+            os.fsync(out.fileno())
+    # for its errors, before hours may have passed
+    _case(file)
+
+
+def _case(file: CaseFile) -> Case:
+    stored = _mapped(file)
+    _check_channels(file, len(stored["volumes"]))
+    channels = [channel for channel in file.channels if channel is not None]
+    if set(channels) & set(stored["not_finite"]):
+        raise UserError(
+            f"{file.path}: holds NaN or infinite voxels; write 0 or what belongs there into the raw images "
+            f"(`nnunet_csm fingerprint` names them) and preprocess again"
+        )
+    volumes = [None if channel is None else stored["volumes"][channel] for channel in file.channels]
+    return Case(file, stored["shape"], volumes, stored["occupied"][channels].any(0).numpy())
+
+
+def _mapped(file: CaseFile) -> Stored:
+    return torch.load(file.stored, mmap=True, weights_only=True)
+
+
+def _is_stored(file: CaseFile) -> bool:
+    """Whether there is a whole stored file, made from the present one by the present code."""
+    try:
+        return bool(_mapped(file)["stamp"] == _stamp(file.path))
+    except (OSError, RuntimeError):
+        return False
+
+
+def _stamp(path: Path) -> list[float]:
+    """What a stored file was made from, and how."""
+    found = path.stat()
+    return [FORMAT, BLOCK, MIN_SPAN, found.st_size, found.st_mtime_ns]
+
+
+def _decode(file: CaseFile) -> Stored:
+    # taken before reading: what is written to the file in the meantime is noticed by the next run
+    stamp, opened = _stamp(file.path), _open(file)
+    volumes, occupied, not_finite = [], [], []
+    for channel in range(len(opened)):
+        array = opened[channel]
+        lowest, highest = (float(value) for value in torch.from_numpy(array).aminmax())
+        # either is NaN when a voxel is
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            not_finite.append(channel)
+            array = np.zeros_like(array)
+        volumes.append(to_half(torch.from_numpy(array)) if array.any() else None)
+        occupied.append(torch.from_numpy(occupied_blocks(array)))
+    return {
+        "stamp": stamp,
+        "shape": opened.shape[1:],
+        "volumes": volumes,
+        "occupied": torch.stack(occupied),
+        "not_finite": not_finite,
+    }
 
 
 def to_half(volume: Tensor) -> Tensor:
@@ -477,33 +372,19 @@ def to_half(volume: Tensor) -> Tensor:
     return volume.clamp(-largest, largest).half()
 
 
-def memory_bytes() -> int:
-    """Memory of this machine, or of the container if that has less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return min(machine, int(text)) if text.isdigit() else machine
-
-
-def free_memory() -> int:
-    """Memory that programs may still take."""
-    table = Path("/proc/meminfo")
-    rows = dict(line.split(":") for line in table.read_text().splitlines()) if table.is_file() else {}
-    available = rows.get("MemAvailable")
-    return min(memory_bytes(), 1024 * int(available.split()[0])) if available else memory_bytes()
-
-
 def _open(file: CaseFile) -> blosc2.NDArray:
     """Opened when needed: hundreds of files held open would exceed the usual limit."""
     if not file.path.is_file():
         remedy = "run `nnunet_csm plan_and_preprocess -preprocess_only` with the name of the plans, or check splits_final.json"
         raise UserError(f"{file.path}: not preprocessed; {remedy}")
     opened = open_volumes(file.path)
-    if opened.shape[0] != file.num_channels:
-        raise UserError(
-            f"{file.path}: {opened.shape[0]} series, expected {file.num_channels} as in the plans; plan and preprocess again"
-        )
+    _check_channels(file, len(opened))
     return opened
+
+
+def _check_channels(file: CaseFile, number: int) -> None:
+    if number != file.num_channels:
+        raise UserError(f"{file.path}: {number} series, expected {file.num_channels} as in the plans; plan and preprocess again")
 
 
 def open_volumes(path: Path) -> blosc2.NDArray:
@@ -520,10 +401,6 @@ def open_volumes(path: Path) -> blosc2.NDArray:
             f"{path}: not a whole file of preprocessed data, it was cut off or changed; delete the files of this case there and "
             f"preprocess again"
         ) from None
-
-
-def _num_bytes(volumes: Sequence[np.ndarray]) -> int:
-    return sum(volume.nbytes for volume in volumes)
 
 
 def _gib(num_bytes: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Int
+from jaxtyping import Bool, Float16, Float32, Int
 from torch import Tensor
 
 from nnunet_csm.data.draws import Draws, What
@@ -80,19 +80,14 @@ class Occupancy:
         return 1000 * found // (high - low).prod(-1)
 
 
-def occupied_blocks(volumes: Sequence[np.ndarray]) -> Bool[np.ndarray, "z y x"]:
-    """Blocks of a case's series (each (z, y, x), float32) in which any of them varies."""
-    return np.any([_span(volume) > MIN_SPAN * volume.std() for volume in volumes], axis=0)
-
-
-def _span(volume: np.ndarray) -> np.ndarray:
-    """Largest less smallest value of every block."""
+def occupied_blocks(volume: Float32[np.ndarray, "z y x"]) -> Bool[np.ndarray, "bz by bx"]:
+    """Blocks of a series in which it varies: their largest less their smallest value is more than background has."""
     largest = smallest = volume
     for axis in range(3):
         bounds = range(BLOCK, volume.shape[axis], BLOCK)
         largest = np.stack([part.max(axis) for part in np.split(largest, bounds, axis)], axis)
         smallest = np.stack([part.min(axis) for part in np.split(smallest, bounds, axis)], axis)
-    return largest - smallest
+    return largest - smallest > MIN_SPAN * volume.std()
 
 
 def draw_crops(

@@ -38,7 +38,6 @@ class Purpose(IntEnum):
     TRAINING = 0
     VALIDATION = 1
     NETWORK = 2
-    POOL = 3
     PROBE = 4
 
 

@@ -209,7 +209,7 @@ class CSMTrainer(nnUNetTrainer):
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"no GPU memory for a step: {str(error).splitlines()[0]} Learn a batch in parts ({ACCUMULATE_VARIABLE}=2), keep "
-                f"the images of a pretraining elsewhere (nnUNet_csm_bank=memory), or plan with a smaller -gpu_memory_target"
+                f"the images of a pretraining elsewhere (nnUNet_csm_bank=mapped), or plan with a smaller -gpu_memory_target"
             ) from None
         # as if this rank's places were all
         self.progress.step(loss * self.ranks.num_ranks)

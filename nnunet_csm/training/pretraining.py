@@ -143,10 +143,6 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             files,
             self.device,
             os.environ.get(VARIABLE, "auto"),
-            batch_size=self.schedule.batch_size,
-            seed=self.settings.csm.seed,
-            num_ranks=self.ranks.num_local,
-            agree=lambda number: min(self.ranks.gather(number)),
             reserved=self.step_memory() if self.device.type == "cuda" else 0,
         )
 
