@@ -493,7 +493,8 @@ def warm_step(command: Sequence[str], env: Mapping[str, str], stdout: TextIO, **
     log = Path(stdout.name)
     process = warm_processes.start(measured.main, [command[3:]], env, log, log, os.getpgrp())
     process.join()
-    return SimpleNamespace(returncode=process.exitcode)
+    # its exit code is read once, by either of the threads that do runs; the file is written when all went well
+    return SimpleNamespace(returncode=int(not Path(command[3]).is_file()))
 
 
 def start_study(planned: PlannedDataset, file: Path, output: Path) -> warm_processes.WarmProcess:

@@ -30,7 +30,7 @@ class WarmProcess(ForkServerProcess):
 
     def run(self) -> None:
         # the server that made this process makes those of its own; Python would start another
-        forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[attr-defined]
+        forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
         # or a collection would write to, and so copy, every page of the imported modules
         gc.freeze()
         os.setpgid(0, self.group)
@@ -40,7 +40,7 @@ class WarmProcess(ForkServerProcess):
 
 
 class WarmContext(ForkServerContext):
-    Process = WarmProcess  # type: ignore[assignment]
+    Process = WarmProcess
 
 
 WARM = WarmContext()
@@ -86,7 +86,7 @@ def act_alone(act: Callable[..., object], arguments: Sequence[Any], said: Path, 
     multiprocessing.cpu_count = lambda: 1  # type: ignore[method-assign]
     spawn_warm()
     sample_fewer_intensities()
-    sys.exit(act(*arguments))  # type: ignore[arg-type]
+    sys.exit(act(*arguments))
 
 
 def console_command(program: str, *arguments: str) -> object:
