@@ -77,9 +77,13 @@ def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: p
 
     `change` may edit the configuration of the plans, keywords replace keys of its `csm`.
     """
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
     from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
     from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
+    # nnU-Net draws one after every epoch; test_chain.py looks at them
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *_: None)
     folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
     for folder in vars(folders).values():
         monkeypatch.setenv(folder.name, str(folder))

@@ -64,7 +64,12 @@ def spawn_warm(patch: Callable[[Any, str, Any], None] = setattr) -> None:
 
 
 def start(
-    act: Callable[..., object], arguments: Sequence[Any], environment: Mapping[str, str], said: Path, errors: Path, group: int = 0
+    act: Callable[..., int | None],
+    arguments: Sequence[Any],
+    environment: Mapping[str, str],
+    said: Path,
+    errors: Path,
+    group: int = 0,
 ) -> WarmProcess:
     """Start `sys.exit(act(*arguments))` in a process of its own; what it prints is added to two files.
 
@@ -77,22 +82,23 @@ def start(
     return process
 
 
-def act_alone(act: Callable[..., object], arguments: Sequence[Any], said: Path, errors: Path) -> None:
+def act_alone(act: Callable[..., int | None], arguments: Sequence[Any], said: Path, errors: Path) -> None:
     for path, number in ((said, 1), (errors, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     # as many threads of torch's as nnU-Net's commands take for a CPU, with others beside them
-    multiprocessing.cpu_count = lambda: 1  # type: ignore[method-assign]
+    multiprocessing.cpu_count = lambda: 1
     spawn_warm()
-    sample_fewer_intensities()
+    leave_out_what_takes_long()
     sys.exit(act(*arguments))
 
 
-def console_command(program: str, *arguments: str) -> object:
+def console_command(program: str, *arguments: str) -> int | None:
     sys.argv = [str(Path(sys.executable).with_name(program)), *arguments]
     (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name=program)
-    return entry_point.load()()
+    code: int | None = entry_point.load()()
+    return code
 
 
 def run(
@@ -110,9 +116,10 @@ def run(
         return subprocess.CompletedProcess(command, process.exitcode, said.read_text(), errors.read_text())
 
 
-def sample_fewer_intensities() -> None:
-    """nnU-Net's fingerprint draws 10^8 of every series, in 10 s, for what images that are z-scored do not need."""
+def leave_out_what_takes_long() -> None:
+    """Of nnU-Net's own work: 10^8 intensities of every series, which z-scoring does not need, and a picture after every epoch."""
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
     make = DatasetFingerprintExtractor.__init__
 
@@ -121,3 +128,4 @@ def sample_fewer_intensities() -> None:
         self.num_foreground_voxels_for_intensitystats = 1e5
 
     DatasetFingerprintExtractor.__init__ = initialise
+    LocalLogger.plot_progress_png = lambda *_: None
