@@ -57,10 +57,10 @@ WARM.set_forkserver_preload(
 )
 
 
-def spawn_warm(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+def spawn_warm() -> None:
     """Let pools that ask for spawned processes have warm ones, whose modules are imported and otherwise as fresh."""
     get_context = multiprocessing.get_context
-    patch(multiprocessing, "get_context", lambda method=None: WARM if method == "spawn" else get_context(method))
+    multiprocessing.get_context = lambda method=None: WARM if method == "spawn" else get_context(method)  # type: ignore[assignment]
 
 
 def start(
