@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# before anything reads them: no worker processes for augmentation, no window for pictures
-os.environ["nnUNet_n_proc_DA"] = "0"
-os.environ["MPLBACKEND"] = "Agg"
+# before anything reads them: no worker processes for augmentation and one for the rest, no window for pictures, one thread a
+# process, since tests run side by side
+os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
 
 import hypothesis
 import pytest
@@ -17,6 +17,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 from nnunet_folders import NUM_TEST, NUM_TRAINING, TINY_PRESET, NnunetFolders, PlannedDataset
+from warm_processes import spawn_warm
 
 CHECKED_ROOMS = ("nnunet_csm.model", "nnunet_csm.pretext", "nnunet_csm.data", "nnunet_csm.evaluation", "nnunet_csm.judging")
 
@@ -27,7 +28,8 @@ typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))
 assert not any(name.startswith(CHECKED_ROOMS) for name in sys.modules)
 install_import_hook(CHECKED_ROOMS, f"{__name__}.typechecker")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
+spawn_warm()
 
 # a busy machine is no failure, and the same commit draws the same examples
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
@@ -53,7 +55,6 @@ def planned_dataset(tmp_path_factory: pytest.TempPathFactory) -> PlannedDataset:
     folders = NnunetFolders(root / "nnUNet_raw", root / "nnUNet_preprocessed", root / "nnUNet_results")
     environment = {
         **os.environ,
-        "nnUNet_def_n_proc": "1",
         "nnUNet_n_proc_DA": "1",
         "nnUNet_extTrainer": nnunet.trainer_path(),
         "PYTHONWARNINGS": "ignore",
@@ -76,9 +77,13 @@ def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: p
 
     `change` may edit the configuration of the plans, keywords replace keys of its `csm`.
     """
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
     from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
     from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
+    # nnU-Net draws one after every epoch; test_chain.py looks at them
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *_: None)
     folders = NnunetFolders(planned_dataset.folders.raw, planned_dataset.folders.preprocessed, tmp_path / "nnUNet_results")
     for folder in vars(folders).values():
         monkeypatch.setenv(folder.name, str(folder))

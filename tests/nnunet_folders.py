@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import warm_processes
+
 
 @dataclass(frozen=True)
 class NnunetFolders:
@@ -25,9 +27,12 @@ class PlannedDataset:
     environment: dict[str, str]
     task: Path
     name: str = "Dataset900_Phantom"
+    cold: bool = False  # commands start as users start them, and take long to
 
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a console command of the environment the tests run in."""
+        if not self.cold:
+            return warm_processes.run(program, arguments, self.environment, timeout=600)
         command = [str(Path(sys.executable).with_name(program)), *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, encoding="utf-8", check=False, timeout=600)
 

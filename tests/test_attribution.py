@@ -38,15 +38,6 @@ def draw_planted(generator, b):
     return volume, classes, places
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A second one would spend its time waiting: the tensors are tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained():
     network = build().train()

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -36,22 +36,18 @@ class Threads(ThreadPoolExecutor):
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """A benchmark as a module, without GPU, MONAI and processes of its own."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "monai", None)
-    num_threads = torch.get_num_threads()
-    # a second one waits more than it works on so little
-    torch.set_num_threads(1)
 
     def load(name: str) -> Any:
         module = import_module(name)
         monkeypatch.setattr(module, "ProcessPoolExecutor", Threads, raising=False)
         return module
 
-    yield load
-    torch.set_num_threads(num_threads)
+    return load
 
 
 @pytest.fixture

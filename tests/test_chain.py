@@ -10,13 +10,18 @@ import pytest
 import SimpleITK as sitk
 from nnunet_folders import NUM_TEST, PlannedDataset
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]
+
 PRETRAINER, FINETUNER, PLANS = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetCSMPlans"
 
 
 @pytest.fixture(scope="module")
 def trained(planned_dataset: PlannedDataset) -> PlannedDataset:
+    """Also in that the commands start as they do for a user."""
     for trainer in (PRETRAINER, FINETUNER):
-        planned_dataset.check("nnUNetv2_train", "900", "3d_fullres", "0", "-tr", trainer, "-p", PLANS, "-device", "cpu")
+        replace(planned_dataset, cold=True).check(
+            "nnUNetv2_train", "900", "3d_fullres", "0", "-tr", trainer, "-p", PLANS, "-device", "cpu"
+        )
     return planned_dataset
 
 
@@ -39,7 +44,9 @@ def test_training_leaves_what_users_look_at(trained: PlannedDataset) -> None:
 def test_stock_prediction_and_evaluation(trained: PlannedDataset, tmp_path: Path) -> None:
     images, references = trained.folders.raw / trained.name / "imagesTs", trained.task / "labelsTs"
     model = ["-d", "900", "-c", "3d_fullres", "-tr", FINETUNER, "-p", PLANS, "-f", "0", "-device", "cpu"]
-    trained.check("nnUNetv2_predict", *model, "-i", str(images), "-o", str(tmp_path / "out"), "-npp", "1", "-nps", "1")
+    cold = replace(trained, cold=True)
+    processes = ["-npp", "1", "-nps", "1"]
+    cold.check("nnUNetv2_predict", *model, "-i", str(images), "-o", str(tmp_path / "out"), *processes)
     predictions = sorted((tmp_path / "out").glob("*.nii.gz"))
     assert len(predictions) == NUM_TEST
     for file in predictions:
@@ -47,7 +54,7 @@ def test_stock_prediction_and_evaluation(trained: PlannedDataset, tmp_path: Path
         assert found.GetSize() == expected.GetSize()
         assert found.GetSpacing() == expected.GetSpacing()
 
-    trained.check("nnunet_csm", "predict", *model, "-i", str(images), "-o", str(tmp_path / "ours"))
+    cold.check("nnunet_csm", "predict", *model, "-i", str(images), "-o", str(tmp_path / "ours"), *processes)
     for file in predictions:
         ours = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "ours" / file.name)))
         assert np.array_equal(ours, sitk.GetArrayFromImage(sitk.ReadImage(str(file))))

@@ -45,15 +45,6 @@ ORIGIN = (-20.0, 35.0, 12.0)
 DIRECTION = tuple(sitk.Euler3DTransform((0, 0, 0), 0.3, -0.2, 0.4, (0, 0, 0)).GetMatrix())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second one would spend its time waiting: the tensors are tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def plans_of(spacing=(1.0, 1.3, 1.2), **classification):
     plans = csm_plans(classification={"patch_size": list(PATCH_SIZE), **classification}) | TRANSPOSE
     plans["configurations"]["3d_fullres"]["spacing"] = list(spacing)

@@ -9,6 +9,8 @@ from nnunet_folders import TINY_PRESET
 from nnunet_csm import checkpoint
 from nnunet_csm.plans import JOINT_PLANS_NAME, read_configuration
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("joint_chain")]
+
 OTHER = "Dataset902_Other"
 
 
@@ -38,7 +40,6 @@ def settings_of(dataset, name):
     return read_configuration(json.loads(path.read_text()), "3d_fullres", str(path))
 
 
-@pytest.mark.slow
 def test_both_plans_agree_in_what_the_encoder_sees(joint):
     mine, other = settings_of(joint, joint.name), settings_of(joint, OTHER)
     assert mine.architecture.series == ("FLAIR", "T1w", "T1ce") and other.architecture.series == ("T1w", "DWI")
@@ -50,7 +51,6 @@ def test_both_plans_agree_in_what_the_encoder_sees(joint):
         assert len([f for f in data.glob("*.b2nd") if not f.name.endswith("_seg.b2nd")]) == 6
 
 
-@pytest.mark.slow
 def test_one_encoder_learns_from_both_and_starts_the_fine_tuning_of_either(joint):
     joint.check("nnunet_csm", "pretrain", "-d", "900", "902", "-device", "cpu")
     folder = f"__{JOINT_PLANS_NAME}__3d_fullres/fold_0"
@@ -65,7 +65,6 @@ def test_one_encoder_learns_from_both_and_starts_the_fine_tuning_of_either(joint
         assert (joint.folders.results / name / f"nnUNetTrainerCSM{folder}" / "checkpoint_final.pth").is_file()
 
 
-@pytest.mark.slow
 def test_plans_for_other_datasets_are_refused(joint):
     done = joint.run("nnunet_csm", "pretrain", "-d", "902", "900", "-device", "cpu")
     assert done.returncode == 2 and "the first of which owns the run" in done.stderr and "Traceback" not in done.stderr

@@ -21,7 +21,7 @@ CORE = LABELS["non-enhancing tumor"]
 NUM_CASES, NUM_TRAINING = 300, 150
 TOKEN_SIZE = (2, 4, 4)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("phantom_diagnosis")]
 
 
 @pytest.fixture(scope="module")

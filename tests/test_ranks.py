@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from nnunet_folders import NnunetFolders, PlannedDataset
@@ -20,6 +22,8 @@ from nnunet_folders import NnunetFolders, PlannedDataset
 from nnunet_csm.errors import UserError
 from nnunet_csm.machine import accumulation, check_compiler_cache, slices
 from nnunet_csm.training.ranks import Ranks, lost_rank_explained, running, started
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 PLANS = "nnUNetCSMPlansRanks"
 
@@ -158,7 +162,7 @@ def dataset(planned_dataset: PlannedDataset, tmp_path_factory: pytest.TempPathFa
     (preprocessed / planned_dataset.name / "splits_final.json").write_text(json.dumps(splits))
     folders = NnunetFolders(planned_dataset.folders.raw, preprocessed, folder / "nnUNet_results")
     environment = planned_dataset.environment | {variable.name: str(variable) for variable in vars(folders).values()}
-    return replace(planned_dataset, folders=folders, environment=environment | {"OMP_NUM_THREADS": "1"})
+    return replace(planned_dataset, folders=folders, environment=environment)
 
 
 def with_results(dataset: PlannedDataset, folder: Path, **environment: str) -> PlannedDataset:
@@ -168,19 +172,29 @@ def with_results(dataset: PlannedDataset, folder: Path, **environment: str) -> P
 
 def flags(command: str, *more: str) -> list[str]:
     chosen = ["-encoder", "scratch"] if command == "finetune" else []
-    return ["-m", "nnunet_csm", command, "-d", "900", "-f", "0", "-p", PLANS, "-device", "cpu", *chosen, *more]
+    return [command, "-d", "900", "-f", "0", "-p", PLANS, "-device", "cpu", *chosen, *more]
 
 
 def train(dataset: PlannedDataset, num_ranks: int, command: str, *more: str) -> dict:
-    """Train with this many ranks; returns the final checkpoint."""
+    """Train with this many ranks, in the environments that srun and torchrun give them; returns the final checkpoint."""
     from nnunet_csm import checkpoint
 
-    if num_ranks == 1:
-        dataset.check("python", *flags(command, *more))
-    else:
-        said = dataset.check("torchrun", "--standalone", "--nproc_per_node", str(num_ranks), *flags(command, *more))
-        assert said.count("Training done") == 1
-    (path,) = dataset.folders.results.rglob("checkpoint_final.pth")
+    folder = dataset.folders.results
+    folder.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(num_ranks)}
+    said, errors = ([folder / f"{kind}{rank}" for rank in range(num_ranks)] for kind in ("said", "errors"))
+    processes = []
+    for rank in range(num_ranks):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        environment = dataset.environment | (own if num_ranks > 1 else {})
+        typed = ["nnunet_csm", *flags(command, *more)]
+        processes.append(warm_processes.start(warm_processes.console_command, typed, environment, said[rank], errors[rank]))
+    for process, text in zip(processes, errors, strict=True):
+        process.join(600)
+        assert process.exitcode == 0, text.read_text()[-3000:]
+    assert sum(text.read_text().count("Training done") for text in said) == 1
+    (path,) = folder.rglob("checkpoint_final.pth")
     return checkpoint.load(path)
 
 
@@ -199,10 +213,9 @@ def pretrained(dataset: PlannedDataset, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_ranks_pretrain_what_one_process_does(dataset: PlannedDataset, pretrained: dict, tmp_path: Path, num_ranks: int) -> None:
+def test_ranks_pretrain_what_one_process_does(dataset: PlannedDataset, pretrained: dict, tmp_path: Path) -> None:
     """Also when they cannot share a batch of 4 evenly."""
-    assert_alike(train(with_results(dataset, tmp_path), num_ranks, "pretrain"), pretrained)
+    assert_alike(train(with_results(dataset, tmp_path), 3, "pretrain"), pretrained)
 
 
 @pytest.mark.slow
@@ -224,7 +237,8 @@ def test_a_run_whose_rank_was_killed_says_so_and_goes_on_with_another_number_of_
     dataset: PlannedDataset, pretrained: dict, tmp_path: Path
 ) -> None:
     run = with_results(dataset, tmp_path)
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2", *flags("pretrain")]
+    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "nnunet_csm", *flags("pretrain")]
     with (tmp_path / "said").open("w+") as said:
         process = subprocess.Popen(command, env=run.environment, stdout=said, stderr=said, start_new_session=True)
         try:

@@ -27,15 +27,6 @@ FP16: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3}
 TRAINER, PLANS = "nnUNetTrainerCSM", "nnUNetCSMPlans"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few voxels, on a machine that may be busy: threads would wait for one another most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def network_of(manager: PlansManager, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     configuration = manager.get_configuration("3d_fullres")

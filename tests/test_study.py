@@ -8,24 +8,27 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import warm_processes
 from factories import masking_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
 
-from nnunet_csm import nnunet
+from nnunet_csm import cli, nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
 from nnunet_csm.raw.manifest import MANIFEST
+from nnunet_csm.study import execution, measured
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
 from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
@@ -455,13 +458,16 @@ def test_runs_wait_for_what_they_need_and_a_failure_stops_only_those_that_need_i
 
 def test_a_cluster_does_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # submitit's executor of local processes stands in for SLURM's; what it is given is pickled alike
-    launch, at_once = cluster(tmp_path, "cpu", {"timeout_min": 1}, 3, kind="local")
+    launch, at_once = cluster(tmp_path, "cpu", {"timeout_min": 10}, 3, kind="local")
     assert at_once == 3
-    run = replace(make_run("x"), trainer="nnUNetTrainerCSMPretrain", dataset="Dataset999_None")
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    run = replace(make_run("x"), kind="pretraining", trainer="nnUNetTrainerCSMPretrain", dataset="Dataset999_None")
+    for variable in nnunet.FOLDER_VARIABLES:
+        monkeypatch.setenv(variable, str(tmp_path))
     with pytest.raises(UserError, match="x"):
         launch(run)
-    assert "$ pretrain" in (tmp_path / "runs" / "x" / "log.txt").read_text()
+    said = (tmp_path / "runs" / "x" / "log.txt").read_text()
+    # by the command itself, in a process of its own
+    assert "$ pretrain" in said and "Dataset999_None/p.json: no such file" in said
 
 
 def test_without_slurm_the_remedy_is_told(tmp_path: Path) -> None:
@@ -486,31 +492,53 @@ def test_a_dry_run_tells_runs_and_costs_and_writes_no_plans(
     assert not list((planned_dataset.folders.preprocessed / planned_dataset.name).glob("*dry*"))
 
 
-def study_command(planned: PlannedDataset, file: Path, output: Path) -> subprocess.Popen[bytes]:
-    flags = ["-d", "900", "-device", "cpu", "-jobs", "2", "-o", str(output)]
-    command = [sys.executable, "-m", "nnunet_csm", "study", str(file), *flags]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, env=planned.environment, stdout=quiet, stderr=quiet, start_new_session=True)
+def study_of_warm_steps(*arguments: str) -> int:
+    """`nnunet_csm study`, in a process of its own, whose steps start warm as well and end with it."""
+    stand_in = SimpleNamespace(run=warm_step, DEVNULL=subprocess.DEVNULL)
+    execution.subprocess = stand_in  # type: ignore[assignment]
+    return cli.main(["study", *arguments])
 
 
+def warm_step(command: Sequence[str], env: Mapping[str, str], stdout: TextIO, **_: Any) -> SimpleNamespace:
+    assert command[:3] == [sys.executable, "-m", measured.__name__]
+    log = Path(stdout.name)
+    process = warm_processes.start(measured.main, [command[3:]], env, log, log, os.getpgrp())
+    process.join()
+    # its exit code is read once, by either of the threads that do runs; the file is written when all went well
+    return SimpleNamespace(returncode=int(not Path(command[3]).is_file()))
+
+
+def start_study(planned: PlannedDataset, file: Path, output: Path) -> warm_processes.WarmProcess:
+    arguments = [str(file), "-d", "900", "-device", "cpu", "-jobs", "2", "-o", str(output)]
+    said = output.with_suffix(".txt")
+    return warm_processes.start(study_of_warm_steps, arguments, planned.environment, said, said)
+
+
+def ended_well(process: warm_processes.WarmProcess) -> bool:
+    process.join(600)
+    return process.exitcode == 0
+
+
+@pytest.mark.slow
 def test_a_study_that_was_killed_does_only_what_is_missing_and_gives_the_same_tables(
     planned_dataset: PlannedDataset, tmp_path: Path
 ) -> None:
     for name in ("whole", "killed"):
         (tmp_path / f"{name}.json").write_text(json.dumps(spec(arms=[CSM])))
-    assert study_command(planned_dataset, tmp_path / "whole.json", tmp_path / "whole").wait() == 0
+    assert ended_well(start_study(planned_dataset, tmp_path / "whole.json", tmp_path / "whole"))
 
     output = tmp_path / "killed"
-    process = study_command(planned_dataset, tmp_path / "killed.json", output)
+    process = start_study(planned_dataset, tmp_path / "killed.json", output)
     # in the middle: one run is done, others are not
     while not list(output.glob("runs/*/record.json")):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.1)
+    assert process.pid
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     done = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/record.json")}
     assert 0 < len(done) < 4 and not (output / "results.csv").exists()
-    assert study_command(planned_dataset, tmp_path / "killed.json", output).wait() == 0
+    assert ended_well(start_study(planned_dataset, tmp_path / "killed.json", output))
     assert all(path.stat().st_mtime_ns == written for path, written in done.items())
 
     whole, again = (pd.read_csv(folder / "results.csv") for folder in (tmp_path / "whole", output))

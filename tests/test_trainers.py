@@ -11,6 +11,12 @@ import torch
 from nnunet_folders import PlannedDataset
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_chain.py and test_mae3d.py look at them."""
+    monkeypatch.setattr("nnunet_csm.training.pretraining.nnUNetTrainerCSMPretrain.save_pictures", lambda _: None)
+
+
 def weights(folder: str, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:
     from nnunet_csm import checkpoint
 

@@ -10,6 +10,8 @@ from nnunet_folders import NUM_TEST, NUM_TRAINING, TINY_PRESET
 
 from nnunet_csm.plans import PLANS_NAME, read_configuration
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("unlabelled")]
+
 BARE = "Dataset901_Bare"
 FOLDER = "nnUNetPlans_3d_fullres_unlabelled"
 MANIFEST = f"{FOLDER}.manifest.json"
@@ -32,7 +34,6 @@ def bare(planned_dataset):
     shutil.rmtree(planned_dataset.folders.preprocessed / BARE)
 
 
-@pytest.mark.slow
 def test_the_voxels_are_those_that_nnunet_makes_of_labelled_images(planned_dataset, bare):
     expected = volumes(planned_dataset.folders.preprocessed / planned_dataset.name / "nnUNetPlans_3d_fullres")
     found = volumes(bare / FOLDER)
@@ -44,7 +45,6 @@ def test_the_voxels_are_those_that_nnunet_makes_of_labelled_images(planned_datas
     assert all(len(files) == 3 for files in manifest["cases"].values())
 
 
-@pytest.mark.slow
 def test_only_what_is_missing_or_changed_is_made_again(planned_dataset, bare):
     folder = bare / FOLDER
     names = sorted(volumes(folder))
@@ -64,14 +64,12 @@ def test_only_what_is_missing_or_changed_is_made_again(planned_dataset, bare):
     assert len(volumes(folder)) == NUM_TRAINING
 
 
-@pytest.mark.slow
 def test_pretraining_runs_on_images_without_labels(planned_dataset, bare):
     planned_dataset.check("nnunet_csm", "pretrain", "-d", "901", "-f", "all", "-device", "cpu")
     results = planned_dataset.folders.results / BARE / f"nnUNetTrainerCSMPretrain__{PLANS_NAME}__3d_fullres" / "fold_all"
     assert (results / "checkpoint_final.pth").is_file()
 
 
-@pytest.mark.slow
 def test_test_images_are_drawn_on_by_flag_only_and_in_training_alone(planned_dataset):
     folder = planned_dataset.folders.preprocessed / planned_dataset.name
     plain = json.loads((folder / f"{PLANS_NAME}.json").read_text())
