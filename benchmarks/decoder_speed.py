@@ -44,7 +44,7 @@ ROWS = (
 
 
 def milliseconds(row: Row, masked: bool, share: float, bf16: bool, num_steps: int, device: torch.device) -> float:
-    """Of a step, as a mean over the numbers of hidden series."""
+    """Operations of a step, as a mean over the numbers of hidden series."""
     changes = {"masking": {"mask_ratio": row.mask_ratio}, "reconstruction": {"rebuilt_share": share}}
     method = method_of(row.preset, row.num_series, row.token_size, row.patch_size, pretext=changes)
     torch.manual_seed(0)

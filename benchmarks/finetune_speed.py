@@ -114,7 +114,7 @@ def measure(ours: bool, row: Row, device_name: str, compiled: bool, num_steps: i
 
 
 def augmented_per_second(patch_size: Size, num_samples: int) -> float:
-    """Of samples as large as rotations need, by one process, with the transforms the trainer has."""
+    """Time of samples as large as rotations need, by one process, with the transforms the trainer has."""
     torch.set_num_threads(1)
     transforms = nnUNetTrainerCSM.get_training_transforms(
         np.array(patch_size),

@@ -89,7 +89,7 @@ def run(command: list[str], environment: dict[str, str], log: Path) -> Run:
 
 
 def resident_mib(pid: int) -> float:
-    """Of a process and all below it; 0 for one that has just ended."""
+    """Memory of a process and all below it; 0 for one that has just ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         children = " ".join((task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()).split()

@@ -144,7 +144,7 @@ def rows_of_bank(
 
 
 def nothing() -> None:
-    """To wait for, on a CPU."""
+    """Stand-in for what is waited for on a GPU."""
 
 
 def row_of_nnunet(folder: Path, num_series: int, batch_size: int, patch_size: Size, num_threads: int) -> Row:

@@ -76,7 +76,7 @@ class Row:
 
 
 def rows(cpu: bool, monai: bool, presets: Sequence[str] = ()) -> list[Row]:
-    """Those of the table, or of some presets only; MONAI's first, so that the others' ratios are known when they are printed."""
+    """Rows of the table, or of some presets only; MONAI's first, so that the others' ratios are known when they are printed."""
     small: dict[str, Any] = {"shape": (70, 85, 70), "token_edge": 8} if cpu else {}
     preset, edge, batch = ("demo", 32, 16) if cpu else ("B", 96, 64)
     of_presets = [Row(name, 4, edge, batch, **small) for name in presets or (() if cpu else ("S", "B", "L", *other_pretexts()))]

@@ -37,7 +37,7 @@ NUM_SERIES = 4
 
 
 def rows(cpu: bool) -> tuple[Row, Row]:
-    """For subjects, and for ranks."""
+    """Rows for subjects, and for ranks."""
     small = Row("demo", NUM_SERIES, 32, 16, SHAPE, 8)
     return small, small if cpu else Row("B", NUM_SERIES, 96, 64)
 

@@ -48,7 +48,7 @@ class _Name:
 
     @property
     def rank(self) -> tuple[int, int, str]:
-        """Of several files of one series the least is taken: plain before special, then the first run."""
+        """Order in which files of one series are preferred: plain before special, then the first run."""
         special = len(self.entities.keys() - {"sub", "ses", "run", "ce"})
         run = self.entities.get("run", "0")
         return special, int(run) if run.isdecimal() else 0, self.path.name

@@ -70,7 +70,7 @@ class HiddenMeans(Pretext):
         return drawn.hidden.sum()
 
     def seen_tokens(self, present: Tensor) -> float:
-        """Those of the shown series."""
+        """Tokens of the shown series."""
         num_present = present.sum(1)
         num_shown = num_present - (num_present - 1).clamp(max=self.settings.num_hidden)
         return self.setup.num_tokens * float(num_shown.double().mean())

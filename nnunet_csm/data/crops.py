@@ -49,7 +49,7 @@ class Occupancy:
 
     @staticmethod
     def of(occupied: Iterable[np.ndarray]) -> "Occupancy":
-        """Of the maps (z, y, x) of some volumes, see `occupied_blocks`."""
+        """Occupancy by the maps (z, y, x) of some volumes, see `occupied_blocks`."""
         counts, num_blocks = [], []
         for blocks in occupied:
             counts.append(np.pad(blocks, [(1, 0)] * 3).astype(np.int32).cumsum(0).cumsum(1).cumsum(2, dtype=np.int32).ravel())
@@ -60,7 +60,7 @@ class Occupancy:
         )
 
     def __getitem__(self, cases: Int[Tensor, " b"]) -> "Occupancy":
-        """Of the volumes from which the samples of a batch are cut."""
+        """Occupancy of the volumes from which the samples of a batch are cut."""
         return Occupancy(self.counts, self.offset[cases], self.num_blocks[cases])
 
     def to(self, device: torch.device) -> "Occupancy":

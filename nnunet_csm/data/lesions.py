@@ -138,7 +138,7 @@ class Variation:
     """By which each series is multiplied."""
 
     def __getitem__(self, samples: slice) -> "Variation":
-        """That of some samples."""
+        """The batch of some samples."""
         return Variation(self.flip[samples], self.shift[samples], self.zoom[samples], self.gain[samples])
 
 

@@ -187,7 +187,7 @@ def _climb(measure: _Measure, best: Shift, steps: tuple[tuple[int, ...], ...]) -
 
 
 def _vertex(measure: _Measure, best: Shift, axis: int) -> float:
-    """Of the parabola through the best shift and its neighbours along an axis, in grid steps from the best."""
+    """Vertex of the parabola through the best shift and its neighbours along an axis, in grid steps from the best."""
     below, at, above = (measure(_moved(best, axis, best[axis] + step)) for step in (-1, 0, 1))
     if below is None or at is None or above is None:
         return 0.0

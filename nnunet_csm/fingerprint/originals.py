@@ -1,4 +1,4 @@
-"""Of series that hold one image, which is the original? The dataset tells: the one that the image looks like in other cases.
+"""Which is the original of series that hold one image? The dataset tells: the one that the image looks like in other cases.
 
 Public releases fill missing series with copies of another one. A linear discriminant over how series look (shape of the
 intensity distribution, brightness by place, roughness) is learned from volumes without a copy; each group of copies has a
@@ -70,7 +70,7 @@ def _features(record: SeriesRecord) -> list[float]:
 def _log_likelihoods(
     cases: Mapping[str, CaseRecord], groups: Sequence[tuple[str, tuple[str, ...]]], series: Sequence[str]
 ) -> Float[np.ndarray, "g s"]:
-    """Of each group's image, were it this series; -inf for series not in the group.
+    """Likelihood of each group's image, were it this series; -inf for series not in the group.
 
     Where too little is known of how they look, -inf for all but the first of the group.
     """
@@ -101,7 +101,7 @@ def _log_likelihoods(
 
 
 def _posteriors(log_likelihoods: Float[np.ndarray, "g s"]) -> Float[np.ndarray, "g s"]:
-    """Of each series being the original, with the share of originals by series learned from all groups.
+    """Probability of each series being the original, with the share of originals by series learned from all groups.
 
     Expectation maximisation of a mixture of fixed components, with pseudo-counts.
     """

@@ -89,7 +89,7 @@ def _num_zeroed_in_nifti(path: Path) -> int:
 
 
 def _size_told_by_gzip(path: Path) -> int:
-    """Of the content, modulo 4 GiB: the last four bytes (RFC 1952). That of the last part only, where a file has several."""
+    """Size of the content, modulo 4 GiB: the last four bytes (RFC 1952). That of the last part only, where a file has several."""
     with path.open("rb") as stream:
         stream.seek(-4, os.SEEK_END)
         return int.from_bytes(stream.read(4), "little")
@@ -126,7 +126,7 @@ def groups_on_one_grid(volumes: Mapping[str, SeriesImage]) -> list[dict[str, Ser
 
 
 def _same_grid(a: SeriesImage, b: SeriesImage) -> bool:
-    """As nnU-Net's readers, which refuse a case whose files differ in this."""
+    """Refuse as nnU-Net's readers do, which refuse a case whose files differ in this."""
     return a.voxels.shape == b.voxels.shape and np.allclose(a.spacing, b.spacing)
 
 

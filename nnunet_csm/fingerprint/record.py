@@ -36,7 +36,7 @@ ALL_ZERO, CONSTANT, NOT_FINITE, UNREADABLE, NO_FILE = "all zero", "constant", "n
 
 @dataclass(frozen=True)
 class Intensities:
-    """Of the voxels that are finite and not 0; `percentiles` at `PERCENTILES`."""
+    """Numbers of the voxels that are finite and not 0; `percentiles` at `PERCENTILES`."""
 
     minimum: float
     maximum: float

@@ -235,7 +235,7 @@ def _numbers(header: sitk.ImageFileReader, keyword: str, count: int, file: Path)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without ITK's own warning that a folder holds no series; ours follows."""
+    """Leave out ITK's own warning that a folder holds no series; ours follows."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:

@@ -86,7 +86,7 @@ def refuse_constant(image: sitk.Image, volume: Volume) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file; of several (a DICOM folder, a header with its voxels beside it), the hash over their sorted hashes."""
+    """Hash of a file; of several (a DICOM folder, a header with its voxels beside it), the hash over their sorted hashes."""
     if path.is_dir():
         files = [file for file in path.iterdir() if file.is_file()]
     elif path.name.endswith(DETACHED_ENDINGS):
@@ -227,7 +227,7 @@ def _read_sheared(path: Path) -> sitk.Image:
 
 
 def read_nifti(path: Path) -> Nifti1Image:
-    """Of version 1 or 2; its voxels are not read. Raises `CaseError`."""
+    """Header of version 1 or 2; its voxels are not read. Raises `CaseError`."""
     try:
         image = nibabel.load(path)
         if not isinstance(image, Nifti1Image):
