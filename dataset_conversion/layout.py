@@ -32,7 +32,7 @@ def listing(folder: Path, most: int = 6) -> str:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file is of the system, not of the release: `.DS_Store`, and the `._name` twins that macOS writes into archives."""
+    """Whether a file is of the system, not of the release: `.DS_Store`, the `._name` twins that macOS writes into archives."""
     return path.name.startswith(".")
 
 

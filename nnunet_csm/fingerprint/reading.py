@@ -126,7 +126,7 @@ def groups_on_one_grid(volumes: Mapping[str, SeriesImage]) -> list[dict[str, Ser
 
 
 def _same_grid(a: SeriesImage, b: SeriesImage) -> bool:
-    """Refuse as nnU-Net's readers do, which refuse a case whose files differ in this."""
+    """Whether two volumes have one shape and spacing; nnU-Net's readers refuse a case whose files differ in these."""
     return a.voxels.shape == b.voxels.shape and np.allclose(a.spacing, b.spacing)
 
 
