@@ -14,7 +14,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
 if TYPE_CHECKING:
-    from nnunet_csm.planning.planner import Wishes
+    from nnunet_csm.planning.facts import Wishes
     from nnunet_csm.planning.request import PlanRequest
 
 PRETRAINER, FINETUNER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
@@ -56,7 +56,7 @@ def plan(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> tuple["PlanRequest", "Wishes"]:
     """The flags of planning."""
-    from nnunet_csm.planning.planner import Wishes
+    from nnunet_csm.planning.facts import Wishes
     from nnunet_csm.planning.request import PlanRequest
 
     request = PlanRequest(
@@ -92,7 +92,7 @@ def split(args: argparse.Namespace) -> int:
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.planner import Wishes
+    from nnunet_csm.planning.facts import Wishes
     from nnunet_csm.planning.preprocessing import preprocess_datasets
     from nnunet_csm.planning.request import PlanRequest, check_raw, check_request, described
     from nnunet_csm.raw.check import has_labels

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nnunet_csm.data.bank import Bank
 from nnunet_csm.data.crops import Crops, Occupancy
-from nnunet_csm.planning.planner import Facts, Wishes, plan
+from nnunet_csm.planning.facts import Facts, Wishes
+from nnunet_csm.planning.planner import plan
 from nnunet_csm.planning.presets import merged
 from nnunet_csm.plans import Architecture, Configuration, Source, read_configuration
 from nnunet_csm.pretext import csm as csm_pretext

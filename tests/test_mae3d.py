@@ -40,7 +40,8 @@ from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.model.tokens import select, separate, to_tokens, to_volume
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, read_encoder, transfer
-from nnunet_csm.planning.planner import Wishes, plan
+from nnunet_csm.planning.facts import Wishes
+from nnunet_csm.planning.planner import plan
 from nnunet_csm.planning.presets import merged
 from nnunet_csm.plans import EncoderSettings, read_configuration
 from nnunet_csm.pretext import masking as csm_masking

@@ -11,7 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import save_json
 from nnunet_csm.planning.command import restricted
-from nnunet_csm.planning.planner import Wishes, plan
+from nnunet_csm.planning.facts import Wishes
+from nnunet_csm.planning.planner import plan
 from nnunet_csm.planning.presets import merged, paper_preset, preset_names, read_preset
 from nnunet_csm.planning.schedules import num_crops
 from nnunet_csm.planning.sizes import MAX_TOKENS, MIN_TOKENS_PER_AXIS

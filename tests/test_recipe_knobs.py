@@ -17,7 +17,8 @@ from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.encoder import Encoder, build_encoder
 from nnunet_csm.model.segmenter import GATE, CSMSegmenter
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
-from nnunet_csm.planning.planner import Wishes, plan
+from nnunet_csm.planning.facts import Wishes
+from nnunet_csm.planning.planner import plan
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext import memory
 from nnunet_csm.training.averaging import WeightAverage

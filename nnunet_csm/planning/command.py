@@ -13,8 +13,9 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.command import findings, take_fingerprint
 from nnunet_csm.fingerprint.record import ALL_ZERO, Fingerprint, Subset, absent_series, num_with_series
 from nnunet_csm.planning.classification import extent_to_hold, mask_extents, take_class_table
+from nnunet_csm.planning.facts import Decision, Facts, Wishes
 from nnunet_csm.planning.joint import Member, joint_base_plans
-from nnunet_csm.planning.planner import Decision, Facts, Wishes, base_configuration, plan
+from nnunet_csm.planning.planner import base_configuration, plan
 from nnunet_csm.planning.preprocessing import is_preprocessed
 from nnunet_csm.planning.request import PlanRequest, check_request, described, series_of
 from nnunet_csm.planning.unlabelled import image_files, plan_without_labels

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_csm.planning.planner import Decision, base_configuration
+from nnunet_csm.planning.facts import Decision
+from nnunet_csm.planning.planner import base_configuration
 
 FALLBACK_NORMALIZATION = "ZScoreNormalization"
 

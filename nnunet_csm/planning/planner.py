@@ -6,108 +6,34 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.model.encoder import encoder_class
-from nnunet_csm.planning.presets import Preset, paper_preset, read_preset
+from nnunet_csm.planning.facts import Decision, Facts, Wishes
+from nnunet_csm.planning.presets import Preset, paper_preset
 from nnunet_csm.planning.schedules import length_text, schedule, schedule_reason
 from nnunet_csm.planning.sizes import (
     as_text,
-    choose_finetuning_batch,
-    choose_patch_size,
-    choose_pretraining_batch,
-    choose_pretraining_patch,
-    choose_token_size,
-    squeeze,
 )
+from nnunet_csm.planning.sizing import MemoryModel, Sized, sized_for
 from nnunet_csm.plans import (
     NETWORK_CLASS,
     VERSION,
-    Architecture,
     Classification,
     Finetuning,
     Recipe,
+    Schedule,
     Source,
     parse_configuration,
 )
 from nnunet_csm.pretext import memory
-from nnunet_csm.pretext.base import Pretext, Setup, read_pretext
-from nnunet_csm.pretext.memory import CUDA_CONTEXT, GIB, Memory
-from nnunet_csm.schema import Size, to_dict
+from nnunet_csm.schema import to_dict
 
-# what "auto" chooses from, the first that fits; and how small a pretraining batch still counts as fitting
-AUTOMATIC, MIN_PRETRAINING_BATCH = ("B", "S"), 16
+# what "auto" chooses from, the first that fits
+AUTOMATIC = ("B", "S")
 CLASSES_FILE = "classification.csv"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a dataset beside nnU-Net's plans.
-
-    Attributes:
-        channels: series name to its channel, of all series of the dataset.
-        num_cases: training cases.
-        num_classes: output channels of a segmenter.
-        num_with_series: series name to the number of training cases that have it.
-        num_present: a number of series to the number of training cases that have that many.
-        sources: what pretraining draws on, restricted to the series it is to see.
-        num_pretraining_cases: cases of all sources.
-        data_note: said of the preprocessed data.
-        num_samples: cases or lesions with a class; 0 when there is no class.
-        mask_extent_mm: (z, y, x) that three quarters of their masks do not exceed; None when there is none.
-    """
-
-    channels: dict[str, int]
-    num_cases: int
-    num_classes: int
-    num_with_series: dict[str, int]
-    num_present: dict[int, int]
-    sources: tuple[Source, ...]
-    num_pretraining_cases: int
-    data_note: str = "as nnU-Net preprocesses it"
-    num_samples: int = 0
-    mask_extent_mm: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user decides.
-
-    Attributes:
-        preset: a preset, "auto", or "paper".
-        patch_size: instead of the planner's.
-        token_size: instead of the planner's.
-        series: a part of the dataset's.
-        gpu_memory_target: GiB that both trainings have to fit into.
-        why: said of the sizes given here.
-    """
-
-    preset: str = "auto"
-    patch_size: Size | None = None
-    token_size: Size | None = None
-    series: tuple[str, ...] | None = None
-    gpu_memory_target: float | None = None
-    why: str = "by hand"
-
-
-class MemoryModel(Protocol):
-    """What predicts the GPU memory that a training takes: `pretext/memory.py`, or a stand-in."""
-
-    def pretraining_memory(self, pretext: type[Pretext], setup: Setup, batch_size: int) -> Memory: ...
-
-    def finetuning_memory(
-        self, architecture: Architecture, num_classes: int, patch_size: Size, batch_size: int, num_channels: int | None
-    ) -> Memory: ...
-
-
-@dataclass(frozen=True)
-class Decision:
-    name: str
-    value: str
-    reason: str
 
 
 def plan(
@@ -141,35 +67,23 @@ def plan(
     series, why_series = choose_series(facts, wishes.series)
     sources = facts.sources
     channels = tuple(facts.channels[name] for name in series)
-    sized_by = partial(_sized, entry, facts, wishes, sources, series, channels, predict)
+    sized_by = partial(sized_for, entry, facts, wishes, sources, series, channels, predict)
     name, why_network = choose_network(wishes, series, sized_by)
     sized = sized_by(name)
-    preset, decisions = sized.preset, [Decision("series", f"{len(series)}: {', '.join(series)}", why_series)]
-    if len(sources) > 1 or sources[0].dataset != base_plans["dataset_name"]:
-        union = sized.setup.architecture.series
-        drawn = ", ".join(f"{s.dataset}/{s.subset}" for s in sources)
-        decisions.append(Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}"))
-    decisions += sized.decisions
-    n = sized.architecture
-    decoder = f"UNETR features {n.features}" if n.decoder == "unetr" else "light decoder"
-    text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; {decoder}"
-    decisions.append(Decision("network", text, f"preset {name}: {preset.description}{why_network}"))
-    decisions += [Decision(*line) for line in sized.pretext.described(sized.setup, facts.num_present)]
-    pretraining = schedule(preset.pretraining, sized.pretraining_batch, facts.num_pretraining_cases)
-    finetuning = schedule(preset.finetuning, sized.finetuning_batch, facts.num_cases)
-    for stage, chosen, wanted, num_cases in (
-        ("pretraining", pretraining, preset.pretraining, facts.num_pretraining_cases),
-        ("fine-tuning", finetuning, preset.finetuning, facts.num_cases),
-    ):
-        decisions.append(Decision(stage, length_text(chosen), schedule_reason(chosen, wanted, num_cases)))
-    decisions += knob_decisions(preset, len(series))
+    preset, trainings = sized.preset, schedules(sized, facts)
     classification, why_classification = plan_classification(preset, facts, sized, entry["spacing"])
-    decisions.append(Decision("classification", length_text(classification.schedule), why_classification))
-    mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
-    decisions.append(Decision("prediction", mirrored, f"preset {name}"))
-    why_data = facts.data_note
-    decisions.append(Decision("preprocessed data", entry["data_identifier"], why_data))
-
+    decisions = [
+        Decision("series", f"{len(series)}: {', '.join(series)}", why_series),
+        *source_decisions(sources, base_plans["dataset_name"], sized.setup.architecture.series),
+        *sized.decisions,
+        network_decision(sized, name, why_network),
+        *(Decision(*line) for line in sized.pretext.described(sized.setup, facts.num_present)),
+        *trainings.decisions,
+        *knob_decisions(preset, len(series)),
+        Decision("classification", length_text(classification.schedule), why_classification),
+        prediction_decision(preset, name),
+        Decision("preprocessed data", entry["data_identifier"], facts.data_note),
+    ]
     csm = Recipe(
         version=VERSION,
         preset=name,
@@ -177,15 +91,15 @@ def plan(
         sources=sources,
         pretraining_patch_size=sized.setup.patch_size,
         pretext=preset.pretext,
-        pretraining=pretraining,
-        finetuning_schedule=finetuning,
+        pretraining=trainings.pretraining,
+        finetuning_schedule=trainings.finetuning,
         finetuning=Finetuning(**{field.name: getattr(preset, field.name) for field in dataclasses.fields(Finetuning)}),
         classification=classification,
         reasons={d.name: (d.value, d.reason) for d in decisions},
     )
     entry |= {
         "patch_size": list(sized.patch_size),
-        "batch_size": finetuning.batch_size,
+        "batch_size": trainings.finetuning.batch_size,
         "architecture": {
             "network_class_name": NETWORK_CLASS,
             "arch_kwargs": to_dict(sized.architecture),
@@ -230,124 +144,7 @@ def choose_series(facts: Facts, wanted: Sequence[str] | None) -> tuple[tuple[str
     return series, why + (f"; no case has {', '.join(never)}" if never else "")
 
 
-@dataclass(frozen=True)
-class _Sized:
-    """Sizes for one preset, the decisions that led to them, and whether memory cut them short."""
-
-    preset: Preset
-    architecture: Architecture
-    pretext: type[Pretext]
-    setup: Setup
-    patch_size: Size
-    pretraining_batch: int
-    finetuning_batch: int
-    decisions: tuple[Decision, ...]
-    squeezed: bool
-
-
-def _sized(
-    entry: Mapping[str, Any],
-    facts: Facts,
-    wishes: Wishes,
-    sources: Sequence[Source],
-    series: tuple[str, ...],
-    channels: tuple[int, ...],
-    predict: MemoryModel,
-    preset_name: str,
-) -> _Sized:
-    preset = read_preset(preset_name)
-    shape, spacing = [max(1, round(n)) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
-    target = None if wishes.gpu_memory_target is None else wishes.gpu_memory_target * GIB - CUDA_CONTEXT
-    token, why_token = choose_token_size(preset, shape, spacing)
-    if wishes.token_size is not None:
-        token, why_token = wishes.token_size, wishes.why
-    architecture = preset.architecture(series, channels, token, f"preset {preset_name}")
-    union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
-    pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
-
-    def finetuning(patch_size: Size, batch_size: int) -> Memory:
-        return predict.finetuning_memory(architecture, facts.num_classes, patch_size, batch_size, len(facts.channels))
-
-    def pretraining(batch_size: int) -> Memory:
-        return predict.pretraining_memory(pretext, setup, batch_size)
-
-    wanted = preset.finetuning.batch_size
-    # of separate tokens also when they are joint: strategies are compared on one patch
-    patch, why_patch = choose_patch_size(preset, shape, spacing, token, len(union))
-    squeezed = False
-    if wishes.patch_size is not None:
-        patch, why_patch = wishes.patch_size, wishes.why
-    elif target is not None and preset.patch_size is None and finetuning(patch, wanted).total > target:
-        squeezed = True
-        patch = squeeze(patch, token, spacing, lambda size: finetuning(size, wanted).total <= target)
-        why_patch += ", shortened to fit into memory"
-    if any(p % t for p, t in zip(patch, token, strict=True)):
-        raise UserError(
-            f"patch_size {patch} is not a multiple of token_size {token}; choose others with -overwrite_patch_size and "
-            f"-overwrite_token_size"
-        )
-    pretraining_patch, why_pretraining_patch = choose_pretraining_patch(preset, patch, token)
-    pretext, settings = read_pretext(preset.pretext, pretraining_architecture, f"preset {preset_name}: pretext")
-    setup = Setup(pretraining_architecture, settings, pretraining_patch)
-    if target is None:
-        pretraining_batch, why_pretraining = preset.pretraining.batch_size, "as in the preset"
-        finetuning_batch, why_finetuning = wanted, "as in the preset"
-    else:
-        pretraining_batch, why_pretraining = choose_pretraining_batch(
-            preset.pretraining.batch_size, lambda batch: pretraining(batch).total <= target
-        )
-        finetuning_batch, why_finetuning = choose_finetuning_batch(
-            wanted, patch, shape, facts.num_cases, lambda batch: finetuning(patch, batch).total <= target
-        )
-    decisions = [
-        Decision("token size", as_text(token), why_token),
-        Decision("patch size", as_text(patch), why_patch),
-        Decision("tokens", tokens_text(architecture, patch), f"{as_text(patch)} voxels / {as_text(token)}"),
-        Decision("pretraining patch", as_text(pretraining_patch), why_pretraining_patch),
-        Decision("batch size, pretraining", str(pretraining_batch), why_pretraining),
-        Decision("batch size, fine-tuning", str(finetuning_batch), why_finetuning),
-    ]
-    needs = {"pretraining": pretraining(pretraining_batch), "fine-tuning": finetuning(patch, finetuning_batch)}
-    decisions += memory_decisions(needs, target)
-    if target is not None:
-        squeezed |= max(need.total for need in needs.values()) > target
-        squeezed |= pretraining_batch < min(MIN_PRETRAINING_BATCH, preset.pretraining.batch_size)
-    return _Sized(
-        preset,
-        architecture,
-        pretext,
-        setup,
-        patch,
-        pretraining_batch,
-        finetuning_batch,
-        tuple(decisions),
-        squeezed,
-    )
-
-
-def memory_decisions(needs: Mapping[str, Memory], target: float | None) -> list[Decision]:
-    """What each training is predicted to take, beside what it may take in bytes."""
-    decisions = []
-    for stage, need in needs.items():
-        why = "predicted; set a limit with -gpu_memory_target"
-        if target is not None:
-            kept = "within" if need.total <= target else "MORE THAN"
-            why = f"predicted; {kept} the target's {target / GIB:g} GiB, the CUDA context apart"
-        decisions.append(Decision(f"GPU memory, {stage}", str(need), why))
-    return decisions
-
-
-def tokens_text(architecture: Architecture, patch_size: Size) -> str:
-    apart = encoder_class(architecture).keeps_series_apart
-    of_which = " a series" if apart else f", each of all {len(architecture.series)} series"
-    return f"{_num_tokens(patch_size, architecture.token_size)}{of_which}"
-
-
-def _num_tokens(patch_size: Size, token_size: Size) -> int:
-    return math.prod(p // t for p, t in zip(patch_size, token_size, strict=True))
-
-
-def choose_network(wishes: Wishes, series: Sequence[str], sized_by: Callable[[str], _Sized]) -> tuple[str, str]:
+def choose_network(wishes: Wishes, series: Sequence[str], sized_by: Callable[[str], Sized]) -> tuple[str, str]:
     """The preset asked for; "paper" by the series; "auto" the largest that memory allows."""
     if wishes.preset == "paper":
         return paper_preset(series), ""
@@ -359,6 +156,49 @@ def choose_network(wishes: Wishes, series: Sequence[str], sized_by: Callable[[st
         if not sized_by(name).squeezed:
             return name, f"; the largest of {', '.join(AUTOMATIC)} that fits into {wishes.gpu_memory_target:g} GiB"
     return AUTOMATIC[-1], f"; the smallest of {', '.join(AUTOMATIC)}"
+
+
+def source_decisions(sources: Sequence[Source], dataset: str, union: Sequence[str]) -> list[Decision]:
+    """What pretraining draws on, where that is not the dataset alone."""
+    if len(sources) == 1 and sources[0].dataset == dataset:
+        return []
+    drawn = ", ".join(f"{s.dataset}/{s.subset}" for s in sources)
+    return [Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}")]
+
+
+def network_decision(sized: Sized, name: str, why: str) -> Decision:
+    """The network of a preset."""
+    n = sized.architecture
+    decoder = f"UNETR features {n.features}" if n.decoder == "unetr" else "light decoder"
+    text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; {decoder}"
+    return Decision("network", text, f"preset {name}: {sized.preset.description}{why}")
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """How long both trainings are."""
+
+    pretraining: Schedule
+    finetuning: Schedule
+    decisions: tuple[Decision, ...]
+
+
+def schedules(sized: Sized, facts: Facts) -> Trainings:
+    """The lengths of both trainings and why."""
+    found, decisions = [], []
+    for stage, wanted, batch_size, num_cases in (
+        ("pretraining", sized.preset.pretraining, sized.pretraining_batch, facts.num_pretraining_cases),
+        ("fine-tuning", sized.preset.finetuning, sized.finetuning_batch, facts.num_cases),
+    ):
+        found.append(schedule(wanted, batch_size, num_cases))
+        decisions.append(Decision(stage, length_text(found[-1]), schedule_reason(found[-1], wanted, num_cases)))
+    return Trainings(found[0], found[1], tuple(decisions))
+
+
+def prediction_decision(preset: Preset, name: str) -> Decision:
+    """Whether predictions are averaged over flips."""
+    mirrored = "mirrored test-time augmentation as nnU-Net" if preset.mirroring else "no mirroring: 8 times faster prediction"
+    return Decision("prediction", mirrored, f"preset {name}")
 
 
 def knob_decisions(preset: Preset, num_series: int) -> list[Decision]:
@@ -382,7 +222,7 @@ def knob_decisions(preset: Preset, num_series: int) -> list[Decision]:
     return told
 
 
-def plan_classification(preset: Preset, facts: Facts, sized: _Sized, spacing: Sequence[float]) -> tuple[Classification, str]:
+def plan_classification(preset: Preset, facts: Facts, sized: Sized, spacing: Sequence[float]) -> tuple[Classification, str]:
     """The classifier's settings, and why: its patch is to hold most masks with their margin."""
     chosen, token_size = preset.classification, sized.architecture.token_size
     num_samples = facts.num_samples or facts.num_cases

@@ -8,7 +8,7 @@ from typing import Any
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.extraction import case_files
-from nnunet_csm.planning.planner import Wishes
+from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.presets import read_preset
 from nnunet_csm.raw.check import check_dataset, load_dataset_json
 from nnunet_csm.raw.series import SeriesMatch, canonical_series, parse_aliases

@@ -20,7 +20,7 @@ from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import take_class_table, training_cases
 from nnunet_csm.planning.command import Found, look_at, planned
-from nnunet_csm.planning.planner import Wishes
+from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.request import PlanRequest
 from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, parse_configuration
 from nnunet_csm.raw.manifest import patients_of
