@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "batchgeneratorsv2>=0.3.2,<0.4",  # augmentation of the fine-tuning
     "acvl-utils>=0.2.6,<0.3",  # cropping and padding in nnU-Net's loaders, which fine-tuning runs step by step
     "pandas>=2.2,<4",  # tables of results
+    "tabulate>=0.9,<1",  # pandas writes Markdown tables with it
     "matplotlib>=3.8,<4",  # pictures
     "pillow>=10,<14",  # PNG with a small palette
     "jinja2>=3.1,<4",  # the self-contained HTML page

@@ -6,11 +6,10 @@ hidden tokens. The step is the trainer's, without drawing and cutting; each figu
 the numbers of hidden series. The last column runs under bf16 where the processor has it.
 
     python benchmarks/decoder_speed.py               # demo, the study few_labels' network and S
-    python benchmarks/decoder_speed.py -n 3 --only S
+    python benchmarks/decoder_speed.py -n 3 -only S
 """
 
 import argparse
-import dataclasses
 import platform
 import statistics
 import sys
@@ -19,13 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from steps import MaskedDecoder, architecture_of, bare_pretrainer, masked_batch
-from torch import Tensor
+from steps import MaskedDecoder, bare_pretrainer, batch_of, method_of, variants_of
 
 from nnunet_csm.machine import has_bf16
-from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Size
-from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.pretext.base import Batch
+from nnunet_csm.schema import Size
 
 
 @dataclass(frozen=True)
@@ -45,30 +42,25 @@ ROWS = (
     Row("S", "S", 4, (16, 16, 16), (96, 96, 96), 0.875, 16),
 )
 
-HEADER = ("batch", "masked", "visible", "ratio", "a quarter", "ratio", "in bf16", "ratio")
-
 
 def milliseconds(row: Row, masked: bool, share: float, bf16: bool, num_steps: int, device: torch.device) -> float:
     """Of a step, as a mean over the numbers of hidden series."""
-    preset = read_preset(row.preset)
-    network = dataclasses.asdict(preset.network)
-    a = architecture_of(row.num_series, row.token_size, **network)
-    decoder = dataclasses.replace(preset.reconstruction, rebuilt_share=share)
+    changes = {"masking": {"mask_ratio": row.mask_ratio}, "reconstruction": {"rebuilt_share": share}}
+    method = method_of(row.preset, row.num_series, row.token_size, row.patch_size, pretext=changes)
     torch.manual_seed(0)
-    trainer = bare_pretrainer(a, decoder, device, compiled=device.type == "cuda", graphs=False)
+    trainer = bare_pretrainer(method, device, compiled=device.type == "cuda", graphs=False)
     trainer.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if masked:
         trainer.network.decoder.__class__ = MaskedDecoder
     medians = []
-    for num_shown in range(1, row.num_series):
-        batch = masked_batch(a, row.patch_size, row.batch_size, num_shown, share, row.mask_ratio)
-        given = batch[0].to(device).half(), batch[1].to(device)
-        times = [step_time(trainer, given, device) for _ in range(num_steps + 1)][1:]
+    for variant in variants_of(trainer.pretext):
+        batch = batch_of(trainer.pretext, row.batch_size, variant, device)
+        times = [step_time(trainer, batch, device) for _ in range(num_steps + 1)][1:]
         medians.append(1000 * statistics.median(times))
     return statistics.mean(medians)
 
 
-def step_time(trainer: Any, batch: tuple[Tensor, Mask], device: torch.device) -> float:
+def step_time(trainer: Any, batch: Batch, device: torch.device) -> float:
     """Seconds; of the processor on a CPU, so that other programs do not count."""
     if device.type == "cpu":
         begun = time.process_time()
@@ -84,7 +76,7 @@ def step_time(trainer: Any, batch: tuple[Tensor, Mask], device: torch.device) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=5, help="steps measured for each number of hidden series (default: 5)")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
+    parser.add_argument("-only", "--only", default="", help="rows whose name begins so")
     parser.add_argument("--gpu", action="store_true", help="on a GPU, under bf16")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():

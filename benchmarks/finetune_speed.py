@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from steps import NUM_CLASSES, architecture_of, bare_finetuner, labelled_batch
+from steps import NUM_CLASSES, bare_finetuner, labelled_batch, method_of
 from torch import Tensor
 
-from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Size
+from nnunet_csm.pretext.base import Setup
+from nnunet_csm.schema import Size
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 NUM_SERIES = 4
@@ -44,14 +44,17 @@ class Row:
     token_edge: int
     batch_size: int
 
+    @property
+    def setup(self) -> Setup:
+        return method_of(self.preset, NUM_SERIES, (self.token_edge,) * 3, self.patch_size).setup
+
 
 GPU_ROWS = [Row("B", (96, 96, 96), 16, 2), Row("B", (96, 96, 96), 16, 8), Row("S", (96, 96, 96), 16, 2)]
 CPU_ROWS = [Row("S", (32, 32, 32), 16, 2), Row("S", (48, 48, 48), 16, 2)]
 
 
 def our_step(row: Row, device: torch.device, compiled: bool) -> Callable[[dict[str, Tensor]], Any]:
-    network = dataclasses.asdict(read_preset(row.preset).network)
-    return bare_finetuner(architecture_of(NUM_SERIES, (row.token_edge,) * 3, **network), device, compiled).learn
+    return bare_finetuner(row.setup, device, compiled).learn
 
 
 def monai_step(row: Row, device: torch.device, compiled: bool) -> Callable[[dict[str, Tensor]], Any]:
@@ -59,7 +62,7 @@ def monai_step(row: Row, device: torch.device, compiled: bool) -> Callable[[dict
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-    n = read_preset(row.preset).network
+    n = row.setup.architecture
     network: Any = UNETR(
         in_channels=NUM_SERIES,
         out_channels=NUM_CLASSES,
@@ -93,7 +96,7 @@ def measure(ours: bool, row: Row, device_name: str, compiled: bool, num_steps: i
         torch.backends.cudnn.benchmark = True  # as nnU-Net's run_training does
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     step = (our_step if ours else monai_step)(row, device, compiled)
-    batch = labelled_batch(NUM_SERIES, row.patch_size, row.batch_size)
+    batch = labelled_batch(row.setup, row.batch_size)
     if on_gpu:
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     for _ in range(5 if on_gpu else 1):

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.fingerprint.extraction import case_files, find_reader
-from nnunet_csm.fingerprint.measurement import Job, measure, read_case
+from nnunet_csm.fingerprint.measurement import Job, measure
+from nnunet_csm.fingerprint.reading import read_case
 from nnunet_csm.phantom import LABELS, PhantomSpec, draw_subject
 
 SPEC = PhantomSpec(missing_share=0.1)

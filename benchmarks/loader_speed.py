@@ -167,7 +167,8 @@ def measure(row: Row, seconds: float) -> None:
             next(made)
         row.wait()
         started, busy, num_batches = time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - started < seconds:
+        # one at least, however busy the machine is
+        while not num_batches or time.perf_counter() - started < seconds:
             next(made)
             num_batches += 1
         row.wait()
@@ -201,11 +202,11 @@ def main() -> None:
     parser.add_argument("-o", type=Path, required=True, help="folder for the table (loader_speed.json) and synthetic cases")
     parser.add_argument("-d", help="dataset whose preprocessed 3d_fullres cases are read; without it, synthetic ones are written")
     parser.add_argument("-n", type=int, default=40, help="number of cases; when there are fewer, they are taken several times")
-    parser.add_argument("--patch", type=int, nargs=3, default=(96, 96, 96), help="along z, y, x")
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("-patch", "--patch", type=int, nargs=3, default=(96, 96, 96), help="along z, y, x")
+    parser.add_argument("-batch", "--batch", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("-threads", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("-s", type=float, default=4.0, help="seconds of a turn")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("-turns", "--turns", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     patch_size: Size = tuple(args.patch)

@@ -21,11 +21,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from steps import MASKING, NUM_CLASSES, architecture_of, bare_finetuner, bare_pretrainer, labelled_batch, masked_batch
+from steps import NUM_CLASSES, Method, bare_finetuner, bare_pretrainer, labelled_batch, method_of, variants_of
 
-from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import Architecture, Reconstruction, Size
 from nnunet_csm.pretext import memory
+from nnunet_csm.schema import Size
 
 LOWEST, HIGHEST = 1.00, 1.15
 NUM_STEPS = 3
@@ -33,32 +32,26 @@ NUM_STEPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to measure. `reconstruction` is None for fine-tuning."""
+    """A step to measure."""
 
+    stage: str
+    """pretraining, or fine-tuning, for which the pretext does not matter."""
     name: str
-    architecture: Architecture
-    reconstruction: Reconstruction | None
-    patch_size: Size
+    method: Method
     batch_size: int
 
 
 def case(stage: str, preset: str, num_series: int, patch_size: Size, batch_size: int, token_size: Size = (16, 16, 16)) -> Case:
     """A shipped preset on `num_series` series."""
-    read = read_preset(preset)
-    return Case(
-        f"{stage} {preset}",
-        architecture_of(num_series, token_size, **dataclasses.asdict(read.network)),
-        read.reconstruction if stage == "pretraining" else None,
-        patch_size,
-        batch_size,
-    )
+    return Case(stage, f"{stage} {preset}", method_of(preset, num_series, token_size, patch_size), batch_size)
 
 
 def small_case(stage: str, num_series: int, token_size: Size, width: int, depth: int, patch_size: Size, batch_size: int) -> Case:
     """What a CPU runs in seconds."""
     network = {"width": width, "depth": depth, "num_heads": width // 32, "features": 8, "drop_path": 0.1}
-    decoder = Reconstruction(width // 2, 2, 3, False) if stage == "pretraining" else None
-    return Case(f"{stage} {width} x {depth}", architecture_of(num_series, token_size, **network), decoder, patch_size, batch_size)
+    decoder = {"width": width // 2, "depth": 2, "num_heads": 3, "rebuilt_share": 1.0}
+    method = method_of("B", num_series, token_size, patch_size, network=network, pretext={"reconstruction": decoder})
+    return Case(stage, f"{stage} {width} x {depth}", method, batch_size)
 
 
 GPU_CASES = [
@@ -95,19 +88,21 @@ CPU_CASES = [
 
 
 def predicted(of: Case, backend: memory.Backend) -> memory.Memory:
-    if of.reconstruction is None:
-        return memory.finetuning_memory(of.architecture, NUM_CLASSES, of.patch_size, of.batch_size, None, backend)
-    return memory.pretraining_memory(of.architecture, of.reconstruction, MASKING, of.patch_size, of.batch_size, backend)
+    pretext, setup = of.method
+    if of.stage == "pretraining":
+        return memory.pretraining_memory(pretext, setup, of.batch_size, backend)
+    return memory.finetuning_memory(setup.architecture, NUM_CLASSES, setup.patch_size, of.batch_size, None, backend)
 
 
 def make_step(of: Case, device: torch.device, compiled: bool) -> tuple[Callable[[], Any], torch.optim.Optimizer]:
     """A training step as the trainers take it, and its optimiser."""
-    sizes = of.patch_size, of.batch_size
-    if of.reconstruction is None:
-        trainer = bare_finetuner(of.architecture, device, compiled)
-        return lambda: trainer.learn(labelled_batch(len(of.architecture.series), *sizes)), trainer.optimizer
-    trainer = bare_pretrainer(of.architecture, of.reconstruction, device, compiled, graphs=False)
-    return lambda: trainer.learn(masked_batch(of.architecture, *sizes)), trainer.optimizer
+    if of.stage == "pretraining":
+        trainer = bare_pretrainer(of.method, device, compiled, graphs=False)
+        pretext = trainer.pretext
+        # with as many visible tokens as there ever are
+        return lambda: trainer.learn(pretext.example(of.batch_size, max(variants_of(pretext)))), trainer.optimizer
+    trainer = bare_finetuner(of.method.setup, device, compiled)
+    return lambda: trainer.learn(labelled_batch(of.method.setup, of.batch_size)), trainer.optimizer
 
 
 def measure_cuda(of: Case, compiled: bool) -> tuple[int, int]:
@@ -148,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="reduced configurations, without a GPU")
     parser.add_argument("--compile", action="store_true", help="with --cpu: through torch.compile")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("-only", "--only", default="", help="cases whose name contains this")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         print("Error: no CUDA device; measure on a machine with one, or give --cpu for reduced configurations", file=sys.stderr)
@@ -173,9 +168,9 @@ def main() -> int:
             measured, first = fresh_process.submit(measure, of, backend.compiled).result()
         total = predicted(of, backend).total
         ratios.append(total / measured)
-        patch = " x ".join(map(str, of.patch_size))
+        patch = " x ".join(map(str, of.method.setup.patch_size))
         print(
-            f"{of.name:<22} {len(of.architecture.series):>6} {patch:>15} {of.batch_size:>5} {measured / memory.MIB:>9.1f} "
+            f"{of.name:<22} {of.method.setup.num_series:>6} {patch:>15} {of.batch_size:>5} {measured / memory.MIB:>9.1f} "
             f"{total / memory.MIB:>9.1f} {ratios[-1]:>6.3f} {first / memory.MIB:>10.1f}",
             flush=True,
         )

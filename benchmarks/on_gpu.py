@@ -10,10 +10,10 @@ OUT/table.txt. Where compiling, graphs or an attention kernel fail, the stages a
     compiled   preset B through the command: the log must not say that there are no graphs
     speed      steps of pretraining by preset and batch, with and without graphs, beside MONAI; kernels; memory
     predict    one case, nnU-Net's predictor beside ours
-    evidence   as many runs of a study as there is time for (--study, --data); a second call with the same --work goes on
+    evidence   as many runs of a study as there is time for (-study, -data); a second call with the same -work goes on
 
-    python benchmarks/on_gpu.py -o on_gpu --minutes 9.5
-    python benchmarks/on_gpu.py -o on_gpu --only evidence --minutes 4 --study few_labels --data images.tar
+    python benchmarks/on_gpu.py -o on_gpu -minutes 9.5
+    python benchmarks/on_gpu.py -o on_gpu -only evidence -minutes 4 -study few_labels -data images.tar
     python benchmarks/on_gpu.py -o rehearsal --cpu            # every stage at small size, where there is no GPU
 """
 
@@ -88,7 +88,7 @@ class Session:
 
     def start(self, stage: Stage) -> subprocess.Popen[bytes]:
         flags = ["--cpu"] if self.args.cpu else []
-        flags += ["--study", self.args.study, "--jobs", str(self.args.jobs)] if stage.name == "evidence" else []
+        flags += ["-study", self.args.study, "-jobs", str(self.args.jobs)] if stage.name == "evidence" else []
         # without the current folder: a checkout hides the installed package, which has the presets
         command = [sys.executable, "-P", str(STAGES_FILE), stage.name, str(self.work), str(self.results), *flags]
         self.log.write(f"\n=== {stage.name}, after {time.monotonic() - self.begun:.0f} s\n")
@@ -187,26 +187,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.name for stage in STAGES]
     parser.add_argument("-o", type=Path, required=True, help="folder for results.jsonl, log.txt and table.txt")
-    parser.add_argument("--minutes", type=float, default=9.5, help="in all (default: 9.5)")
+    parser.add_argument("-minutes", "--minutes", type=float, default=9.5, help="in all (default: 9.5)")
     parser.add_argument("--cpu", action="store_true", help="a rehearsal at small size")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}; default: all")
-    parser.add_argument("--study", default="quick", help="for evidence: a shipped study, or its file (default: quick)")
+    parser.add_argument("-only", "--only", nargs="+", choices=names, metavar="STAGE", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("-study", "--study", default="quick", help="for evidence: a shipped study, or its file (default: quick)")
     parser.add_argument(
+        "-data",
         "--data",
         type=Path,
         nargs="*",
         default=[],
         help="for evidence: folders or archives with nnUNet_preprocessed/ or nnUNet_raw/",
     )
-    parser.add_argument("--jobs", type=int, default=4, help="for evidence: runs at once on the card (default: 4)")
+    parser.add_argument("-jobs", "--jobs", type=int, default=4, help="for evidence: runs at once on the card (default: 4)")
     parser.add_argument(
-        "--work", type=Path, default=WORK, help=f"where stages work; a later call goes on there (default: {WORK})"
+        "-work", "--work", type=Path, default=WORK, help=f"where stages work; a later call goes on there (default: {WORK})"
     )
     args = parser.parse_args()
     missing = [str(path) for path in args.data if not path.exists()]
     if missing:
         print(
-            f"Error: {', '.join(missing)}: no such folder or archive; give --data what holds nnUNet_preprocessed", file=sys.stderr
+            f"Error: {', '.join(missing)}: no such folder or archive; give -data what holds nnUNet_preprocessed", file=sys.stderr
         )
         return 2
     args.o.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ from nnunet_csm.machine import keep_freed_memory
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.phantom import LABELS, PhantomSpec, draw_subject
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import NETWORK_CLASS, Size
+from nnunet_csm.plans import NETWORK_CLASS
+from nnunet_csm.schema import Size, to_dict
 
 SERIES = PhantomSpec().series
 # what the planner makes of a preset for four series at 1 mm
@@ -62,12 +63,7 @@ class Measured:
 def plans_of(preset: str, shape: Size, spacing_mm: float) -> dict[str, Any]:
     """nnU-Net's plans with the network of a preset: as much of them as prediction reads."""
     read = read_preset(preset)
-    architecture = {
-        "series": SERIES,
-        "channels": range(len(SERIES)),
-        "token_size": (read.token_edge,) * 3,
-        **dataclasses.asdict(read.network),
-    }
+    architecture = read.architecture(SERIES, tuple(range(len(SERIES))), (read.token_edge,) * 3)
     resampling = {"order_z": 0, "force_separate_z": None}
     configuration: dict[str, Any] = {
         "preprocessor_name": "DefaultPreprocessor",
@@ -75,7 +71,7 @@ def plans_of(preset: str, shape: Size, spacing_mm: float) -> dict[str, Any]:
         "spacing": [spacing_mm] * 3,
         "normalization_schemes": ["ZScoreNormalization"] * len(SERIES),
         "use_mask_for_norm": [True] * len(SERIES),
-        "architecture": {"network_class_name": NETWORK_CLASS, "arch_kwargs": architecture, "_kw_requires_import": []},
+        "architecture": {"network_class_name": NETWORK_CLASS, "arch_kwargs": to_dict(architecture), "_kw_requires_import": []},
     }
     for what, order, is_seg in (("data", 3, False), ("seg", 1, True), ("probabilities", 1, False)):
         configuration[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"

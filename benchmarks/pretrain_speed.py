@@ -6,11 +6,12 @@ the same run, MONAI's `MaskedAutoEncoderViT`, which takes series as channels: a 
 data that is already on the device, no clipped gradients. On a GPU it runs in fp32 as it is, and compiled under bf16 autocast
 (which fails uncompiled); the faster counts.
 
-Operations are counted by torch on the network's own code, forward and backward, as a mean over the numbers of hidden series;
-the peak is that of one large product measured in the same run.
+Operations are counted by torch on the network's own code, forward and backward, as a mean over the kinds of batches that a
+pretext draws (for CSM, the numbers of hidden series); the peak is that of one large product measured in the same run.
 
     python benchmarks/pretrain_speed.py -o speed            # table, speed.json, speed.png
     python benchmarks/pretrain_speed.py --cpu               # small networks, where there is no GPU
+    python benchmarks/pretrain_speed.py -presets mae3d own.json    # these only: any pretext that a preset names
     pip install monai                                       # for MONAI's rows
 """
 
@@ -27,7 +28,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,16 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from steps import MASKING, SCHEDULE, architecture_of, bare_pretrainer, masked_batch
+from steps import Method, bare_pretrainer, method_of, variants_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.data.draws import Purpose, ahead
 from nnunet_csm.machine import num_workers
-from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.plans import (
-    VERSION,
-    Architecture,
-    Classification,
-    Configuration,
-    Finetuning,
-    Recipe,
-    Reconstruction,
-    Size,
-    Source,
-)
-from nnunet_csm.pretext.csm import CSM, masked_mean
+from nnunet_csm.planning.presets import preset_names, read_preset
+from nnunet_csm.pretext.batches import Batches
+from nnunet_csm.schema import Size
 from nnunet_csm.training.graphs import why_no_graphs
-from nnunet_csm.training.pretraining import MaskedBatches
 
 NUM_CASES = 12
 MAX_SERIES = 8
@@ -63,45 +53,46 @@ MAX_SERIES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is measured: a preset's network, or MONAI's of the same size, on some series, patch and batch."""
+    """What is measured: what a preset pretrains, or MONAI's network of the same size, on some series, patch and batch."""
 
-    what: str
     preset: str
     num_series: int
     edge: int
     batch_size: int
     shape: Size = (138, 170, 138)
     token_edge: int = 16
+    monai: bool = False
 
     @property
-    def patch_size(self) -> Size:
-        return (self.edge, self.edge, self.edge)
+    def what(self) -> str:
+        return "MONAI" if self.monai else self.method.pretext.__name__
 
     @property
-    def architecture(self) -> Architecture:
-        network = dataclasses.asdict(read_preset(self.preset).network)
-        return architecture_of(self.num_series, (self.token_edge,) * 3, **network)
+    def method(self) -> Method:
+        return method_of(self.preset, self.num_series, (self.token_edge,) * 3, (self.edge,) * 3)
 
-    @property
-    def reconstruction(self) -> Reconstruction:
-        return read_preset(self.preset).reconstruction
+    def __str__(self) -> str:
+        return f"{self.what} {self.preset} {self.num_series} {self.edge} {self.batch_size}"
 
 
-def rows(cpu: bool, monai: bool) -> list[Row]:
-    if cpu:
-        small: dict[str, Any] = {"shape": (70, 85, 70), "token_edge": 8}
-        batches = [Row("CSM", "demo", 4, 32, batch, **small) for batch in (6, 32)]
-        series = [Row("CSM", "demo", num, 32, 16, **small) for num in (1, 2, 4, 8)]
-        patches = [Row("CSM", "demo", 4, edge, 16, **small) for edge in (16, 32, 48)]
-        others = [Row("MONAI", "demo", 4, 32, batch, **small) for batch in (6, 32)]
-    else:
-        batches = [Row("CSM", "B", 4, 96, batch) for batch in (6, 64, 256)]
-        series = [Row("CSM", "B", num, 96, 64) for num in range(1, MAX_SERIES + 1)]
-        patches = [Row("CSM", "B", 4, edge, 64) for edge in (48, 96, 128)]
-        patches += [Row("CSM", preset, 4, 96, 64) for preset in ("S", "B", "L")]
-        others = [Row("MONAI", "B", 4, 96, batch) for batch in (6, 64)]
-    # MONAI's first, so that the others' ratios are known when they are printed
-    return list(dict.fromkeys([*(others if monai else []), *batches, *series, *patches]))
+def rows(cpu: bool, monai: bool, presets: Sequence[str] = ()) -> list[Row]:
+    """Those of the table, or of some presets only; MONAI's first, so that the others' ratios are known when they are printed."""
+    small: dict[str, Any] = {"shape": (70, 85, 70), "token_edge": 8} if cpu else {}
+    preset, edge, batch = ("demo", 32, 16) if cpu else ("B", 96, 64)
+    of_presets = [Row(name, 4, edge, batch, **small) for name in presets or (() if cpu else ("S", "B", "L", *other_pretexts()))]
+    others = [Row(preset, 4, edge, size, monai=True, **small) for size in ((6, 32) if cpu else (6, 64))]
+    if presets:
+        return [*(others[1:] if monai else []), *of_presets]
+    batches = [Row(preset, 4, edge, size, **small) for size in ((6, 32) if cpu else (6, 64, 256))]
+    series = [Row(preset, num, edge, batch, **small) for num in ((1, 2, 4, 8) if cpu else range(1, MAX_SERIES + 1))]
+    patches = [Row(preset, 4, size, batch, **small) for size in ((16, 32, 48) if cpu else (48, 96, 128))]
+    return list(dict.fromkeys([*(others if monai else []), *batches, *series, *patches, *of_presets]))
+
+
+def other_pretexts() -> list[str]:
+    """A shipped preset for each pretext beside that of B."""
+    by_pretext = {read_preset(name).pretext["name"]: name for name in preset_names()}
+    return [name for pretext, name in by_pretext.items() if pretext != read_preset("B").pretext["name"]]
 
 
 def write_cases(folder: Path, shape: Size) -> None:
@@ -118,27 +109,6 @@ def write_cases(folder: Path, shape: Size) -> None:
         nnUNetDatasetBlosc2.save_case(volume, labels, {}, str(folder / f"case{number}"), **sizes)
 
 
-def settings_of(row: Row, num_steps: int) -> Configuration:
-    """The plans of a row; what pretraining does not read in them has any value."""
-    a, patch_size = row.architecture, row.patch_size
-    schedule = dataclasses.replace(SCHEDULE, iterations_per_epoch=num_steps, batch_size=row.batch_size)
-    recipe = Recipe(
-        version=VERSION,
-        preset=row.preset,
-        seed=1,
-        sources=(Source("Dataset999_Speed", "imagesTr", True, "", MAX_SERIES, dict(zip(a.series, a.channels, strict=True)), {}),),
-        pretraining_patch_size=patch_size,
-        masking=MASKING,
-        reconstruction=row.reconstruction,
-        pretraining=schedule,
-        finetuning_schedule=schedule,
-        finetuning=Finetuning("scratch", False),
-        classification=Classification(patch_size, 0.0, "mean", False, 0.0, False, "scratch", schedule),
-        reasons={},
-    )
-    return Configuration(patch_size, a, recipe)
-
-
 def measure(row: Row, folder: str, num_steps: int, device_name: str, compiled: bool) -> dict[str, Any]:
     """Crops a second over steps after those in which networks are compiled and graphs are captured."""
     begun = time.perf_counter()
@@ -146,15 +116,15 @@ def measure(row: Row, folder: str, num_steps: int, device_name: str, compiled: b
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.backends.cudnn.benchmark = True  # as nnU-Net's run_training does
-    if row.what == "CSM":
-        step, where = csm_steps(row, Path(folder), num_steps, device, compiled)
-    else:
+    if row.monai:
         step, where = monai_step(row, device, compiled), "on the device"
+    else:
+        step, where = our_step(row, Path(folder), device, compiled)
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     step()
     synchronize()
     first = time.perf_counter() - begun
-    # each number of visible tokens is compiled, and captured at its fourth time; numbers are drawn, and some come late
+    # each kind of batch is compiled, and captured at its fourth time; kinds are drawn, and some come late
     for _ in range(16 * row.num_series if on_gpu else 2):
         step()
     synchronize()
@@ -171,37 +141,42 @@ def measure(row: Row, folder: str, num_steps: int, device_name: str, compiled: b
     return {"crops_per_second": num_steps * row.batch_size / seconds, "first_step": first, "peak": peak, "where": where}
 
 
-def csm_steps(row: Row, folder: Path, num_steps: int, device: torch.device, compiled: bool) -> tuple[Callable[[], Any], str]:
+def our_step(row: Row, folder: Path, device: torch.device, compiled: bool) -> tuple[Callable[[], Any], str]:
     """The trainer's step on its next batch, and where the volumes are."""
     channels = tuple(range(row.num_series))
     paths = [folder / f"case{number}.b2nd" for number in range(NUM_CASES)]
     bank = open_bank([CaseFile(path.stem, path, MAX_SERIES, channels) for path in paths], device)
-    batches = MaskedBatches(bank, settings_of(row, num_steps), Purpose.TRAINING, range(row.batch_size))
+    graphs = not why_no_graphs(device, 1, 1)
+    trainer = bare_pretrainer(row.method, device, compiled, graphs)
+    batches = trainer.train_batches = Batches(bank, trainer.pretext, 1, Purpose.TRAINING, range(row.batch_size))
     keys = ((0, number) for number in range(10**9))
     threads = num_workers(device) if bank.where != "gpu" else 0
     loader: Iterator[Any] = ahead(lambda at: batches(*at), keys, threads, device)
-    graphs = not why_no_graphs(device, 1, 1)
     if bank.where == "gpu" and graphs:
         # made within the step
         loader = (batches.batch_key(*at) for at in keys)
-    trainer = bare_pretrainer(row.architecture, row.reconstruction, device, compiled, graphs)
-    trainer.train_batches = batches
-    return lambda: trainer.learn(next(loader)), bank.where
+
+    def step() -> None:
+        trainer.learn(next(loader))
+        trainer.pretext.after_step(0.5)
+
+    return step, bank.where
 
 
 def monai_step(row: Row, device: torch.device, compiled: bool) -> Callable[[], None]:
     from monai.networks.nets import MaskedAutoEncoderViT
 
-    a, r = row.architecture, row.reconstruction
+    setup = row.method.setup
+    a, r = setup.architecture, setup.settings.reconstruction
     network: Any = MaskedAutoEncoderViT(
         in_channels=row.num_series,
-        img_size=row.patch_size,
+        img_size=setup.patch_size,
         patch_size=row.token_edge,
         hidden_size=a.width,
         mlp_dim=4 * a.width,
         num_layers=a.depth,
         num_heads=a.num_heads,
-        masking_ratio=MASKING.mask_ratio,
+        masking_ratio=setup.settings.masking.mask_ratio,
         decoder_hidden_size=r.width,
         decoder_mlp_dim=4 * r.width,
         decoder_num_layers=r.depth,
@@ -212,7 +187,7 @@ def monai_step(row: Row, device: torch.device, compiled: bool) -> Callable[[], N
     optimizer = torch.optim.AdamW(network.parameters(), fused=device.type == "cuda")
     if compiled:
         network = torch.compile(network)
-    volume = torch.randn(row.batch_size, row.num_series, *row.patch_size, device=device)
+    volume = torch.randn(row.batch_size, row.num_series, *setup.patch_size, device=device)
     target = volume.unfold(2, *(row.token_edge,) * 2).unfold(3, *(row.token_edge,) * 2).unfold(4, *(row.token_edge,) * 2)
     target = target.permute(0, 2, 3, 4, 5, 6, 7, 1).flatten(4).flatten(1, 3)
 
@@ -235,10 +210,10 @@ def fastest(row: Row, folder: str, num_steps: int, device_name: str) -> dict[str
     """
     on_gpu = device_name == "cuda"
     found = []
-    for compiled in (on_gpu,) if row.what == "CSM" or not on_gpu else (False, True):
+    for compiled in (False, True) if row.monai and on_gpu else (on_gpu,):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
             future = fresh_process.submit(measure, row, folder, num_steps, device_name, compiled)
-            if row.what == "CSM" or (error := future.exception()) is None:
+            if not row.monai or (error := future.exception()) is None:
                 found.append(future.result())
             else:
                 first_line = (str(error) or repr(error)).splitlines()[0]
@@ -250,16 +225,15 @@ def fastest(row: Row, folder: str, num_steps: int, device_name: str) -> dict[str
 
 @functools.cache
 def operations(row: Row) -> float:
-    """Floating-point operations of a crop's step, forward and backward, as a mean over k; MONAI's are not counted."""
-    network = CSM(row.architecture, row.reconstruction)
-    total = 0
-    shown = range(1, max(2, row.num_series))
-    for num_shown in shown:
-        volume, mask = masked_batch(row.architecture, row.patch_size, 1, num_shown, share=row.reconstruction.rebuilt_share)
+    """Floating-point operations of a crop, forward and backward, as a mean over kinds of batches; MONAI's are not counted."""
+    pretext = row.method.build()
+    total = 0.0
+    for variant, share in variants_of(pretext).items():
+        batch = pretext.example(1, variant)
         with FlopCounterMode(display=False) as counter:
-            masked_mean(network(volume, mask), mask).backward()
-        total += counter.get_total_flops()
-    return total / len(shown)
+            pretext(*batch.args).backward()
+        total += share * counter.get_total_flops()
+    return total
 
 
 def peak_operations(device: torch.device) -> float:
@@ -282,18 +256,17 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
-    by_axis = (("batch_size", "batch"), ("num_series", "series"), ("edge", "patch edge in voxels"))
-    for axes, (field, label) in zip(figure.subplots(1, 3), by_axis, strict=True):
-        base = {"batch_size": 64, "num_series": 4, "edge": 96, "preset": "B"} if found[0]["preset"] == "B" else {}
-        base = base or {"batch_size": 16, "num_series": 4, "edge": 32, "preset": "demo"}
-        for what in dict.fromkeys(row["what"] for row in found):
-            fixed = [f for f in base if f != field]
-            chosen = [r for r in found if r["what"] == what and all(r[f] == base[f] for f in fixed)]
-            points = sorted((r[field], r["crops_per_second"]) for r in chosen)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=what)
+    by_axis = {"batch_size": "batch", "num_series": "series", "edge": "patch edge in voxels"}
+    small = found[0]["token_edge"] == 8
+    base = {"batch_size": 16 if small else 64, "num_series": 4, "edge": 32 if small else 96}
+    for axes, (field, label) in zip(figure.subplots(1, 3), by_axis.items(), strict=True):
+        chosen = [row for row in found if all(row[other] == base[other] for other in base if other != field)]
+        for name in dict.fromkeys((row["what"], row["preset"]) for row in chosen):
+            points = sorted((r[field], r["crops_per_second"]) for r in chosen if (r["what"], r["preset"]) == name)
+            axes.plot(*zip(*points, strict=True), marker="o", label=" ".join(name))
         axes.set(xlabel=label, ylabel="crops/s", ylim=(0, None))
-        axes.legend(frameon=False)
+        if chosen:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -306,7 +279,7 @@ def to_monai(found: list[dict[str, Any]]) -> float:
 
 def line(row: dict[str, Any]) -> str:
     return (
-        f"{row['what'] + ' ' + row['preset']:<11}{row['num_series']:>7}{row['edge']:>6}{row['batch_size']:>6}"
+        f"{row['what'] + ' ' + Path(row['preset']).stem:<17}{row['num_series']:>7}{row['edge']:>6}{row['batch_size']:>6}"
         f"{row['crops_per_second']:>10.1f}{row['operations'] / 1e9:>11.2f}{row['share_of_peak']:>9.1%}{row['peak'] / 2**30:>7.2f}"
         f"{row['first_step']:>10.1f}s{row['where']:>14}{row['ratio']:>10.2f}"
     )
@@ -317,7 +290,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="small networks on the CPU")
     parser.add_argument("-n", type=int, default=100, help="steps measured (default: 100)")
     parser.add_argument("-o", help="writes this name with .json and .png")
-    parser.add_argument("--only", default="", help="rows that begin so, such as 'CSM B 4'")
+    parser.add_argument("-presets", nargs="+", default=[], help="only these, by name or file, on four series")
+    parser.add_argument("-only", "--only", default="", help="rows that begin so, such as 'CSM B 4'")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         print("Error: no CUDA device; measure on a machine with one, or give --cpu for small networks", file=sys.stderr)
@@ -331,20 +305,20 @@ def main() -> int:
     if not monai:
         print("MONAI is not installed, so its rows are missing: pip install monai")
     header = ("", "series", "patch", "batch", "crops/s", "GFLOP/crop", "of peak", "GiB", "first step", "volumes", "to MONAI")
-    print("{:<11}{:>7}{:>6}{:>6}{:>10}{:>11}{:>9}{:>7}{:>11}{:>14}{:>10}".format(*header))
+    print("{:<17}{:>7}{:>6}{:>6}{:>10}{:>11}{:>9}{:>7}{:>11}{:>14}{:>10}".format(*header))
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        table = rows(args.cpu, monai)
+        table = rows(args.cpu, monai, args.presets)
         folder = Path(temporary) / "dataset" / "cases"
         folder.mkdir(parents=True)
         write_cases(folder, table[0].shape)
         for row in table:
-            if not f"{row.what} {row.preset} {row.num_series} {row.edge} {row.batch_size}".startswith(args.only):
+            if not str(row).startswith(args.only):
                 continue
             measured = fastest(row, str(folder), args.n, device.type)
-            flops = operations(row) if row.what == "CSM" else math.nan
+            flops = math.nan if row.monai else operations(row)
             measured |= {"operations": flops, "share_of_peak": measured["crops_per_second"] * flops / peak}
-            found.append(dataclasses.asdict(row) | measured)
+            found.append({"what": row.what, **dataclasses.asdict(row), **measured})
             found[-1]["ratio"] = to_monai(found)
             print(line(found[-1]), flush=True)
     if args.o:

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain_speed import MAX_SERIES, NUM_CASES, Row, settings_of, write_cases
-from steps import bare_pretrainer, masked_batch
+from pretrain_speed import MAX_SERIES, NUM_CASES, Row, write_cases
+from steps import bare_pretrainer, variants_of
 
 from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.data.draws import Purpose, ahead
-from nnunet_csm.training.pretraining import MaskedBatches
+from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.training.ranks import started
 
 SHAPE = (70, 85, 70)
@@ -38,8 +38,8 @@ NUM_SERIES = 4
 
 def rows(cpu: bool) -> tuple[Row, Row]:
     """For subjects, and for ranks."""
-    small = Row("CSM", "demo", NUM_SERIES, 32, 16, SHAPE, 8)
-    return small, small if cpu else Row("CSM", "B", NUM_SERIES, 96, 64)
+    small = Row("demo", NUM_SERIES, 32, 16, SHAPE, 8)
+    return small, small if cpu else Row("B", NUM_SERIES, 96, 64)
 
 
 def with_subjects(row: Row, folder: Path, num_subjects: int, num_batches: int, num_threads: int) -> dict[str, float]:
@@ -52,7 +52,7 @@ def with_subjects(row: Row, folder: Path, num_subjects: int, num_batches: int, n
     begun = time.perf_counter()
     bank = open_bank(files, torch.device("cpu"))
     opened = time.perf_counter() - begun
-    batches = MaskedBatches(bank, settings_of(row, num_batches), Purpose.TRAINING, range(row.batch_size))
+    batches = Batches(bank, row.method.build(), 1, Purpose.TRAINING, range(row.batch_size))
     loader = ahead(lambda at: batches(*at), ((0, step) for step in range(num_batches)), num_threads, torch.device("cpu"))
     begun = time.perf_counter()
     for _ in loader:
@@ -69,11 +69,10 @@ def as_rank(cpu: bool, num_steps: int) -> None:
     row = rows(cpu)[1]
     with started("cpu" if cpu else "cuda") as ranks:
         device = ranks.device(torch.device("cpu" if cpu else "cuda"))
-        trainer = bare_pretrainer(row.architecture, row.reconstruction, device, not cpu, graphs=False)
+        trainer = bare_pretrainer(row.method, device, not cpu, graphs=False)
         trainer.ranks, trainer.learning_network = ranks, ranks.shared(trainer.network, device)
-        places = ranks.share(row.batch_size)
-        batch = masked_batch(row.architecture, row.patch_size, len(places), share=row.reconstruction.rebuilt_share)
-        batch = trainer.on_device(batch)
+        num_samples = len(ranks.share(row.batch_size))
+        batch = trainer.on_device(trainer.pretext.example(num_samples, max(variants_of(trainer.pretext))))
         for _ in range(2 if cpu else 10):
             loss = trainer.learn(batch)
         # steps still under way would be counted

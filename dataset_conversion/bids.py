@@ -25,7 +25,7 @@ from nnunet_csm.raw.series import canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Release, Volume
 
 from . import layout
-from .masks import consecutive, inferred_labels, parse_labels, values_in
+from .masks import inferred_labels, labels_of, parse_labels, values_in
 from .sheets import read_sheet
 
 DATATYPES = ("anat", "dwi", "swi", "perf")
@@ -76,10 +76,7 @@ def read(
     mask_of, kind = _masks(release, found, mask)
     cases, left_out, doubts = list[Case](), dict[str, str](), list[str]()
     names = given or _label_names(mask_of, kind, left_out)
-    if mask_of and not names:
-        msg = f"{release}: all {len(mask_of)} masks are empty; say what their values would mean with -labels NAME=VALUE"
-        raise UserError(msg)
-    dataset_labels, mapping = consecutive(names) if mask_of else ({}, {})
+    dataset_labels, mapping = labels_of(mask_of, names, release)
     for identifier, files in sorted(found.items()):
         if identifier in left_out:
             continue
@@ -160,15 +157,13 @@ def _volume(file: _Name) -> Volume:
     if not bval.is_file():
         if len(layout.shape_of(file.path)) == 3:
             return Volume(file.path)
-        msg = f"{file.path} has several volumes, but no {bval.name} beside it that says which has the highest b-value"
-        raise CaseError(msg)
+        raise CaseError(f"{file.path} has several volumes, but no {bval.name} beside it that says which has the highest b-value")
     try:
         b_values = [float(value) for value in bval.read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         b_values = []
     if not b_values:
-        msg = f"{bval} holds no b-values"
-        raise CaseError(msg)
+        raise CaseError(f"{bval} holds no b-values")
     return Volume(file.path, b_values.index(max(b_values)) if len(b_values) > 1 else None)
 
 
@@ -187,18 +182,15 @@ def _masks(release: Path, found: Mapping[str, object], wanted: str | None) -> tu
             continue
         kind = "_".join([*(f"{key}-{file.entities[key]}" for key in ("label", "desc") if key in file.entities), file.suffix])
         if file.case in kinds[kind] and kind == (wanted or kind):
-            msg = f"{file.case} has two masks of the kind {kind}: {kinds[kind][file.case]} and {path}; remove one"
-            raise UserError(msg)
+            raise UserError(f"{file.case} has two masks of the kind {kind}: {kinds[kind][file.case]} and {path}; remove one")
         kinds[kind][file.case] = path
     if wanted == "none" or not kinds:
         if wanted not in (None, "none"):
-            msg = f"-mask {wanted}: {release / 'derivatives'} holds no masks at all"
-            raise UserError(msg)
+            raise UserError(f"-mask {wanted}: {release / 'derivatives'} holds no masks at all")
         return {}, ""
     if wanted not in kinds and (wanted or len(kinds) > 1):
         counted = ", ".join(f"{kind} ({len(masks)})" for kind, masks in sorted(kinds.items()))
-        msg = f"{release / 'derivatives'} holds masks of the kinds {counted}; choose with -mask KIND, or -mask none"
-        raise UserError(msg)
+        raise UserError(f"{release / 'derivatives'} holds masks of the kinds {counted}; choose with -mask KIND, or -mask none")
     kind = wanted or next(iter(kinds))
     return kinds[kind], kind
 

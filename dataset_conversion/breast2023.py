@@ -97,8 +97,7 @@ def _case(release: Path, patient: str, rows: Sequence[Row]) -> tuple[Case, list[
         path = _mask_path(row)
         value = _value(row, arrays[path])
         if value in values[path]:
-            msg = f"{row.path} line {row.line}: lesion {row.get('lesion')} has the file and value of another one"
-            raise CaseError(msg)
+            raise CaseError(f"{row.place}: lesion {row.get('lesion')} has the file and value of another one")
         values[path][value] = label
         region = arrays[path] == value
         overlaps += [line for other, earlier in regions if (line := _overlap(row, region, other, earlier))]
@@ -117,13 +116,9 @@ def _value(row: Row, array: np.ndarray) -> int:
     found = [int(value) for value in np.unique(array) if value]
     if not found or (row.get("value") and int(row.get("value")) not in found):
         what = f"value {row.get('value')}" if found else "voxel above 0"
-        msg = f"{row.path} line {row.line}: {row.get('mask')} has no {what}"
-        raise CaseError(msg)
+        raise CaseError(f"{row.place}: {row.get('mask')} has no {what}")
     if not row.get("value") and len(found) > 1:
-        msg = (
-            f"{row.path} line {row.line}: {row.get('mask')} has the values {found}; say in the column 'value' which is the lesion"
-        )
-        raise CaseError(msg)
+        raise CaseError(f"{row.place}: {row.get('mask')} has the values {found}; say in the column 'value' which is the lesion")
     return int(row.get("value") or found[0])
 
 
@@ -132,10 +127,9 @@ def _overlap(row: Row, region: np.ndarray, other: Row, earlier: np.ndarray) -> s
     if region.shape != earlier.shape or not (count := int((region & earlier).sum())):
         return None
     if count == int(earlier.sum()):
-        msg = (
+        raise CaseError(
             f"{row.path} lines {other.line} and {row.line}: lesion {row.get('lesion')} covers lesion {other.get('lesion')} wholly"
         )
-        raise CaseError(msg)
     lesions = f"lesions {other.get('lesion')} and {row.get('lesion')}"
     return f"{row.get('patient')}: {lesions} overlap in {count} voxels, which can go to one of them only"
 

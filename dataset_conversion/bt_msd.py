@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.nnunet import channel_names
 from nnunet_csm.raw.series import canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Mask, Release, Volume
 
@@ -38,7 +39,7 @@ def read(release: Path, dataset_id: int, name: str, *, regions: bool = False) ->
     """
     layout.require_folder(release)
     task = _task(release)
-    series = canonical_series(task["modality"])
+    series = canonical_series(channel_names(task))
     labels = _labels(release, task["labels"])
     if regions:
         _check_regions(release, labels)
@@ -68,12 +69,10 @@ def _task(release: Path) -> dict[str, Any]:
     try:
         task = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        msg = f"{path} cannot be read as JSON ({error}); unpack the archive again"
-        raise UserError(msg) from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); unpack the archive again") from error
     for key, kind in (("modality", dict), ("labels", dict), ("training", list)):
         if not isinstance(task, dict) or not isinstance(task.get(key), kind):
-            msg = f"{path} has no {key!r} as the decathlon's have; is it a dataset in nnU-Net's own form already?"
-            raise UserError(msg)
+            raise UserError(f"{path} has no {key!r} as the decathlon's have; is it a dataset in nnU-Net's own form already?")
     if not (release / "imagesTr").is_dir():
         raise layout.other_layout(release, "imagesTr")
     return task
@@ -95,18 +94,15 @@ def _labels(release: Path, given: Mapping[str, str]) -> dict[str, int]:
 def _check_regions(release: Path, labels: Mapping[str, int]) -> None:
     name_of = {value: label.casefold() for label, value in labels.items()}
     if set(name_of) != {0, 1, 2, 3} or not all(name_of[value].startswith(names) for value, names in REGION_LABELS.items()):
-        msg = (
-            f"-regions is about 1 edema, 2 non-enhancing tumor, 3 enhancing tumour; {release / 'dataset.json'} has {dict(labels)}"
-        )
-        raise UserError(msg)
+        found = f"{release / 'dataset.json'} has {dict(labels)}"
+        raise UserError(f"--regions is about 1 edema, 2 non-enhancing tumor, 3 enhancing tumour; {found}")
 
 
 def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | None]:
     """Identifier, image and label of an entry of `training` ({"image", "label"}) or of `test` (a path)."""
     image = entry.get("image") if isinstance(entry, dict) else entry
     if not isinstance(image, str) or (identifier := layout.stem(Path(image))) is None:
-        msg = f"{release / 'dataset.json'} lists {entry!r}; expected the path of a volume under 'image'"
-        raise UserError(msg)
+        raise UserError(f"{release / 'dataset.json'} lists {entry!r}; expected the path of a volume under 'image'")
     if not test:
         return identifier, release / image, release / entry["label"] if isinstance(entry, dict) and "label" in entry else None
     label = release / "labelsTs" / Path(image).name
@@ -116,13 +112,11 @@ def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | Non
 def _case(identifier: str, image: Path, label: Path | None, series: list[str], labels: Mapping[str, int], test: bool) -> Case:
     for path in (image, *([label] if label else [])):
         if not path.is_file():
-            msg = f"{path} is in dataset.json, but not there; unpack the archive again"
-            raise CaseError(msg)
+            raise CaseError(f"{path} is in dataset.json, but not there; unpack the archive again")
     shape = layout.shape_of(image)
     num_volumes = shape[0] if len(shape) == 4 else 1
     if num_volumes != len(series):
-        msg = f"{image} holds {num_volumes} volumes, but dataset.json names {len(series)} series ({', '.join(series)})"
-        raise CaseError(msg)
+        raise CaseError(f"{image} holds {num_volumes} volumes, but dataset.json names {len(series)} series ({', '.join(series)})")
     images = {one: Volume(image, index if len(shape) == 4 else None) for index, one in enumerate(series)}
     masks = (Mask(Volume(label), {value: value for value in labels.values() if value}),) if label else ()
     return Case(identifier, identifier, images, masks, test=test)

@@ -5,22 +5,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import SimpleITK as sitk
-
 from nnunet_csm.errors import UserError
-from nnunet_csm.raw.subjects import CaseError
-from nnunet_csm.raw.volumes import READABLE_ENDINGS
+from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_header
 
 
 def require_folder(release: Path) -> None:
     """Raises `UserError` unless the release is a folder that can be read."""
     if not release.is_dir():
         what = "is a file, not a folder; unpack it" if release.exists() else "does not exist"
-        msg = f"the release {release} {what}; give -i the unpacked folder"
-        raise UserError(msg)
+        raise UserError(f"the release {release} {what}; give -i the unpacked folder")
     if not os.access(release, os.R_OK | os.X_OK):
-        msg = f"the release {release} may not be read by this user; change its permission (chmod -R u+rX)"
-        raise UserError(msg)
+        raise UserError(f"the release {release} may not be read by this user; change its permission (chmod -R u+rX)")
 
 
 def other_layout(folder: Path, looked_for: str) -> UserError:
@@ -55,14 +50,7 @@ def volume_named(folder: Path, name: str) -> Path | None:
 
 def shape_of(path: Path) -> tuple[int, ...]:
     """(z, y, x), or (series, z, y, x) of a 4-D file, from the header. Raises `CaseError` when there is none."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        msg = f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?"
-        raise CaseError(msg) from error
-    return tuple(reader.GetSize()[::-1])
+    return tuple(read_header(path).GetSize()[::-1])
 
 
 def usable_name(name: str) -> bool:
@@ -73,11 +61,9 @@ def usable_name(name: str) -> bool:
 def dataset_name(dataset_id: int, name: str) -> str:
     """nnU-Net's name of the dataset. Raises `UserError`."""
     if not 1 <= dataset_id <= 999:
-        msg = f"-d {dataset_id} is no dataset ID; give a number from 1 to 999"
-        raise UserError(msg)
+        raise UserError(f"-d {dataset_id} is no dataset ID; give a number from 1 to 999")
     if not usable_name(name):
-        msg = f"-name {name!r} cannot be part of a folder name; use letters, digits, '-' and '_'"
-        raise UserError(msg)
+        raise UserError(f"-name {name!r} cannot be part of a folder name; use letters, digits, '-' and '_'")
     return f"Dataset{dataset_id:03d}_{name}"
 
 

@@ -15,8 +15,7 @@ def voxels(path: Path) -> np.ndarray:
     """Voxels (z, y, x) of a mask. Raises `CaseError` when the file cannot be read or holds fractions or negative values."""
     array = sitk.GetArrayFromImage(read_volume(Volume(path)))
     if not np.isfinite(array).all() or (array != np.round(array)).any() or array.min() < 0:
-        msg = f"{path} is no mask: it holds values that are not 0, 1, 2, ...; is it a probability map or an image?"
-        raise CaseError(msg)
+        raise CaseError(f"{path} is no mask: it holds values that are not 0, 1, 2, ...; is it a probability map or an image?")
     return array.astype(np.int64)
 
 
@@ -31,13 +30,11 @@ def parse_labels(flags: Sequence[str]) -> dict[str, int]:
     for flag in flags:
         name, separator, value = (part.strip() for part in flag.rpartition("="))
         if not (separator and name and value.isdecimal() and int(value) > 0):
-            msg = (
+            raise UserError(
                 f"-labels {flag!r} is not of the form NAME=VALUE with a value above 0; write for example -labels edema=1 tumour=2"
             )
-            raise UserError(msg)
         if name in labels or int(value) in labels.values() or name == "background":
-            msg = f"-labels {flag!r}: each name and each value can be given once, and background is 0 already"
-            raise UserError(msg)
+            raise UserError(f"-labels {flag!r}: each name and each value can be given once, and background is 0 already")
         labels[name] = int(value)
     return labels
 
@@ -45,6 +42,14 @@ def parse_labels(flags: Sequence[str]) -> dict[str, int]:
 def inferred_labels(values: Iterable[int]) -> dict[str, int]:
     """Names for values nobody named: label_1, label_2, ... after the value in the files."""
     return {f"label_{value}": value for value in sorted(set(values))}
+
+
+def labels_of(masks: Mapping[str, Path], labels: Mapping[str, int], release: Path) -> tuple[dict[str, int], dict[int, int]]:
+    """`consecutive` labels of a dataset with these masks; none where there is no mask. Raises `UserError` when all are empty."""
+    if masks and not labels:
+        what = f"all {len(masks)} masks are empty"
+        raise UserError(f"{release}: {what}; say what their values would mean with -labels NAME=VALUE")
+    return consecutive(labels) if masks else ({}, {})
 
 
 def consecutive(labels: Mapping[str, int]) -> tuple[dict[str, int], dict[int, int]]:

@@ -34,6 +34,11 @@ LABELS: Mapping[str, Mapping[str, int]] = {
     "gland": {"background": 0, "prostate": 1},
     "lesion": {"background": 0, "lesion": 1},
 }
+ABOUT = {
+    "description": "PI-CAI: Public Training and Development Dataset",
+    "reference": "https://doi.org/10.5281/zenodo.6624726",
+    "licence": "CC BY-NC 4.0",
+}
 
 
 def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Release:
@@ -43,8 +48,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Re
     """
     layout.require_folder(release)
     if task not in LABELS:
-        msg = f"-task {task!r} is unknown; choose from {', '.join(LABELS)}"
-        raise UserError(msg)
+        raise UserError(f"-task {task!r} is unknown; choose from {', '.join(LABELS)}")
     studies = _studies(release)
     labels_folder = _labels_folder(release)
     classes = _classes(labels_folder / "clinical_information" / "marksheet.csv")
@@ -54,14 +58,13 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Re
         try:
             masks = _masks(labels_folder, identifier, task)
             if identifier not in classes:
-                msg = f"{identifier} is not in marksheet.csv, so that its class is unknown"
-                raise CaseError(msg)
+                raise CaseError(f"{identifier} is not in marksheet.csv, so that its class is unknown")
             cases.append(Case(identifier, patient, images, masks, (Diagnosis(classes[identifier]),)))
         except CaseError as error:
             left_out[identifier] = str(error)
     layout.require_cases(cases, release, left_out.values())
     significant = sum(case.diagnoses[0].name == "significant" for case in cases)
-    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(SERIES.values()), LABELS[task], about=_about())
+    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(SERIES.values()), LABELS[task], about=ABOUT)
     notes = [f"{significant} significant, {len(cases) - significant} insignificant"]
     if without := sorted(classes.keys() - {f"{patient}_{study}" for patient, study in studies}):
         notes.append(f"{len(without)} studies of marksheet.csv have no images here, such as {without[0]}")
@@ -77,8 +80,7 @@ def _studies(release: Path) -> dict[tuple[str, str], dict[str, Volume]]:
         images = found[match["patient"], match["study"]]
         series = SERIES[match["series"]]
         if series in images:
-            msg = f"{path.name} is there twice, in {images[series].path.parent} and {path.parent}; remove one of them"
-            raise UserError(msg)
+            raise UserError(f"{path.name} is there twice, in {images[series].path.parent} and {path.parent}; remove one of them")
         images[series] = Volume(path)
     if not found:
         raise layout.other_layout(release, "images such as picai_public_images_fold0/10000/10000_1000000_t2w.mha")
@@ -112,11 +114,9 @@ def _masks(labels_folder: Path, identifier: str, task: str) -> tuple[Mask, ...]:
     gland = _first(labels_folder, GLAND_FOLDERS, identifier)
     lesion = _first(labels_folder, LESION_FOLDERS, identifier)
     if task != "lesion" and gland is None:
-        msg = f"{identifier} has no gland mask in {labels_folder / GLAND_FOLDERS[0]} or {GLAND_FOLDERS[1].name}"
-        raise CaseError(msg)
+        raise CaseError(f"{identifier} has no gland mask in {labels_folder / GLAND_FOLDERS[0]} or {GLAND_FOLDERS[1].name}")
     if task != "gland" and lesion is None:
-        msg = f"{identifier} has no lesion mask in {labels_folder / LESION_FOLDERS[0]} or {LESION_FOLDERS[1].name}"
-        raise CaseError(msg)
+        raise CaseError(f"{identifier} has no lesion mask in {labels_folder / LESION_FOLDERS[0]} or {LESION_FOLDERS[1].name}")
     label = LABELS[task]
     masks = []
     if "prostate" in label and gland:
@@ -129,11 +129,3 @@ def _masks(labels_folder: Path, identifier: str, task: str) -> tuple[Mask, ...]:
 def _first(labels_folder: Path, folders: tuple[Path, ...], identifier: str) -> Path | None:
     paths = (labels_folder / folder / f"{identifier}.nii.gz" for folder in folders)
     return next((path for path in paths if path.is_file()), None)
-
-
-def _about() -> dict[str, str]:
-    return {
-        "description": "PI-CAI: Public Training and Development Dataset",
-        "reference": "https://doi.org/10.5281/zenodo.6624726",
-        "licence": "CC BY-NC 4.0",
-    }

@@ -33,6 +33,10 @@ LABELS: Mapping[str, Mapping[str, int]] = {
     "zones": {"background": 0, "central gland": 1, "peripheral zone": 2},
     "tumor": {"background": 0, "tumor": 1},
 }
+ABOUT = {
+    "description": "Prostate158: biparametric MRI of the prostate at 3 T",
+    "reference": "https://doi.org/10.1016/j.compbiomed.2022.105817",
+}
 
 
 def read(release: Path, dataset_id: int, name: str, *, task: str = "prostate") -> Release:
@@ -43,8 +47,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "prostate") -
     """
     layout.require_folder(release)
     if task not in LABELS:
-        msg = f"-task {task!r} is unknown; choose from {', '.join(LABELS)}"
-        raise UserError(msg)
+        raise UserError(f"-task {task!r} is unknown; choose from {', '.join(LABELS)}")
     cases, left_out, seen = list[Case](), dict[str, str](), dict[str, Row]()
     for row, test in tqdm(_rows(release), desc="reading tumour masks", unit="case"):
         identifier = row.require("ID").zfill(3)
@@ -57,7 +60,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "prostate") -
             left_out[identifier] = str(error)
     layout.require_cases(cases, release, left_out.values())
     malignant = sum(case.diagnoses[0].name == "malignant" for case in cases)
-    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(COLUMNS), LABELS[task], about=_about())
+    dataset = Dataset(layout.dataset_name(dataset_id, name), tuple(COLUMNS), LABELS[task], about=ABOUT)
     return Release(dataset, tuple(cases), left_out, notes=(f"{malignant} malignant, {len(cases) - malignant} benign",))
 
 
@@ -69,8 +72,7 @@ def _rows(release: Path) -> list[tuple[Row, bool]]:
         # the archives unpack to prostate158_train/ and prostate158_test/, the latter twice with some tools
         paths = sorted({path for depth in ("", "*/", "*/*/") for path in release.glob(f"{depth}{split}.csv")})
         if len(paths) > 1:
-            msg = f"{release} holds {split}.csv more than once: {', '.join(map(str, paths))}; remove the copies"
-            raise UserError(msg)
+            raise UserError(f"{release} holds {split}.csv more than once: {', '.join(map(str, paths))}; remove the copies")
         rows += [(row, split == "test") for path in paths for row in read_sheet(path, required)]
     if not rows:
         raise layout.other_layout(release, "train.csv, valid.csv or test.csv (here or in prostate158_train/, prostate158_test/)")
@@ -80,8 +82,7 @@ def _rows(release: Path) -> list[tuple[Row, bool]]:
 def _case(identifier: str, row: Row, task: str, test: bool) -> Case:
     images = {series: Volume(_file(row, column)) for series, column in COLUMNS.items() if row.get(column)}
     if not images:
-        msg = f"{row.path} line {row.line} names no image"
-        raise CaseError(msg)
+        raise CaseError(f"{row.place} names no image")
     tumors = {column: values_in(path) for column, path in ((column, _file(row, column)) for column in TUMORS if row.get(column))}
     diagnosis = Diagnosis("malignant" if any(tumors.values()) else "benign")
     return Case(identifier, identifier, images, (_mask(row, task, tumors),), (diagnosis,), test)
@@ -92,29 +93,19 @@ def _mask(row: Row, task: str, tumors: Mapping[str, frozenset[int]]) -> Mask:
         # 1 in some files, 3 in others: every value above 0 is tumour
         return Mask(Volume(_file(row, TUMORS[0])), dict.fromkeys(tumors[TUMORS[0]], 1))
     if task == "tumor" and any(tumors.values()):
-        msg = f"{row.path} line {row.line} names a tumour mask on T2w, but none on ADC"
-        raise CaseError(msg)
+        raise CaseError(f"{row.place} names a tumour mask on T2w, but none on ADC")
     values = {
         "prostate": {CENTRAL_GLAND: 1, PERIPHERAL_ZONE: 1},
         "zones": {CENTRAL_GLAND: 1, PERIPHERAL_ZONE: 2},
         "tumor": {CENTRAL_GLAND: 0, PERIPHERAL_ZONE: 0},  # nothing but background: the reader saw no tumour
     }[task]
     if not row.get(ANATOMY):
-        msg = f"{row.path} line {row.line} names no mask under {ANATOMY}"
-        raise CaseError(msg)
+        raise CaseError(f"{row.place} names no mask under {ANATOMY}")
     return Mask(Volume(_file(row, ANATOMY)), values)
 
 
 def _file(row: Row, column: str) -> Path:
     path = row.path.parent / row.get(column)
     if not path.is_file():
-        msg = f"{row.path} line {row.line} names {row.get(column)} under {column}, but {path} does not exist"
-        raise CaseError(msg)
+        raise CaseError(f"{row.place} names {row.get(column)} under {column}, but {path} does not exist")
     return path
-
-
-def _about() -> dict[str, str]:
-    return {
-        "description": "Prostate158: biparametric MRI of the prostate at 3 T",
-        "reference": "https://doi.org/10.1016/j.compbiomed.2022.105817",
-    }

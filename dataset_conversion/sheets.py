@@ -18,6 +18,10 @@ class Row:
     line: int
     values: Mapping[str, str]
 
+    @property
+    def place(self) -> str:
+        return f"{self.path} line {self.line}"
+
     def get(self, column: str) -> str:
         """The value, "" where there is none."""
         return self.values.get(column.casefold(), "")
@@ -37,7 +41,7 @@ class Row:
         return choices[value]
 
     def error(self, problem: str) -> UserError:
-        return UserError(f"{self.path} line {self.line}: {problem}")
+        return UserError(f"{self.place}: {problem}")
 
 
 def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
@@ -55,12 +59,10 @@ def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
         msg = f"{path} cannot be read ({error.strerror}); it should be a CSV or TSV with the columns {', '.join(required)}"
         raise UserError(msg) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        msg = f"{path} is no CSV or TSV in UTF-8 ({error}); save the table as 'CSV UTF-8'"
-        raise UserError(msg) from error
+        raise UserError(f"{path} is no CSV or TSV in UTF-8 ({error}); save the table as 'CSV UTF-8'") from error
     lines = [(line, values) for line, values in lines if any(values)]
     if not lines:
-        msg = f"{path} is empty; it should have the columns {', '.join(required)}"
-        raise UserError(msg)
+        raise UserError(f"{path} is empty; it should have the columns {', '.join(required)}")
     header = [name.casefold() for name in lines[0][1]]
     _check_header(path, header, required)
     return [_row(path, line, header, values) for line, values in lines[1:]]
@@ -70,19 +72,16 @@ def _check_header(path: Path, header: list[str], required: Collection[str]) -> N
     missing = [column for column in required if column.casefold() not in header]
     if missing:
         what = f"the columns {', '.join(missing)}" if len(missing) > 1 else f"the column {missing[0]}"
-        msg = f"{path} lacks {what}; found {', '.join(name for name in header if name)}"
-        raise UserError(msg)
+        raise UserError(f"{path} lacks {what}; found {', '.join(name for name in header if name)}")
     twice = {name for name in header if name and header.count(name) > 1}
     if twice:
-        msg = f"{path} has the column {min(twice)} twice; keep one of them"
-        raise UserError(msg)
+        raise UserError(f"{path} has the column {min(twice)} twice; keep one of them")
 
 
 def _row(path: Path, line: int, header: list[str], values: list[str]) -> Row:
     if len(values) > len(header):
-        msg = (
+        raise UserError(
             f"{path} line {line}: has {len(values)} values, but the header has {len(header)}; quote values that hold a separator"
         )
-        raise UserError(msg)
     named = zip(header, values, strict=False)  # a short line ends in empty values
     return Row(path, line, {name: value for name, value in named if value.casefold() not in NO_VALUE})

@@ -32,7 +32,7 @@ from nnunet_csm.raw.series import SeriesMatch, canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Release, Volume
 
 from . import layout
-from .masks import consecutive, inferred_labels, parse_labels, values_in
+from .masks import inferred_labels, labels_of, parse_labels, values_in
 from .sheets import Row, read_sheet
 
 IS_TEST = {"": "", "train": "", "training": "", "val": "", "valid": "", "validation": "", "0": "", "no": "", "false": ""}
@@ -59,8 +59,7 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
     the table itself gets wrong: columns, values, a series twice, rows of a subject that contradict each other.
     """
     if not release.is_file():
-        msg = f"{release} is not a file; give -i the table, a CSV or TSV with the columns subject, series, path"
-        raise UserError(msg)
+        raise UserError(f"{release} is not a file; give -i the table, a CSV or TSV with the columns subject, series, path")
     given = parse_labels(labels)
     subjects, matches = dict[str, _Subject](), dict[str, SeriesMatch]()
     for row in read_sheet(release, ("subject", "series", "path")):
@@ -79,10 +78,7 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
         except CaseError as error:
             left_out[identifier] = str(error)
     file_labels = given or inferred_labels(values)
-    if masks and not file_labels:
-        msg = f"{release}: all {len(masks)} masks are empty; say what their values would mean with -labels NAME=VALUE"
-        raise UserError(msg)
-    dataset_labels, mapping = consecutive(file_labels) if masks else ({}, {})
+    dataset_labels, mapping = labels_of(masks, file_labels, release)
     cases = [
         _case(identifier, subject, masks.get(identifier), mapping)
         for identifier, subject in subjects.items()
@@ -134,8 +130,7 @@ def _note(subject: _Subject, row: Row, column: str, value: str) -> None:
 def _existing(table: Path, given: str, line: int, column: str) -> Path:
     path = table.parent / given
     if not path.exists():
-        msg = f"{table} line {line}: {column} {given} does not exist (looked for {path})"
-        raise CaseError(msg)
+        raise CaseError(f"{table} line {line}: {column} {given} does not exist (looked for {path})")
     return path
 
 
@@ -145,10 +140,7 @@ def _series(row: Row, path: Path, matches: dict[str, SeriesMatch]) -> SeriesMatc
         if not path.is_dir():
             raise row.error(f"'series' is empty, and {row.get('path')} is no DICOM folder that could name it; fill it in")
         if (named := series_name(path)) is None:
-            msg = (
-                f"{row.path} line {row.line}: the DICOM attributes in {row.get('path')} do not tell the series; fill in 'series'"
-            )
-            raise CaseError(msg)
+            raise CaseError(f"{row.place}: the DICOM attributes in {row.get('path')} do not tell the series; fill in 'series'")
         given = named
     return matches.setdefault(given, canonical_series([given])[0])
 

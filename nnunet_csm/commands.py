@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -30,12 +31,12 @@ def doctor(args: argparse.Namespace) -> int:
     from nnunet_csm.doctor import examine
 
     findings = []
-    for finding in examine(args.d, args.c):
+    for finding in examine(args.d or (), args.c):
         findings.append(finding)
         print(finding, flush=True)
     missing = sum(bool(f.remedy) for f in findings)
     print(f"{missing} to look at" if missing else "all is well")
-    return 0
+    return 2 if args.strict and any(f.remedy and f.mark != "optional" for f in findings) else 0
 
 
 def fingerprint(args: argparse.Namespace) -> int:
@@ -90,33 +91,29 @@ def split(args: argparse.Namespace) -> int:
     return 0
 
 
-def classification_check(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.classification import check_classification
-
-    for dataset in args.d:
-        check_classification(dataset, args.strict)
-    return 0
-
-
-def preprocess(args: argparse.Namespace) -> int:
-    from nnunet_csm.planning.preprocessing import preprocess_datasets
-
-    preprocess_datasets(args.d, args.c, args.p, args.np, args.overwrite)
-    return 0
-
-
 def plan_and_preprocess(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.planner import Wishes
     from nnunet_csm.planning.preprocessing import preprocess_datasets
-    from nnunet_csm.planning.request import check_raw, check_request, described
+    from nnunet_csm.planning.request import PlanRequest, check_raw, check_request, described
     from nnunet_csm.raw.check import has_labels
 
-    names = check_request(args.d, *_asked(args))
+    asked = _asked(args)
+    if args.preprocess_only:
+        nothing = PlanRequest(args.c, STOCK_PLANS_NAME, PLANS_NAME, num_processes=args.np), Wishes()
+        if asked != nothing or args.verify_dataset_integrity:
+            raise UserError(
+                "-preprocess_only takes plans as they are; give no flag of planning with it, or plan again without it"
+            )
+        preprocess_datasets(args.d, args.c, args.preprocess_only, args.np, args.overwrite)
+        return 0
+    names = check_request(args.d, *asked)
     for name in names:
         check_raw(name)
     if labelled := [name for name in names if has_labels(described(name)[0])]:
         _plan_and_preprocess_by_nnunet(labelled, args)
     plan(args)
-    preprocess_datasets(names, args.c, _plans_name(args), args.np, False)
+    # what is not planned jointly was preprocessed by nnU-Net just now
+    preprocess_datasets(names, args.c, _plans_name(args), args.np, args.overwrite and args.joint)
     return 0
 
 
@@ -196,6 +193,10 @@ def _run_ranks(entry_point: str, flags: Sequence[str]) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
+    if args.fill_missing_only:
+        return _fill_missing(args)
+    if given := [f"--{flag}" for flag in ("copy", "keep_copies", "overwrite") if getattr(args, flag)]:
+        raise UserError(f"{', '.join(given)}: only with --fill_missing_only; predict replaces what is in -o by itself")
     from nnunet_csm.inference.segmentation import PredictRequest
     from nnunet_csm.inference.segmentation import predict as run_segmenter
 
@@ -216,6 +217,20 @@ def predict(args: argparse.Namespace) -> int:
             progress_bar=not args.disable_progress_bar,
         )
     )
+    return 0
+
+
+def _fill_missing(args: argparse.Namespace) -> int:
+    """Complete images for stock prediction."""
+    from nnunet_csm.inference.missing import fill_missing
+    from nnunet_csm.raw.check import load_dataset_json
+
+    name = nnunet.dataset_name(args.d)
+    folders = [nnunet.folder(variable) / name for variable in ("nnUNet_preprocessed", "nnUNet_raw")]
+    described = load_dataset_json(next((f for f in folders if (f / "dataset.json").is_file()), folders[-1]))
+    names, ending = nnunet.channel_names(described), described["file_ending"]
+    for line in fill_missing(Path(args.i), Path(args.o), names, ending, not args.keep_copies, args.copy, args.overwrite):
+        print(line)
     return 0
 
 
@@ -252,35 +267,33 @@ def _model_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.command import evaluate_dataset
-
-    images = Path(args.images) if args.images else None
-    evaluate_dataset(
-        args.d, Path(args.ref), Path(args.pred), Path(args.o or args.pred), args.regions, args.overlays, images, args.np
-    )
-    return 0
-
-
-def evaluate_classes(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.repeats import evaluate_runs
 
-    evaluate_runs([Path(path) for path in args.pred], [Path(path) for path in args.against], Path(args.o) if args.o else None)
+    paths, output = [Path(path) for path in args.pred], Path(args.o) if args.o else None
+    kinds = {path.suffix == ".csv" for path in paths}
+    given = {name for name in ("d", "ref", "regions", "images", "against") if getattr(args, name)}
+    if kinds == {True} and given <= {"against"}:
+        evaluate_runs(paths, [Path(path) for path in args.against], output)
+    elif kinds == {False} and len(paths) == 1 and {"d", "ref"} <= given and "against" not in given:
+        images = Path(args.images) if args.images else None
+        evaluate_dataset(args.d, Path(args.ref), paths[0], output or paths[0], args.regions, args.overlays, images, args.np)
+    else:
+        found = " ".join(["-pred", *args.pred, *(f"-{name}" for name in sorted(given))])
+        known = "one folder of segmentations, with -d and -ref, or CSV files of a classifier, alone or with -against"
+        raise UserError(f"{found}: give -pred {known}")
     return 0
 
 
 def convert(args: argparse.Namespace) -> int:
-    import importlib
-
-    given = {"regions": args.regions or None, "task": args.task, "class_column": args.class_column, "mask": args.mask}
-    given["labels"] = args.labels
+    options = {name: getattr(args, name, None) for name in ("regions", "task", "labels", "class_column", "mask")}
     # installed beside the package, see setup.py
-    module = importlib.import_module("nnunet_csm.dataset_conversion")
-    module.convert(
+    importlib.import_module("nnunet_csm.dataset_conversion").convert(
         args.format,
         Path(args.i),
         Path(args.o) if args.o else nnunet.folder("nnUNet_raw"),
-        args.d,
+        args.dataset_id,
         args.name,
-        {name: value for name, value in given.items() if value is not None},
+        {name: value for name, value in options.items() if value not in (None, False)},
         reference=args.reference,
         register=args.register,
         overwrite=args.overwrite,
@@ -290,24 +303,10 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def fill_missing(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.missing import fill_missing as fill
-    from nnunet_csm.raw.check import load_dataset_json
-
-    name = nnunet.dataset_name(args.d)
-    folders = [nnunet.folder(variable) / name for variable in ("nnUNet_preprocessed", "nnUNet_raw")]
-    described = load_dataset_json(next((f for f in folders if (f / "dataset.json").is_file()), folders[-1]))
-    names, ending = nnunet.channel_names(described), described["file_ending"]
-    for line in fill(Path(args.i), Path(args.o), names, ending, not args.keep_copies, args.copy, args.overwrite):
-        print(line)
-    return 0
-
-
-def export_msd(args: argparse.Namespace) -> int:
-    from nnunet_csm.inference.msd_export import export_msd as export
-
+def convert_to_msd(args: argparse.Namespace) -> int:
     predictions, tasks = [Path(i) for i in args.i], [Path(task) for task in args.task]
-    export(predictions, Path(args.o), tasks, args.labels_from, args.leave_out, args.overwrite)
+    to_msd = importlib.import_module("nnunet_csm.dataset_conversion.to_msd")
+    to_msd.write(predictions, Path(args.o), tasks, args.labels_from, args.leave_out, args.overwrite)
     return 0
 
 

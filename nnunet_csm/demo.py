@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.hidden import HIDDEN_WHOLE
 from nnunet_csm.figures.overlays import save_overlay
 from nnunet_csm.figures.page import Page, Table
+from nnunet_csm.judging.kinds import HIDDEN_WHOLE
 from nnunet_csm.phantom import PhantomSpec, write_task
 
 DATASET, NAME, CONFIGURATION, FOLD = "900", "Dataset900_Phantom", "3d_fullres", "0"
@@ -126,7 +125,9 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
     )
     decisions = [(name, value, reason) for name, (value, reason) in csm["reasons"].items()]
     page.section(
-        "The plan", "Written by the planner from nnU-Net's fingerprint.", [Table(("decision", "value", "reason"), decisions)]
+        "The plan",
+        "Written by the planner from nnU-Net's fingerprint.",
+        [Table(pd.DataFrame(decisions, columns=["decision", "value", "reason"]))],
     )
     pictures = sorted((pretraining / "reconstructions").glob("*.png"))
     whole = errors[(errors["left_visible"] == HIDDEN_WHOLE) & (errors["series"] == "all")].iloc[0]
@@ -136,7 +137,7 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         f"the best voxel-wise linear map (ridge regression on the series visible at the voxel) reaches {whole['linear']:.3f}, "
         f"that of whole tokens {whole['token_linear']:.3f}, the mean {whole['mean']:.3f}. "
         "Subjects of the validation fold, foreground voxels, z-scored units.",
-        [Table(tuple(errors.columns), [tuple(row) for row in errors.itertuples(index=False)])],
+        [Table(errors)],
         [
             (pretraining / "progress.png", "Loss, errors, learning rate and speed"),
             *((p, p.stem) for p in (*pictures[:1], *pictures[-2:])),
@@ -166,14 +167,11 @@ def phantom_picture(case: Path, path: Path) -> Path:
 
 
 def score_table(scores: dict[str, Any], floor: dict[str, Any]) -> Table:
-    rows: list[tuple[object, ...]] = [
-        (name, row["mean"], row["median"], row["n"], floor["dice"][name]["mean"]) for name, row in scores["dice"].items()
-    ]
-    rows.append(("foreground mean", scores["foreground_mean"], float("nan"), "", floor["foreground_mean"]))
-    return Table(("structure", "mean Dice", "median", "n", "untrained"), rows)
+    table = pd.DataFrame.from_dict(scores["dice"], orient="index")[["mean", "median", "n"]].astype({"n": object})
+    table["untrained"] = pd.DataFrame.from_dict(floor["dice"], orient="index")["mean"]
+    table.loc["foreground mean"] = [scores["foreground_mean"], float("nan"), "", floor["foreground_mean"]]
+    return Table(table.rename(columns={"mean": "mean Dice"}).rename_axis("structure").reset_index())
 
 
 def case_table(path: Path) -> Table:
-    table = pd.read_csv(path).pivot(index="case", columns="structure", values="dice")
-    rows: Sequence[tuple[object, ...]] = [(case, *values) for case, values in zip(table.index, table.to_numpy(), strict=True)]
-    return Table(("case", *table.columns), rows)
+    return Table(pd.read_csv(path).pivot(index="case", columns="structure", values="dice").reset_index())

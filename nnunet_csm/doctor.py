@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,30 +11,35 @@ import torch
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.errors import UserError
 from nnunet_csm.machine import num_cores
+from nnunet_csm.planning.classification import check_classification
 from nnunet_csm.plans import PLANS_NAME, read_configuration
 from nnunet_csm.raw.check import check_dataset
 
 TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier")
 
 
+@dataclass(frozen=True)
 class Finding:
-    """One line of the report; `remedy` is empty when all is well."""
+    """One line of the report; `remedy` is empty when all is well. `mark` tells what else it is for: MISSING, WRONG, optional."""
 
-    def __init__(self, what: str, found: str, remedy: str = "") -> None:
-        self.what, self.found, self.remedy = what, found, remedy
+    what: str
+    found: str
+    remedy: str = ""
+    mark: str = "MISSING"
 
     def __str__(self) -> str:
-        mark = "MISSING" if self.remedy else "ok"
+        mark = self.mark if self.remedy else "ok"
         return f"{mark:<8} {self.what:<34} {self.found}" + (f"\n{'':<8} -> {self.remedy}" if self.remedy else "")
 
 
-def examine(dataset: str | None, configuration: str) -> Iterator[Finding]:
-    """Versions, devices, folders, trainers; with a dataset, also its files, plans and checkpoints."""
+def examine(datasets: Sequence[str], configuration: str) -> Iterator[Finding]:
+    """Versions, devices, folders, trainers; of each dataset also its files, classes, plans and checkpoints."""
     yield from installation()
     yield from folders()
-    if dataset is not None:
+    for dataset in datasets:
         yield from of_dataset(dataset, configuration)
 
 
@@ -50,7 +56,10 @@ def installation() -> Iterator[Finding]:
         yield Finding("GPU", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}")
     else:
         yield Finding(
-            "GPU", "none", "train with -device cpu and `nnunet_csm plan -preset demo`, or check nvidia-smi and the torch build"
+            "GPU",
+            "none",
+            "train with -device cpu and `nnunet_csm plan -preset demo`, or check nvidia-smi and the torch build",
+            "optional",
         )
     yield Finding("CPU", f"{num_cores()} cores, {platform.machine()}, {torch.get_num_threads()} torch threads")
 
@@ -65,9 +74,8 @@ def folders() -> Iterator[Finding]:
         yield Finding(variable, str(path), "" if path.is_dir() else f"mkdir -p {path}")
     listed = os.environ.get(nnunet.TRAINER_VARIABLE, "")
     known = str(nnunet.TRAINER_FOLDER) in listed.split(os.pathsep)
-    yield Finding(
-        nnunet.TRAINER_VARIABLE, listed or "not set", "" if known else 'eval "$(nnunet_csm env)", for stock nnUNetv2_... commands'
-    )
+    remedy = "" if known else 'eval "$(nnunet_csm env)", for stock nnUNetv2_... commands'
+    yield Finding(nnunet.TRAINER_VARIABLE, listed or "not set", remedy, "optional")
     for name in TRAINERS:
         folder = str(nnunet.TRAINER_FOLDER)
         found = recursive_find_python_class(folder, name, None, base_folder=folder, cleanup_imports_from_base_folder=True)
@@ -87,7 +95,8 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
                 yield Finding(name, line)
             yield Finding(name, "raw files complete")
         except UserError as error:
-            yield Finding(name, "raw files", str(error))
+            yield Finding(name, "raw files", str(error), "WRONG")
+    yield from of_classes(name)
     plans_file = preprocessed / f"{PLANS_NAME}.json"
     try:
         plans = nnunet.read_json(
@@ -108,3 +117,19 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
             f.parent.name for f in Path(results).glob(f"{trainer}__{PLANS_NAME}__{configuration}/fold_*/checkpoint_final.pth")
         )
         yield Finding(trainer, f"finished: {', '.join(done) or 'no fold'}")
+
+
+def of_classes(name: str) -> Iterator[Finding]:
+    """The class table of a raw dataset, when it has one."""
+    path = nnunet.folder("nnUNet_raw") / name / CLASSES
+    if not path.is_file():
+        return
+    try:
+        counted, wrong = check_classification(name)
+    except UserError as error:
+        yield Finding("classes", "not usable", str(error), "WRONG")
+        return
+    for line in counted:
+        yield Finding("classes", line)
+    for problem in wrong:
+        yield Finding("classes", problem, f"mend it, or correct {path}", "WRONG")

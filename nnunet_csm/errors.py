@@ -13,6 +13,11 @@ class UserError(ValueError):
     """Something outside the program is wrong: which file, what was found, what was expected, the remedy."""
 
 
+def reason(error: BaseException) -> str:
+    """What a library says of an error, in one line: the last one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print a `UserError`, or that a disk is full, without a traceback and end the process with exit code 2."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import fcntl
 import os
@@ -39,7 +39,38 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: str | Path, what: str) -> Iterator[None]:
+def whole_folder(final: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder that takes the name `final` when the block ends, and is gone when the block fails.
+
+    It lies in a hidden folder beside `final`; what a killed run left there is removed. With `overwrite`, a folder of that name is
+    replaced, at the end.
+
+    Raises:
+        UserError: it is there without `overwrite`, or another process is writing it.
+    """
+    workplace, replaced = (final.with_name(f".{final.name}.{state}") for state in ("partial", "replaced"))
+    if replaced.is_dir():  # killed between the two renames below, or just after
+        shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
+    if final.exists() and not final.is_dir():
+        raise UserError(f"{final} is a file, expected a folder or nothing; move it away")
+    if final.is_dir() and any(final.iterdir()) and not overwrite:
+        raise UserError(f"{final} exists and is kept; give --overwrite to replace it, or another name")
+    with alone(workplace, f"process that writes {final.name}", "choose another name"):
+        unfinished = workplace / final.name
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            if final.exists():
+                final.rename(replaced)
+            unfinished.rename(final)
+        finally:  # after an interrupt as well
+            shutil.rmtree(workplace, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: str | Path, what: str, remedy: str = "choose another fold or plans") -> Iterator[None]:
     """Keep other processes that do the same out of a folder. A killed one no longer does.
 
     Raises:
@@ -51,9 +82,7 @@ def alone(folder: str | Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another {what} is running there; wait for it or stop it, or choose another fold or plans"
-            ) from None
+            raise UserError(f"{folder}: another {what} is running there; wait for it or stop it, or {remedy}") from None
         except OSError:
             # a file system that knows no locks
             pass

@@ -2,13 +2,18 @@
 
 import ctypes
 import getpass
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import joblib
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -22,6 +27,11 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 ACCUMULATE_VARIABLE = "nnUNet_csm_accumulate"
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+# handed out but not yet done, for each process: enough that none waits, and no more in memory than that
+JOBS_PER_PROCESS = 4
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 def accumulation(num_samples: int) -> int:
@@ -117,3 +127,41 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def in_processes(make: Callable[[Given], Made], given: Sequence[Given], num_processes: int) -> Generator[tuple[Given, Made]]:
+    """Each of `given` with what `make` makes of it, as they are done; one process, or one to make, is this process itself.
+
+    Close the generator to stop early: it waits for what is being made and begins no more.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    num_processes = min(num_processes, len(given))
+    if num_processes <= 1:
+        yield from ((one, make(one)) for one in given)
+        return
+    # not forked: this process may have threads by now, ITK's among them
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_process)
+    left, running = iter(given), dict[Future[Made], Given]()
+    try:
+        while True:
+            running |= {pool.submit(make, one): one for one in islice(left, JOBS_PER_PROCESS * num_processes - len(running))}
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        what = f"one of {num_processes} processes was killed, most likely for want of memory"
+        raise UserError(f"{what}; run again with fewer processes (-np)") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_process() -> None:
+    """One thread each, and Ctrl-C is the parent's to answer, once."""
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

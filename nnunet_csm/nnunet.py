@@ -81,15 +81,22 @@ def read_splits(path: Path) -> list[dict[str, list[str]]]:
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
-    """The dataset's own names of its series, in the order of the channels."""
+    """The dataset's own names of its series, in the order of the channels.
+
+    Raises:
+        UserError: there are none, or they are not numbered from 0.
+    """
     names = dataset_json.get("channel_names") or dataset_json.get("modality")
     if not names:
         raise UserError('dataset.json has no channel_names; nnU-Net\'s format wants {"0": "FLAIR", "1": "T1w", ...}')
-    return [names[key] for key in sorted(names, key=int)]
+    channels = [str(channel) for channel in range(len(names))]
+    if set(names) != set(channels):
+        raise UserError(f"channel_names has the keys {sorted(names)}, not {channels}; number the channels from 0 in dataset.json")
+    return [names[channel] for channel in channels]
 
 
 def run_apart(entry_point: str, arguments: Sequence[str]) -> int:
-    """As `run`, in a process of its own.
+    """Do as `run`, in a process of its own.
 
     Returns:
         Its exit code.

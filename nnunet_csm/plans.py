@@ -4,27 +4,42 @@ A CSM plans file is an nnU-Net plans file. In its configuration, `architecture.a
 key `csm` is a `Recipe`; everything else is nnU-Net's own.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.schema import Size, from_dict, read_value
 
 # nnU-Net's default
 STOCK_PLANS_NAME = "nnUNetPlans"
 PLANS_NAME = "nnUNetCSMPlans"
 JOINT_PLANS_NAME = "nnUNetCSMJointPlans"
 NETWORK_CLASS = "nnunet_csm.model.segmenter.CSMSegmenter"
-VERSION = 2
+VERSION = 3
 SPLITS = "splits_final.json"  # nnU-Net's
 
-Size = tuple[int, int, int]
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Kind of the encoder, and what no comparison has settled yet.
+
+    Attributes:
+        kind: a name in `model/encoder.py`.
+        positions: half periods of the position embedding, in tokens: "geometric" rise from 1 to 64, "mae" as published with MAE
+            from pi to 31,416.
+        series_embedding_std: deviation with which the embeddings of series begin; MAE draws such vectors with 0.02.
+        query_key_gain: keys begin equal to queries, with this gain; 0: each by itself, as in MAE.
+        embedding: one linear layer makes tokens of the voxels of all series, or one for each.
+    """
+
+    kind: str = "vit"
+    positions: Literal["geometric", "mae"] = "geometric"
+    series_embedding_std: float = 0.5
+    query_key_gain: float = 4.0
+    embedding: Literal["shared", "by_series"] = "shared"
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,10 @@ class Architecture:
     """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`).
 
     `channels`: where each of the series stands in nnU-Net's tensor; channels of the dataset that are not named are not used.
-    `joint_tokens`: one token holds a cube's voxels of all series (MAE3D's network), not one token for each series.
     `decoder`: of the segmenter; UNETR's, or a light one to which nothing comes but the encoder's features.
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
-    `fusion`: how the segmenter makes one map of the encoder's features of all series: their mean over those that are present, or
-    the mean after a linear layer for each.
+    `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`.
     """
 
     series: tuple[str, ...]
@@ -48,44 +61,16 @@ class Architecture:
     num_heads: int
     features: int
     drop_path: float
-    joint_tokens: bool = False
     decoder: Literal["unetr", "light"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
-    fusion: Literal["mean", "projected"] = "mean"
+    fusion: str = "mean"
+    encoder: EncoderSettings = EncoderSettings()
 
 
 @dataclass(frozen=True)
-class Masking:
-    """What pretraining hides (paper III-B, tables VII and VIII).
+class Optimization:
+    """AdamW, linear warm-up over a share of the iterations, cosine decay to zero."""
 
-    `background`: whether hidden tokens in which nothing varies are rebuilt or stay out of the loss.
-    """
-
-    mask_ratio: float
-    places: Literal["independent", "shared"]
-    hidden_series: Literal["rebuilt", "ignored", "none"]
-    background: Literal["rebuilt", "ignored"] = "rebuilt"
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """The decoder of pretraining, thrown away afterwards, and its targets.
-
-    `rebuilt_share`: of the hidden tokens, those that a training step asks for, drawn anew in every step; validation asks for all.
-    """
-
-    width: int
-    depth: int
-    num_heads: int
-    normalize_targets: bool
-    rebuilt_share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """An optimisation: AdamW, linear warm-up over a share of the iterations, cosine decay to zero."""
-
-    num_epochs: int
     iterations_per_epoch: int
     val_iterations_per_epoch: int
     batch_size: int
@@ -94,6 +79,13 @@ class Schedule:
     weight_decay: float
     betas: tuple[float, float]
     layer_decay: float
+
+
+@dataclass(frozen=True)
+class Schedule(Optimization):
+    """An optimisation of a certain length."""
+
+    num_epochs: int
 
     @property
     def num_iterations(self) -> int:
@@ -104,7 +96,7 @@ class Schedule:
 STEM_OPENS = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finetuning:
     """What the segmentation trainer does beside its schedule.
 
@@ -141,28 +133,37 @@ class Yardstick:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Classification:
-    """The classifier and its training.
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings:
+    """The classifier and its training, apart from its size and length.
 
     Attributes:
-        patch_size: around the mask, a multiple of the token size.
         margin: by which the box of the mask is widened on each side, as a share of its length.
         pooling: of the tokens of present series.
         freeze_encoder: train the pooling and the head only (linear probe, with `pooling` mean).
         label_smoothing: of the cross-entropy.
         class_weights: weigh classes by one over their number.
         encoder: as in `Finetuning`.
-        schedule: in samples (cases or lesions) for crops.
     """
 
-    patch_size: Size
     margin: float
     pooling: Literal["attentive", "mean"]
     freeze_encoder: bool
     label_smoothing: float
     class_weights: bool
     encoder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(ClassifierSettings):
+    """All of a classifier's settings.
+
+    Attributes:
+        patch_size: around the mask, a multiple of the token size.
+        schedule: in samples (cases or lesions) for crops.
+    """
+
+    patch_size: Size
     schedule: Schedule
 
 
@@ -195,6 +196,7 @@ class Recipe:
 
     Attributes:
         sources: what pretraining draws on; the first is of the dataset whose results folder holds the pretrained encoder.
+        pretext: what pretraining learns from, by `name`, with that pretext's own settings, see `pretext/base.py`.
         reasons: for each decision, its value as text and why.
         splits: file with the folds, in the preprocessed folder of each labelled dataset; a study brings its own.
     """
@@ -204,8 +206,7 @@ class Recipe:
     seed: int
     sources: tuple[Source, ...]
     pretraining_patch_size: Size
-    masking: Masking
-    reconstruction: Reconstruction
+    pretext: dict[str, Any]
     pretraining: Schedule
     finetuning_schedule: Schedule
     finetuning: Finetuning
@@ -276,7 +277,28 @@ def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
 
 def _architecture(entry: Mapping[str, Any], where: str) -> Architecture:
     network = entry.get("architecture") or {}
-    return from_dict(Architecture, network.get("arch_kwargs"), f"{where}.architecture.arch_kwargs")
+    return parse_architecture(network.get("arch_kwargs"), f"{where}.architecture.arch_kwargs")
+
+
+def parse_architecture(kwargs: Any, where: str) -> Architecture:
+    """Read nnU-Net's `arch_kwargs`, also those of plans before version 3."""
+    if isinstance(kwargs, Mapping) and "joint_tokens" in kwargs:
+        kwargs = dict(kwargs)
+        kwargs["encoder"] = {"kind": "joint_vit" if kwargs.pop("joint_tokens") else "vit"}
+    return from_dict(Architecture, kwargs, where)
+
+
+def brought_up(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration as version 3 has it: version 2 had two pretexts, told apart by `joint_tokens`, their settings in `csm`."""
+    csm = entry.get("csm")
+    if not isinstance(csm, Mapping) or csm.get("version") != 2 or not {"masking", "reconstruction"} <= csm.keys():
+        return entry
+    others = {key: value for key, value in csm.items() if key not in ("masking", "reconstruction")}
+    pretext = {"name": "csm", "masking": csm["masking"], "reconstruction": csm["reconstruction"]}
+    if entry.get("architecture", {}).get("arch_kwargs", {}).get("joint_tokens"):
+        of_places = {key: value for key, value in csm["masking"].items() if key not in ("places", "hidden_series")}
+        pretext |= {"name": "mae3d", "masking": of_places}
+    return {**entry, "csm": {**others, "version": VERSION, "pretext": pretext}}
 
 
 def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
@@ -292,11 +314,12 @@ def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any
 
 
 def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
-    """As `read_configuration`, for the configuration's own dictionary (nnU-Net's `ConfigurationManager.configuration`)."""
+    """Do as `read_configuration`, for the configuration's own dictionary (nnU-Net's `ConfigurationManager.configuration`)."""
     if "csm" not in entry:
         raise UserError(f"{where} has no 'csm' block; write CSM plans with `nnunet_csm plan -d ID` and choose them with -p")
+    entry = brought_up(entry)
     configuration = Configuration(
-        patch_size=_value(Size, entry.get("patch_size"), f"{where}.patch_size"),
+        patch_size=read_value(Size, entry.get("patch_size"), f"{where}.patch_size"),
         architecture=_architecture(entry, where),
         csm=from_dict(Recipe, entry["csm"], f"{where}.csm"),
     )
@@ -332,25 +355,11 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(f"{where}: series {series} in channels {channels}; expected one channel of its own for every series")
     if not csm.sources:
         raise UserError(f"{where}.csm.sources is empty; pretraining needs images: plan again with `nnunet_csm plan`")
-    for width, heads, what in (
-        (architecture.width, architecture.num_heads, "arch_kwargs"),
-        (csm.reconstruction.width, csm.reconstruction.num_heads, "csm.reconstruction"),
-    ):
-        if heads < 1 or width % heads or width < 6:
-            raise UserError(f"{where}: width {width} in {what} must be a multiple of num_heads {heads} and at least 6")
+    check_width(architecture.width, architecture.num_heads, f"{where}: arch_kwargs")
     if architecture.depth < max(token_size).bit_length() - 1:
         raise UserError(f"{where}: depth {architecture.depth} is too small for a decoder over token_size {token_size}")
     if "/" in csm.splits or not csm.splits.endswith(".json"):
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
-    if not 0.0 <= csm.masking.mask_ratio < 1.0:
-        raise UserError(f"{where}.csm.masking.mask_ratio is {csm.masking.mask_ratio}, expected 0 <= mask_ratio < 1")
-    if csm.reconstruction.depth < 1:
-        raise UserError(f"{where}.csm.reconstruction.depth is {csm.reconstruction.depth}, expected 1 block or more")
-    if not 0.0 < csm.reconstruction.rebuilt_share <= 1.0:
-        raise UserError(
-            f"{where}.csm.reconstruction.rebuilt_share is {csm.reconstruction.rebuilt_share}, expected a share of the hidden "
-            f"tokens above 0 and at most 1; 1 rebuilds all of them"
-        )
     for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
             raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
@@ -364,65 +373,9 @@ def _check(configuration: Configuration, where: str) -> None:
         raise UserError(
             f"{where}.csm.finetuning.transferred_blocks is {num_blocks}, the encoder has {architecture.depth}; null is all"
         )
-    places, hidden_series = csm.masking.places, csm.masking.hidden_series
-    if architecture.joint_tokens and (places, hidden_series) != ("shared", "none"):
-        raise UserError(
-            f"{where}.csm.masking has places {places!r} and hidden_series {hidden_series!r}, but a joint token is hidden in all "
-            f"series or in none: set them to 'shared' and 'none', or joint_tokens in arch_kwargs to false"
-        )
 
 
-def from_dict(cls: type[T], data: Any, where: str) -> T:
-    """Build a frozen dataclass from JSON data; unknown and missing keys, and values of the wrong type, are errors.
-
-    A field with a default may be missing: it is newer than some of the files that are read.
-    """
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} is {data!r}, expected a JSON object")
-    hints = get_type_hints(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    unknown, missing = sorted(set(data) - set(hints)), sorted(required - set(data))
-    if unknown or missing:
-        found = "; ".join(f"{what} {', '.join(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys)
-        raise UserError(f"{where}: {found}; expected exactly {', '.join(hints)}; correct it, or plan again")
-    return cls(**{key: _value(hint, data[key], f"{where}.{key}") for key, hint in hints.items() if key in data})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)  # type: ignore[arg-type]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is tuple and isinstance(value, list | tuple):
-        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(hints) == len(value):
-            return tuple(_value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
-    elif origin is dict and isinstance(value, Mapping):
-        return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif origin is Literal and value in args:
-        return value
-    elif origin in (Union, types.UnionType):
-        options = [option for option in args if option is not type(None)]
-        if value is None and len(options) < len(args):
-            return None
-        for option in options[:-1] if value is not None else ():
-            with contextlib.suppress(UserError):
-                return _value(option, value, where)
-        if value is not None:
-            # the one whose error is told
-            return _value(options[-1], value, where)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
-        hint in (str, bool) and isinstance(value, hint)
-    ):
-        return value
-    expected = " | ".join(map(repr, args)) if origin is Literal else str(hint) if origin else hint.__name__
-    raise UserError(f"{where} is {value!r}, expected {expected}")
-
-
-def to_dict(value: Any) -> Any:
-    """A dataclass of this module as it comes back from a JSON file, with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(value)))
+def check_width(width: int, num_heads: int, where: str) -> None:
+    """Raise UserError when a ViT cannot have this width and as many heads."""
+    if num_heads < 1 or width % num_heads or width < 6:
+        raise UserError(f"{where}: width {width} must be a multiple of num_heads {num_heads} and at least 6")

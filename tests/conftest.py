@@ -18,7 +18,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 from nnunet_folders import NUM_TEST, NUM_TRAINING, TINY_PRESET, NnunetFolders, PlannedDataset
 
-CHECKED_ROOMS = ("nnunet_csm.model", "nnunet_csm.pretext", "nnunet_csm.data", "nnunet_csm.evaluation")
+CHECKED_ROOMS = ("nnunet_csm.model", "nnunet_csm.pretext", "nnunet_csm.data", "nnunet_csm.evaluation", "nnunet_csm.judging")
 
 # an int will do for a float, as in mypy
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))

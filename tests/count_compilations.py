@@ -1,6 +1,5 @@
 """Counts what is compiled while steps of pretraining are captured, against a stand-in for the CUDA runtime; prints JSON."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -14,16 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from steps import architecture_of, bare_pretrainer, masked_batch
+from steps import bare_pretrainer, batch_of, method_of, variants_of
 
-from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.compilation import parts
-from nnunet_csm.plans import Masking, Reconstruction
-from nnunet_csm.pretext import mae3d
-from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import ask_some
 
-PATCH_SIZE, BATCH_SIZE, NUM_STEPS = (32, 32, 32), 4, 20
+DEVICE, PATCH_SIZE, BATCH_SIZE, NUM_STEPS = torch.device("cpu"), (32, 32, 32), 4, 20
+NETWORK = {"width": 48, "depth": 2, "num_heads": 4, "features": 8, "drop_path": 0.0}
+DECODER = {"width": 48, "depth": 1, "num_heads": 4, "normalize_targets": False, "rebuilt_share": 0.25}
 
 counter = CompileCounterWithBackend("aot_eager")
 within: list[int] = []
@@ -37,27 +33,19 @@ def capture(graph: Any, pool: object, stream: object, capture_error_mode: str) -
     graph.replay = lambda: None
 
 
-def count(joint: bool) -> dict[str, Any]:
+def count(preset: str) -> dict[str, Any]:
     torch._dynamo.reset()
     counter.frame_count = 0
     within.clear()
     said: list[str] = []
-    a = architecture_of(4, (8, 8, 8), width=48, depth=2, num_heads=4, features=8, drop_path=0.0)
-    decoder = Reconstruction(48, 1, 4, False, rebuilt_share=0.25)
-    trainer = bare_pretrainer(a, decoder, torch.device("cpu"), compiled=False, graphs=True)
-    if joint:
-        network = MAE3D(dataclasses.replace(a, joint_tokens=True), decoder)
-        trainer.network = trainer.learning_network = network
-        trainer.optimizer.param_groups[0]["params"] = list(network.parameters())
+    method = method_of(preset, 4, (8, 8, 8), PATCH_SIZE, network=NETWORK, pretext={"reconstruction": DECODER})
+    trainer = bare_pretrainer(method, DEVICE, compiled=False, graphs=True)
     trainer.graphed.report = said.append
     for part in parts(trainer.network):
         part.compile(backend=counter)
+    variants = list(variants_of(trainer.pretext))
     for number in range(NUM_STEPS):
-        volume, mask = masked_batch(a, PATCH_SIZE, BATCH_SIZE, number % 3 + 1, decoder.rebuilt_share)
-        if joint:
-            draws, present = Draws(number, torch.arange(BATCH_SIZE)), torch.ones(BATCH_SIZE, 4, dtype=torch.bool)
-            mask = ask_some(mae3d.draw_mask(draws, present, 64, Masking(0.75, "shared", "none")), draws, 0.25, 4)
-        trainer.learn((volume.half(), mask))
+        trainer.learn(batch_of(trainer.pretext, BATCH_SIZE, variants[number % len(variants)], DEVICE))
     return {"all": counter.frame_count, "captures": len(within), "within": sum(within), "given up": said}
 
 
@@ -75,4 +63,4 @@ stand_ins: dict[str, Any] = {
 }
 for name, stand_in in stand_ins.items():
     setattr(torch.cuda, name, stand_in)
-print(json.dumps({"CSM": count(joint=False), "MAE3D": count(joint=True)}))
+print(json.dumps({"CSM": count("B"), "MAE3D": count("mae3d")}))

@@ -3,16 +3,25 @@
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from nnunet_csm.data.bank import Bank
+from nnunet_csm.data.crops import Crops, Occupancy
 from nnunet_csm.planning.planner import Facts, Wishes, plan
-from nnunet_csm.plans import Architecture, Configuration, Masking, Reconstruction, Size, Source, read_configuration
-from nnunet_csm.pretext.csm import masked_mean
-from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.planning.presets import merged
+from nnunet_csm.plans import Architecture, Configuration, Source, read_configuration
+from nnunet_csm.pretext import csm as csm_pretext
+from nnunet_csm.pretext import mae3d
+from nnunet_csm.pretext.base import Pretext, Setup, setup_of
+from nnunet_csm.pretext.masking import Mask, Masking
 from nnunet_csm.pretext.memory import Memory
+from nnunet_csm.pretext.rebuilding import Reconstruction
+from nnunet_csm.schema import Size
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 SERIES = ("FLAIR", "T1w", "T2w")
@@ -22,6 +31,10 @@ TOKEN_SIZE = (2, 4, 2)
 PATCH_SIZE = (4, 12, 10)
 TINY = {"width": 24, "depth": 3, "num_heads": 2, "features": 4, "drop_path": 0.0}
 TINY_DECODER = {"width": 12, "depth": 1, "num_heads": 2}
+MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
+# changes that make plans of CSM those of MAE3D
+JOINT_NETWORK: dict[str, Any] = {"encoder": {"kind": "joint_vit"}}
+JOINT: dict[str, Any] = {"architecture": JOINT_NETWORK, "pretext": "mae3d", "masking": {"mask_ratio": 0.75}}
 
 DATASET_JSON = {
     "channel_names": {str(channel): name for channel, name in enumerate(SERIES)},
@@ -111,10 +124,8 @@ def facts_of(series: Sequence[str] = SERIES, num_cases: int = 10, **changes: Any
 class GuessedMemory:
     """Stands in for `pretext/memory.py`, which takes a second: grows with all that memory grows with."""
 
-    def pretraining_memory(
-        self, architecture: Architecture, reconstruction: Reconstruction, masking: Masking, patch_size: Size, batch_size: int
-    ) -> Memory:
-        tuning = self.finetuning_memory(architecture, 1, patch_size, batch_size, None)
+    def pretraining_memory(self, pretext: type[Pretext], setup: Setup, batch_size: int) -> Memory:
+        tuning = self.finetuning_memory(setup.architecture, 1, setup.patch_size, batch_size, None)
         return Memory(tuning.states, tuning.activations // 8, 0)
 
     def finetuning_memory(
@@ -128,27 +139,54 @@ class GuessedMemory:
         return Memory(16 * weights, activations, 0)
 
 
+class KnownBank(Bank):
+    """Stands in for a bank: of its cases only the series are known, and `patches` makes crops of some cases in a size."""
+
+    def __init__(self, series_present: Tensor, patches: Callable[[Tensor, Size], Tensor]) -> None:
+        self.device, self.patches = torch.device("cpu"), patches
+        self.series_present, self.shapes = series_present, torch.full((len(series_present), 3), 12)
+        self.occupancy = Occupancy.of([np.ones((2, 2, 2), bool)] * len(series_present))
+
+    def cut(self, cases: Tensor, crops: Crops, patch_size: Size) -> Tensor:
+        return self.patches(cases, patch_size)
+
+
 def csm_plans(
     series: Sequence[str] = SERIES,
     token_size: Size = TOKEN_SIZE,
     patch_size: Size = PATCH_SIZE,
     architecture: Mapping[str, Any] | None = None,
     reconstruction: Mapping[str, Any] | None = None,
+    masking: Mapping[str, Any] | None = None,
+    pretext: str = "csm",
     **csm: Any,
 ) -> dict[str, Any]:
     """What `nnunet_csm plan -preset B` writes and JSON gives back, with a network of a few weights.
 
-    `architecture`, `reconstruction` and `csm` are changes to those parts.
+    `architecture`, `reconstruction`, `masking` and `csm` are changes to those parts, `pretext` is the name of one.
     """
     base = base_plans(num_series=len(series))
     wishes = Wishes("B", patch_size, token_size)
     plans, _ = plan(base, "3d_fullres", facts_of(series), "nnUNetCSMPlans", wishes, GuessedMemory())
     plans = json.loads(json.dumps(plans))
     entry = plans["configurations"]["3d_fullres"]
-    entry["architecture"]["arch_kwargs"] |= TINY | dict(architecture or {})
-    entry["csm"]["reconstruction"] |= TINY_DECODER | dict(reconstruction or {})
-    for key, value in csm.items():
-        entry["csm"][key] = entry["csm"][key] | value if isinstance(value, Mapping) else value
+    network = entry["architecture"]
+    network["arch_kwargs"] = merged(network["arch_kwargs"], TINY | dict(architecture or {}))
+    block = {"name": pretext, "masking": masking or {}, "reconstruction": TINY_DECODER | dict(reconstruction or {})}
+    entry["csm"] = merged(entry["csm"], csm | {"pretext": block})
+    return plans
+
+
+def as_version_2(plans: dict[str, Any]) -> dict[str, Any]:
+    """Plans as version 2 had them: every key written, one masking for both pretexts, which a key of the network told apart."""
+    plans = copy.deepcopy(plans)
+    entry = plans["configurations"]["3d_fullres"]
+    network, csm = entry["architecture"]["arch_kwargs"], entry["csm"]
+    network["joint_tokens"] = network.pop("encoder")["kind"] == "joint_vit"
+    pretext = csm.pop("pretext")
+    csm["version"] = 2
+    csm["masking"] = {"places": "shared", "hidden_series": "none", "background": "rebuilt"} | pretext["masking"]
+    csm["reconstruction"] = pretext["reconstruction"]
     return plans
 
 
@@ -166,6 +204,31 @@ def checkpoint_of(plans: dict[str, Any], weights: Mapping[str, Any]) -> dict[str
     }
 
 
+def pretext_of(configuration: Configuration) -> Any:
+    """The pretext that plans describe, with weights as drawn."""
+    pretext, setup = setup_of(configuration)
+    return pretext(setup)
+
+
+def masking_of(configuration: Configuration) -> Any:
+    """What the pretext of some plans hides."""
+    return setup_of(configuration)[1].settings.masking
+
+
+def make_csm(
+    architecture: Architecture, reconstruction: Reconstruction, masking: Masking = MASKING, patch_size: Size = PATCH_SIZE
+) -> csm_pretext.CSM:
+    """CSM without plans."""
+    return csm_pretext.CSM(Setup(architecture, csm_pretext.Settings(masking, reconstruction), patch_size))
+
+
+def make_mae3d(
+    architecture: Architecture, reconstruction: Reconstruction, mask_ratio: float = 0.75, patch_size: Size = PATCH_SIZE
+) -> mae3d.MAE3D:
+    """MAE3D without plans, on joint tokens."""
+    return mae3d.MAE3D(Setup(architecture, mae3d.Settings(mae3d.PlaceMasking(mask_ratio), reconstruction), patch_size))
+
+
 def loss_of(model: Any, volume: Tensor, mask: Mask) -> Tensor:
     """What pretraining descends on."""
-    return masked_mean(model(volume, mask), mask)
+    return model(volume, mask) / model.weight(mask).clamp(min=1)

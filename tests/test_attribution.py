@@ -16,7 +16,8 @@ NUM_TRAINING_STEPS = 120
 
 def build(num_classes=2, channels=(0, 1, 2), seed=0, **changes):
     torch.manual_seed(seed)
-    network = CSMClassifier(max(channels) + 1, num_classes, SERIES, channels, TOKEN_SIZE, **{**TINY, **changes}).eval()
+    of_dataset = {"series": SERIES, "channels": channels, "token_size": TOKEN_SIZE}
+    network = CSMClassifier(max(channels) + 1, num_classes, **(TINY | of_dataset | changes)).eval()
     nn.init.normal_(network.head.weight)
     return network
 

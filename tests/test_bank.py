@@ -128,7 +128,7 @@ def test_positions_and_flips_are_uniform():
 
 def test_no_position_is_beyond_the_last_one_even_for_the_largest_number(monkeypatch):
     """As a product of floats may be: 75 (1 - 2**-24) rounds to 75."""
-    monkeypatch.setattr(Draws, "integers", lambda self, what, num: torch.full((1, num), 2**63 - 1))
+    monkeypatch.setattr(Draws, "integers", lambda self, what, num, first=0: torch.full((1, num), 2**63 - 1))
     assert drawn_crops(0, [[80, 5, 3]], (6, 5, 8)).start.tolist() == [[74, 0, -5]]
 
 
@@ -541,7 +541,7 @@ def test_what_is_wrong_with_files_is_said_with_the_remedy(folder, stored):
         opened(case_files(folder))
     with pytest.raises(UserError, match=r"large\.b2nd: 3 series, expected 2 as in the plans"):
         opened(case_files(folder, num_channels=2))
-    with pytest.raises(UserError, match=r"gone\.b2nd.*nnunet_csm preprocess"):
+    with pytest.raises(UserError, match=r"gone\.b2nd.*nnunet_csm plan_and_preprocess -preprocess_only"):
         opened(case_files(folder, ["large", "gone"]))
     with pytest.raises(UserError, match="no case"):
         opened([])

@@ -77,11 +77,29 @@ def test_pretraining(load, printed, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "NUM_CASES", 2)
     # a large product takes seconds
     monkeypatch.setattr(module, "peak_operations", lambda device: 1e12)
-    table = printed(module, "--cpu", "-n", 1, "--only", "CSM demo 4 32 16", "-o", tmp_path / "speed")
+    table = printed(module, "--cpu", "-n", 1, "-only", "CSM demo 4 32 16", "-o", tmp_path / "speed")
     assert "pip install monai" in table
     assert min(numbers(table, "CSM demo")) > 0
     row = json.loads((tmp_path / "speed.json").read_text())["rows"][0]
     assert row["crops_per_second"] > 0 and (tmp_path / "speed.png").is_file()
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "MAE3D": {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d"}},
+    "HiddenMeans": {"pretext": {"name": "own_pretext.HiddenMeans"}},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_pretraining_by_any_pretext(what, load, printed, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS.with_name("examples"))
+    module = load("pretrain_speed")
+    monkeypatch.setattr(module, "NUM_CASES", 2)
+    monkeypatch.setattr(module, "peak_operations", lambda device: 1e12)
+    preset = tmp_path / "own.json"
+    preset.write_text(json.dumps({"inherits_from": "demo", "description": what, **OTHERS[what]}))
+    table = printed(module, "--cpu", "-n", 1, "-presets", preset)
+    assert min(numbers(table, f"{what} own")) > 0
 
 
 def test_finetuning(load, printed, monkeypatch):
@@ -110,7 +128,7 @@ def test_growth(load, printed, monkeypatch):
     module = load("scaling")
     pretraining = load("pretrain_speed")
     shape = (24, 28, 24)
-    tiny = pretraining.Row("CSM", "demo", 2, 16, 4, shape, 8)
+    tiny = pretraining.Row("demo", 2, 16, 4, shape, 8)
     monkeypatch.setattr(module, "rows", lambda cpu: (tiny, tiny))
     for name, value in {"NUM_CASES": 2, "SHAPE": shape, "NUM_SERIES": 2}.items():
         monkeypatch.setattr(module, name, value)
@@ -136,8 +154,8 @@ def test_two_ranks_share_a_batch(load):
 def test_cutting(load, printed, monkeypatch, tmp_path):
     module = load("loader_speed")
     monkeypatch.setattr(module, "SHAPE", (24, 32, 24))
-    sizes = ("-n", 2, "--patch", 16, 16, 16, "--batch", 2, "--threads", 1)
-    table = printed(module, "-o", tmp_path, *sizes, "-s", 0.05, "--turns", 1)
+    sizes = ("-n", 2, "-patch", 16, 16, 16, "-batch", 2, "-threads", 1)
+    table = printed(module, "-o", tmp_path, *sizes, "-s", 0.05, "-turns", 1)
     for bank in ("nnU-Net's loader", "mapped"):
         _, _, crops_per_second, *_ = numbers(table, bank)
         assert crops_per_second > 0
@@ -209,7 +227,7 @@ def test_a_stage_leaves_its_findings_and_one_that_fails_stops_no_other(
     )
     monkeypatch.setattr(module, "STAGES_FILE", stages)
     monkeypatch.delenv("nnUNet_csm_graphs", raising=False)
-    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "-o", str(tmp_path / "out"), "--cpu", "--only", "alive", "equal"])
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "-o", str(tmp_path / "out"), "--cpu", "-only", "alive", "equal"])
     assert module.main() == 1
     table, log = ((tmp_path / "out" / name).read_text() for name in ("table.txt", "log.txt"))
     assert "rehearsal" in table and "alive" in table and "exit code 1" in table and "1 checks passed, 1 failed" in table
@@ -219,7 +237,7 @@ def test_a_stage_leaves_its_findings_and_one_that_fails_stops_no_other(
 
 
 def test_stages_of_a_gpu_are_tried_on_a_cpu(load: Callable[[str], Any], tmp_path: Path) -> None:
-    module = load("gpu_stages")
+    module = load("stages_equal")
     stage = module.Stage("alive", tmp_path, tmp_path / "results.jsonl", True, "quick", 1)
     module.alive(stage)
     module.attention(stage)

@@ -69,7 +69,7 @@ def test_a_case_without_a_channel_file_is_segmented_as_one_with_zeros_in_it(trai
     flags = ["-d", "900", "-f", "0", "-device", "cpu", "-i"]
     said = trained.check("nnunet_csm", "predict", *flags, str(inputs), "-o", str(tmp_path / "ours"))
     assert "zeros for T1w (no file)" in said
-    trained.check("nnunet_csm", "fill_missing", "-d", "900", "-i", str(inputs), "-o", str(filled))
+    trained.check("nnunet_csm", "predict", "--fill_missing_only", "-d", "900", "-i", str(inputs), "-o", str(filled))
     assert (filled / victim.name).is_file()
     chosen = ["-c", "3d_fullres", "-tr", FINETUNER, "-p", PLANS, "--disable_progress_bar"]
     trained.check("nnUNetv2_predict", *flags, str(filled), "-o", str(tmp_path / "stock"), *chosen)

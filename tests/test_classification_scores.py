@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from sklearn import metrics as sk
 
-from nnunet_csm.evaluation import classification
-from nnunet_csm.evaluation.classification import METRICS, Metrics, compare, draw_classification, evaluate
+from nnunet_csm.evaluation import bootstrap
+from nnunet_csm.evaluation.class_curves import draw_classification
+from nnunet_csm.evaluation.class_metrics import METRICS, measure
+from nnunet_csm.evaluation.classification import Metrics, compare, evaluate
 
 TWO, THREE = ("benign", "malignant"), ("a", "b", "c")
 RANKED = ("auc", "average_precision", "balanced_accuracy", "sensitivity_at_90_specificity")
@@ -76,7 +78,7 @@ def test_three_classes_as_in_scikit_learn_one_against_the_rest() -> None:
     assert value(found, "brier") == pytest.approx(3 * sk.mean_squared_error(np.eye(3)[labels], probabilities))
     recalls = sk.recall_score(labels, probabilities.argmax(1), average=None)
     for index, name in enumerate(THREE):
-        of_class = found.by_class[name]
+        of_class = found.estimates[name]
         assert of_class["auc"].value == pytest.approx(sk.roc_auc_score(labels == index, probabilities[:, index]))
         assert of_class["recall"].value == pytest.approx(recalls[index])
         assert of_class["sensitivity_at_90_specificity"].value == pytest.approx(
@@ -99,10 +101,10 @@ def test_the_last_of_two_classes_is_the_positive_one() -> None:
     labels, probabilities = binary(60)
     found = evaluate(labels, probabilities, TWO, num_resamples=50)
     turned = evaluate(1 - labels, probabilities[:, ::-1].copy(), TWO[::-1], num_resamples=50)
-    assert found.overall["average_precision"] == found.by_class["malignant"]["average_precision"]
-    assert (
-        turned.overall["average_precision"] == found.by_class["benign"]["average_precision"] != found.overall["average_precision"]
-    )
+    precision, of_the_last = found.overall["average_precision"], found.estimates["malignant", "average_precision"]
+    of_the_other = found.estimates["benign", "average_precision"]
+    assert precision.equals(of_the_last) and turned.overall["average_precision"].equals(of_the_other)
+    assert not precision.equals(of_the_other)
     assert value(turned, "auc") == pytest.approx(value(found, "auc"))
 
 
@@ -110,7 +112,7 @@ def test_ranks_alone_decide_the_auc() -> None:
     labels, probabilities = binary(50)
     p = probabilities[:, 1] ** 3
     cubed = evaluate(labels, np.stack([1 - p, p], axis=1), TWO, num_resamples=100)
-    assert cubed.overall["auc"] == evaluate(labels, probabilities, TWO, num_resamples=100).overall["auc"]
+    assert cubed.overall["auc"].equals(evaluate(labels, probabilities, TWO, num_resamples=100).overall["auc"])
 
 
 def test_probabilities_that_are_none_are_refused() -> None:
@@ -138,8 +140,7 @@ def test_a_drawn_patient_counts_as_often_as_it_was_drawn() -> None:
     """A resample by weights is the same as one by repeated samples."""
     labels, probabilities = several(60)
     weights = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=5)
-    task = classification._task(labels, THREE, None, None)
-    by_weights = classification._measure(task, probabilities, weights.astype(float))
+    by_weights = measure(labels, probabilities, weights.astype(float), [np.arange(60)])
     for row, times in zip(by_weights, weights, strict=True):
         drawn = np.repeat(np.arange(60), times)
         repeated = evaluate(labels[drawn], probabilities[drawn], THREE, num_resamples=0)
@@ -172,8 +173,8 @@ def test_intervals_depend_on_the_seed_and_not_on_the_order_of_samples_or_blocks(
     order = np.random.default_rng(0).permutation(40)
     shuffled = evaluate(labels[order], probabilities[order], TWO, [patients[i] for i in order], num_resamples=300)
     np.testing.assert_allclose(found.table()[["value", "low", "high"]], shuffled.table()[["value", "low", "high"]])
-    assert evaluate(labels, probabilities, TWO, patients, num_resamples=300, seed=1) != found
-    monkeypatch.setattr(classification, "LARGEST_BLOCK", 40 * 7)
+    assert not evaluate(labels, probabilities, TWO, patients, num_resamples=300, seed=1).estimates.equals(found.estimates)
+    monkeypatch.setattr(bootstrap, "LARGEST_BLOCK", 40 * 7)
     np.testing.assert_allclose(
         found.table()[["low", "high"]], evaluate(labels, probabilities, TWO, patients, num_resamples=300).table()[["low", "high"]]
     )
@@ -213,14 +214,14 @@ def test_a_class_with_one_patient_has_values_without_intervals() -> None:
 def test_one_patient_alone_says_nothing_of_others() -> None:
     labels, probabilities = binary(20)
     found = evaluate(labels, probabilities, TWO, ["p"] * 20, num_resamples=100)
-    assert all(np.isnan(estimate.low) and not np.isnan(estimate.value) for estimate in found.overall.values())
+    assert found.overall.loc[["low", "high"]].isna().all(axis=None) and found.overall.loc["value"].notna().all()
 
 
 def test_a_class_without_samples_is_left_out_of_means() -> None:
     labels, probabilities = binary(40)
     of_three = np.concatenate([probabilities * 0.9, np.full((40, 1), 0.1)], axis=1)
     found = evaluate(labels, of_three, THREE, num_resamples=100)
-    assert np.isnan(found.by_class["c"]["auc"].value) and found.num_samples == (20, 20, 0)
+    assert np.isnan(found.estimates["c"]["auc"].value) and found.num_samples == (20, 20, 0)
     assert value(found, "auc") == pytest.approx(evaluate(labels, probabilities, TWO, num_resamples=0).overall["auc"].value)
     assert found.overall["auc"].low <= value(found, "auc") <= found.overall["auc"].high
 
@@ -238,7 +239,7 @@ def test_runs_are_ranked_by_themselves_and_otherwise_pooled() -> None:
     pooled = evaluate(labels, shifted, TWO, num_resamples=200)
     assert value(found, "auc") == pytest.approx(np.mean(by_run)) and value(found, "auc") > value(pooled, "auc") + 0.1
     for name in ("accuracy", "balanced_accuracy", "brier", "log_loss", "calibration_error"):
-        assert found.overall[name] == pooled.overall[name]
+        assert found.overall[name].equals(pooled.overall[name])
     assert found.overall["auc"].low < value(found, "auc") < found.overall["auc"].high
 
 
@@ -264,7 +265,8 @@ def test_a_difference_is_second_minus_first_on_the_same_patients() -> None:
     assert (back.value, back.low, back.high) == pytest.approx((-better.value, -better.high, -better.low))
     paired = compare(labels, good, nearly, TWO)
     assert paired.difference["auc"].high - paired.difference["auc"].low < 0.5 * width(paired.first)
-    assert paired.first == evaluate(labels, good, TWO) and paired.second == evaluate(labels, nearly, TWO)
+    for one, probabilities in ((paired.first, good), (paired.second, nearly)):
+        assert one.estimates.equals(evaluate(labels, probabilities, TWO).estimates)
     table = paired.table()
     assert (table["second"] - table["first"]).to_numpy() == pytest.approx(table["difference"].to_numpy())
     json.dumps(paired.to_dict(), allow_nan=False)
@@ -273,8 +275,7 @@ def test_a_difference_is_second_minus_first_on_the_same_patients() -> None:
 
 def test_nothing_differs_from_itself() -> None:
     labels, probabilities = several(50)
-    for estimate in compare(labels, probabilities, probabilities, THREE, num_resamples=100).difference.values():
-        assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+    assert (compare(labels, probabilities, probabilities, THREE, num_resamples=100).difference == 0).all(axis=None)
 
 
 # --- the picture -------------------------------------------------------------------------------------------------------------

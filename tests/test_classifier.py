@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE
+from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, pretext_of
 from factories import settings as read_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +10,6 @@ from torch import nn
 
 from nnunet_csm.model.classifier import AttentivePooling, CSMClassifier, MeanPooling, build_classifier, probabilities
 from nnunet_csm.model.transfer import PretrainedEncoder, transfer
-from nnunet_csm.pretext.csm import CSM
 
 NUM_CLASSES = 3
 POOLINGS = ["attentive", "mean"]
@@ -19,11 +18,9 @@ POOLINGS = ["attentive", "mean"]
 def build(series=SERIES, channels=None, input_channels=None, pooling="attentive", num_classes=NUM_CLASSES, **changes):
     """A classifier whose pooling and head are no longer those of the start, where all tokens count the same."""
     torch.manual_seed(0)
-    channels = range(len(series)) if channels is None else channels
-    arguments = {**TINY, **changes}
-    network = CSMClassifier(
-        input_channels or len(series), num_classes, series, channels, TOKEN_SIZE, **arguments, pooling=pooling
-    )
+    channels = tuple(range(len(series)) if channels is None else channels)
+    arguments = TINY | {"series": series, "channels": channels, "token_size": TOKEN_SIZE} | changes
+    network = CSMClassifier(input_channels or len(series), num_classes, pooling, **arguments)
     torch.manual_seed(7)
     for name, parameter in network.named_parameters():
         if not name.startswith("encoder."):
@@ -87,7 +84,8 @@ def test_every_place_and_series_counts(pooling):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_features_and_head_make_the_logits_and_absent_tokens_get_no_gradient(pooling):
     network, volume = build(pooling=pooling), random_volume(absent=[1])
-    tokens, present = network.forward_features(volume)
+    features = network.features(volume)
+    tokens, present = features.tokens, features.present
     assert tokens.shape == (2, 3, 30, TINY["width"])
     assert present.tolist() == [[True, False, True]] * 2
     tokens = tokens.detach().requires_grad_()
@@ -130,7 +128,7 @@ def test_mirrored_probabilities_do_not_change_when_the_patch_is_flipped():
 def test_the_pretrained_encoder_enters_whole():
     planned = read_settings()
     torch.manual_seed(1)
-    pretrained = CSM(planned.architecture, planned.csm.reconstruction)
+    pretrained = pretext_of(planned)
     classifier = build_classifier(planned, 3, 2)
     source = PretrainedEncoder("here", planned.architecture, pretrained.encoder.state_dict())
     transfer(source, classifier.encoder, planned.architecture)
@@ -158,7 +156,7 @@ def test_it_learns_what_only_two_series_together_tell():
     volume[:, 0, 2:, 4:, 2:] += a[:, None, None, None]
     volume[:, 1, 2:, 4:, 2:] += b[:, None, None, None]
     labels = (a * b > 0).long()
-    network = CSMClassifier(2, 2, SERIES[:2], (0, 1), TOKEN_SIZE, **TINY)
+    network = CSMClassifier(2, 2, series=SERIES[:2], channels=(0, 1), token_size=TOKEN_SIZE, **TINY)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
     for _ in range(60):
         optimizer.zero_grad()

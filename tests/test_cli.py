@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 from typing import Any
 
@@ -11,24 +12,34 @@ import pytest
 from factories import DATASET_JSON, base_plans
 
 from nnunet_csm import cli, nnunet
+from nnunet_csm.dataset_conversion import FORMATS
+from nnunet_csm.doctor import Finding
 from nnunet_csm.plans import read_configuration
 
-COMMANDS: dict[str, argparse.ArgumentParser] = next(
-    dict(a.choices) for a in cli.build_parser()._actions if isinstance(a.choices, dict)
-)
+
+def below(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
+    """Every command as it is typed, formats of `convert` among them."""
+    found = dict[str, argparse.ArgumentParser]()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one, command in action.choices.items():
+                found |= {f"{name} {one}".strip(): command, **below(command, f"{name} {one}".strip())}
+    return found
+
+
+COMMANDS = below(cli.build_parser())
 # one command line for each command that needs a dataset
 ON_A_DATASET = {
     "fingerprint": ["fingerprint", "-d", "1"],
     "plan": ["plan", "-d", "1"],
-    "classification_check": ["classification_check", "-d", "1"],
     "split": ["split", "-d", "1"],
-    "preprocess": ["preprocess", "-d", "1"],
     "plan_and_preprocess": ["plan_and_preprocess", "-d", "1"],
+    "preprocess only": ["plan_and_preprocess", "-d", "1", "-preprocess_only"],
     "pretrain": ["pretrain", "-d", "1", "-device", "cpu"],
     "finetune": ["finetune", "-d", "1", "-device", "cpu"],
     "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
     "classify": ["classify", "-d", "1", "-i", "in", "-m", "masks", "-o", "out.csv"],
-    "fill_missing": ["fill_missing", "-d", "1", "-i", "in", "-o", "out"],
+    "fill missing only": ["predict", "--fill_missing_only", "-d", "1", "-i", "in", "-o", "out"],
     "study": ["study", "quick", "-d", "1", "-device", "cpu"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
 }
@@ -62,7 +73,7 @@ def dataset(nnunet_folders):
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_explains_itself_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Example: " in text and f"nnunet_csm {command}" in text.split("Example: ")[1]
@@ -80,11 +91,62 @@ def test_the_help_of_the_program_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    assert all(command in text for command in COMMANDS)
+    assert all(command in text for command in COMMANDS if " " not in command)
 
 
 def test_every_command_that_needs_a_dataset_is_tested_here():
-    assert set(COMMANDS) - set(ON_A_DATASET) == {"convert", "demo", "doctor", "env", "evaluate_classes", "export_msd"}
+    others = {command.split()[0] for command in COMMANDS} - {line[0] for line in ON_A_DATASET.values()}
+    assert others == {"convert", "demo", "doctor", "env"}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_flags_with_a_value_have_one_dash_and_switches_two(command):
+    for action in COMMANDS[command]._actions:
+        if action.option_strings and action.dest != "help":
+            assert action.option_strings[0].startswith("--") == (action.nargs == 0), action.option_strings
+
+
+def test_formats_are_those_that_can_be_read():
+    assert [name.removeprefix("convert ") for name in COMMANDS if " " in name] == [*FORMATS, "to_msd"]
+
+
+@pytest.mark.parametrize("name", cli.RENAMED)
+def test_an_old_name_is_answered_with_the_new_one(name, capsys):
+    message = refused([name, "-d", "1"], capsys)
+    assert len(message.splitlines()) == 1
+    new = message.split("is now `nnunet_csm ")[1].split("`")[0]
+    command, *rest = new.replace(" ...", "").split()
+    assert name not in COMMANDS and command in COMMANDS
+    parsed = cli.build_parser().parse_args([command, *rest])
+    assert parsed.run
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        ["study", "quick", "-dry_run"],
+        ["study", "quick", "-report_only"],
+        ["convert", "bt_msd", "-i", "in", "-d", "1", "-regions"],
+    ],
+)
+def test_an_old_spelling_of_a_switch_is_taken(old):
+    new = [*old[:-1], f"-{old[-1]}"]
+    assert cli.build_parser().parse_args(old) == cli.build_parser().parse_args(new)
+
+
+def test_neither_help_nor_a_mistyped_dataset_waits_for_torch(nnunet_folders):
+    lines = [["--help"], *ON_A_DATASET.values(), ["doctor", "-d", "1"], ["convert", "to_msd", "--help"]]
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from nnunet_csm import cli\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        cli.main(line)\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no dataset '1'") == len(lines) - 2
 
 
 # --- what a user got wrong ---------------------------------------------------------------------------------------------------
@@ -285,6 +347,45 @@ def test_doctor_names_what_is_missing_and_does_not_stop_there(nnunet_folders, mo
     assert f"         -> mkdir -p {nnunet_folders.raw}" in lines
     assert sum("found as nnU-Net finds it" in line for line in lines) == 3
     assert lines[-1].endswith("to look at")
+
+
+@pytest.mark.parametrize("mark, code", [("optional", 0), ("MISSING", 2), ("WRONG", 2)])
+def test_a_strict_doctor_ends_in_exit_code_2_but_for_what_is_optional(mark, code, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_csm.doctor.examine", lambda *_: [Finding("a", "well"), Finding("b", "not well", "mend it", mark)])
+    assert cli.main(["doctor", "--strict"]) == code and cli.main(["doctor"]) == 0
+    assert f"{mark:<8} b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["-pred", "a.csv", "out"], "-pred a.csv out: give -pred one folder"),
+        (["-pred", "out", "out2", "-d", "1", "-ref", "r"], "-pred out out2 -d -ref: give"),
+        (["-pred", "a.csv", "-ref", "r"], "-pred a.csv -ref: give"),
+        (["-pred", "a.csv", "-d", "1"], "-pred a.csv -d: give"),
+        (["-pred", "out", "-d", "1", "-ref", "r", "-against", "a.csv"], "-pred out -against -d -ref: give"),
+        (["-pred", "out", "-d", "1"], "-pred out -d: give -pred one folder of segmentations, with -d and -ref"),
+        (["-pred", "out"], "or CSV files of a classifier, alone or with -against"),
+        (["-pred", "a.csv"], "a.csv: no such file"),
+        (["-pred", "out", "-d", "1", "-ref", "r"], "r "),
+    ],
+)
+def test_evaluate_is_given_segmentations_or_tables(flags, words, dataset, capsys):
+    assert words in refused(["evaluate", *flags], capsys)
+
+
+@pytest.mark.parametrize(
+    "flags", [["-preset", "S"], ["--joint"], ["-p", "Others"], ["--verify_dataset_integrity"], ["-overwrite_plans_name", "X"]]
+)
+def test_what_only_preprocesses_takes_no_flag_of_planning(flags, dataset, capsys):
+    line = ["plan_and_preprocess", "-d", "1", "-preprocess_only", "nnUNetCSMPlans"]
+    assert "takes plans as they are" in refused([*line, *flags], capsys)
+    assert "nnUNetCSMPlans.json: no such file" in refused([*line, "-np", "1", "--overwrite"], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--copy", "--keep_copies", "--overwrite"])
+def test_flags_of_filling_are_refused_in_prediction(flag, dataset, capsys):
+    assert f"{flag}: only with --fill_missing_only" in refused([*ON_A_DATASET["predict"], flag], capsys)
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_npp", "nnUNet_n_proc_DA", "nnUNet_def_n_proc"])

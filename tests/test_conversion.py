@@ -5,6 +5,7 @@ Every release here is a few voxels large. What is wrong with one is told with it
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import SimpleITK as sitk
 from test_dicom import write_dicom  # type: ignore[import-not-found]
 
-from nnunet_csm.dataset_conversion import FORMATS, options_of, read_release
+from nnunet_csm import cli
+from nnunet_csm.dataset_conversion import FORMATS, read_release
 from nnunet_csm.dataset_conversion.masks import consecutive, parse_labels
 from nnunet_csm.dataset_conversion.sheets import read_sheet
 from nnunet_csm.errors import UserError
@@ -713,12 +715,16 @@ def test_a_release_that_may_not_be_read(task01: Path, monkeypatch: pytest.Monkey
         read("bt_msd", task01)
 
 
-def test_an_option_of_another_format_is_refused(task01: Path) -> None:
-    assert options_of("bt_msd") == ("regions",)
-    with pytest.raises(UserError, match="bt_msd has no option -task; its options are -regions"):
-        read("bt_msd", task01, task="tumor")
-    with pytest.raises(UserError, match="no format 'brats'; choose from bt_msd"):
-        read("brats", task01)
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["bt_msd", "-task", "tumor"], "unrecognized arguments: -task"), (["brats"], "invalid choice: 'brats' .*bt_msd")],
+)
+def test_an_option_of_another_format_is_refused(
+    task01: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", arguments[0], "-i", str(task01), "-d", "1", *arguments[1:]])
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("dataset_id", "name"), [(0, "X"), (1000, "X"), (1, "a b"), (1, "../x")])

@@ -6,16 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from factories import GRID_SIZE, PATCH_SIZE, SERIES, TOKEN_SIZE, loss_of
+from factories import GRID_SIZE, PATCH_SIZE, SERIES, TOKEN_SIZE, loss_of, pretext_of
 from factories import settings as read_settings
 from torch import nn
 
 from nnunet_csm.data.draws import Draws
-from nnunet_csm.model.encoder import Encoder, sine_cosine
 from nnunet_csm.model.tokens import all_tokens, coordinates, select, to_tokens, to_volume
-from nnunet_csm.plans import Masking
-from nnunet_csm.pretext.csm import CSM, masked_mean
-from nnunet_csm.pretext.masking import Mask, draw_mask
+from nnunet_csm.model.vit import Positions, ViT
+from nnunet_csm.plans import Architecture
+from nnunet_csm.pretext.masking import Mask, Masking, draw_mask
+from nnunet_csm.pretext.rebuilding import masked_mean
 
 NUM_TOKENS = math.prod(GRID_SIZE)
 MASKING = Masking(mask_ratio=0.8, places="independent", hidden_series="rebuilt")
@@ -25,8 +25,7 @@ PRESENT = torch.tensor([[True, True, True], [True, False, True]])
 
 def build(series=SERIES, **reconstruction):
     torch.manual_seed(0)
-    chosen = read_settings(series=series, reconstruction=reconstruction)
-    return CSM(chosen.architecture, chosen.csm.reconstruction).eval()
+    return pretext_of(read_settings(series=series, reconstruction=reconstruction)).eval()
 
 
 def random_volume(present, seed=1):
@@ -130,7 +129,7 @@ def test_tokens_nobody_may_attend_to_influence_no_other():
 def test_the_position_embedding_tells_every_place_of_a_large_grid_apart_and_ignores_the_series(width):
     grid = (6, 8, 7)
     index = all_tokens(2, grid, 1, torch.device("cpu"))
-    embedding = sine_cosine(coordinates(index, grid), width)[0]
+    embedding = Positions(width, "geometric")(coordinates(index, grid))[0]
     assert embedding.shape == (2 * math.prod(grid), width)
     first, second = embedding.chunk(2)
     assert first.equal(second)
@@ -214,6 +213,17 @@ def test_the_mean_is_over_all_rebuilt_tokens_of_the_batch():
     assert masked_mean(error, nothing).item() == 0.0
 
 
+def test_the_forward_pass_sums_what_the_weight_counts_so_that_parts_of_a_batch_add_up():
+    model, volume, mask = build(), random_volume(PRESENT), draw()
+    with torch.no_grad():
+        summed, error = model(volume, mask), model.errors(volume, mask)
+        torch.testing.assert_close(summed / model.weight(mask), masked_mean(error, mask))
+        assert model.weight(mask) == mask.rebuilt.sum()
+        parts = [(volume[n : n + 1], mask[n : n + 1]) for n in range(2)]
+        torch.testing.assert_close(sum(model(*part) for part in parts), summed)
+        assert sum(model.weight(part) for _, part in parts) == model.weight(mask)
+
+
 # --- normalised targets ------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +257,7 @@ def test_the_decoder_gives_every_hidden_token_its_own_answer():
 def test_two_backward_passes_give_the_same_gradients():
     """At a size at which torch splits sums over threads; summed in the order of arrival, they would differ."""
     torch.manual_seed(0)
-    encoder = Encoder(("A", "B", "C"), (2, 4, 4), width=48, depth=1, num_heads=2)
+    encoder = ViT(Architecture(("A", "B", "C"), (0, 1, 2), (2, 4, 4), 48, depth=1, num_heads=2, features=4, drop_path=0.0))
     index = all_tokens(3, (4, 8, 8), 8, torch.device("cpu"))
     tokens, place = torch.randn(8, index.shape[1], 32), coordinates(index, (4, 8, 8))
 

@@ -23,9 +23,10 @@ from nnunet_csm.data.diagnoses import (
     stratified_folds,
     write_class_table,
 )
+from nnunet_csm.doctor import of_classes
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import check_classification, series_lines, split_dataset, take_class_table
-from nnunet_csm.raw.writer import MANIFEST
+from nnunet_csm.raw.manifest import MANIFEST
 
 TABLE = "case,class,mask_label,patient\nb,benign,2,P1\nb,malignant,1,P1\na,malignant,1,P1\nc,benign,1,P2\n"
 SAMPLES = (
@@ -362,24 +363,27 @@ def share_patient(raw: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [truncate_mask, empty_mask, add_stranger, share_patient])
-def test_what_is_wrong_with_a_dataset_is_named(raw: Path, spoil, capsys: pytest.CaptureFixture[str]) -> None:
-    check_classification("1", strict=True)
-    assert "nothing wrong" in capsys.readouterr().out
+def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
+    counted, wrong = check_classification(NAME)
+    assert not wrong and re.fullmatch(r"\d+ samples of \d+ patients: .* counts as positive\)", counted[0])
     message = spoil(raw)
-    check_classification("1", strict=False)
-    printed = capsys.readouterr().out
-    assert re.search(f"WRONG  {message}", printed) and "1 to look at" in printed
-    with pytest.raises(UserError, match=message):
-        check_classification("1", strict=True)
+    _, (problem,) = check_classification(NAME)
+    assert re.match(message, problem)
+    said = [str(finding) for finding in of_classes(NAME)]
+    assert re.match(rf"WRONG +classes +{message}.*\n +-> mend it, or correct .*classification\.csv", said[-1])
+    assert len([line for line in said if line.startswith("ok")]) == len(counted)
 
 
-def test_a_case_without_a_class_is_wrong_only_if_that_is_asked(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_table_that_cannot_be_read_is_said_and_one_that_is_not_there_is_not(raw: Path) -> None:
+    write_rows(raw, ["c00,x,P0", "c00,y,P0"])
+    assert "not usable" in str(*of_classes(NAME))
+    (raw / "classification.csv").unlink()
+    assert not list(of_classes(NAME))
+
+
+def test_a_case_without_a_class_is_named(raw: Path) -> None:
     write_mask(raw, "other")
-    check_classification("1", strict=False)
-    printed = capsys.readouterr().out
-    assert "1 cases without a class, left out: other" in printed and "nothing wrong" in printed
-    with pytest.raises(UserError, match="other has no class"):
-        check_classification("1", strict=True)
+    assert check_classification(NAME)[1] == ["1 cases without a class, left out: other"]
 
 
 def test_classes_are_counted_by_series() -> None:

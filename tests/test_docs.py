@@ -15,10 +15,16 @@ TYPED = re.compile(r"(?<![\w./-])nnunet_csm ([a-z_]\w*)([^`#|;&\n]*)")
 
 
 def commands() -> dict[str, set[str]]:
-    """Every command with its flags."""
-    parser = build_parser()
-    (subcommands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {name: set(command._option_string_actions) for name, command in subcommands.choices.items()}
+    """Every command with its flags, those of its formats among them."""
+
+    def flags(parser: argparse.ArgumentParser) -> set[str]:
+        return set(parser._option_string_actions).union(*(flags(one) for one in below(parser).values()))
+
+    def below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+        actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        return {name: command for action in actions for name, command in action.choices.items()}
+
+    return {name: flags(command) for name, command in below(build_parser()).items()}
 
 
 def in_code(text: str) -> str:
@@ -29,16 +35,27 @@ def in_code(text: str) -> str:
     return re.sub(r"\\\n\s*", " ", joined)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_and_flags_that_are_shown_exist(page: Path) -> None:
+def unknown(text: str) -> list[str]:
+    """Commands and flags that do not exist."""
     known, wrong = commands(), []
-    for name, rest in TYPED.findall(in_code(page.read_text(encoding="utf-8"))):
+    for name, rest in TYPED.findall(text):
         if name not in known:
             wrong.append(f"nnunet_csm {name}")
             continue
         flags = re.findall(r"(?:^|\s)(--?[A-Za-z_]\w*)", rest)
         wrong += [f"nnunet_csm {name} {flag}" for flag in flags if flag not in known[name]]
-    assert not wrong
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_flags_that_are_shown_exist(page: Path) -> None:
+    assert not unknown(in_code(page.read_text(encoding="utf-8")))
+
+
+def test_commands_and_flags_in_messages_and_docstrings_exist() -> None:
+    files = [path for folder in ("nnunet_csm", "dataset_conversion", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    quoted = [span for path in files for span in re.findall(r"`(nnunet_csm [^`\n]*)`", path.read_text(encoding="utf-8"))]
+    assert len(quoted) > 20 and not unknown("\n".join(quoted))
 
 
 def test_it_would_notice() -> None:

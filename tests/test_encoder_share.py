@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_csm.judging import encoder_share
+from nnunet_csm.judging.encoder_share import EncoderShare, FeaturesOfOthers, as_dice, said, share
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.training import encoder_share
-from nnunet_csm.training.encoder_share import EncoderShare, FeaturesOfOthers, as_dice, said, share
 
 
 def segmenter() -> CSMSegmenter:

@@ -9,8 +9,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from sklearn.linear_model import LinearRegression, Ridge
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
-from nnunet_csm.evaluation.segmentation import Scores, evaluate_folder, parse_regions, regions_of
+from nnunet_csm.evaluation.regions import parse_regions, regions_of
+from nnunet_csm.evaluation.scores import Scores
+from nnunet_csm.evaluation.segmentation import evaluate_folder
+from nnunet_csm.judging.voxel_regression import RidgeBaseline
 
 GLIOMA = {"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}
 
@@ -43,7 +45,7 @@ def folders(tmp_path):
 
 
 def evaluate(folders, labels=GLIOMA, **options) -> Scores:
-    dataset = {"labels": labels, "file_ending": ".nii.gz"}
+    dataset = {"labels": labels, "file_ending": options.pop("file_ending", ".nii.gz")}
     return evaluate_folder(folders[0], folders[1], dataset, num_processes=1, **options)
 
 
@@ -171,8 +173,8 @@ def test_errors_name_the_files_and_the_remedy(folders, tmp_path):
         evaluate(folders, file_ending=".nrrd")
     with pytest.raises(UserError, match="nnUNetv2_convert_MSD_dataset"):
         evaluate(folders, {"0": "background", "1": "edema"})
-    with pytest.raises(UserError, match=r"nothing\.json"):
-        evaluate_folder(folders[0], folders[1], tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="no 'labels' found"):
+        evaluate_folder(folders[0], folders[1], {"file_ending": ".nii.gz"})
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ import threading
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 from PIL import Image
@@ -148,7 +149,7 @@ def test_drawing_leaves_matplotlib_as_it_was_and_runs_in_threads(tmp_path):
 def test_page_holds_its_images_and_refers_to_nothing_outside(tmp_path):
     save_curves(tmp_path / "loss.png", [Panel("loss", {"training": [1.0, 0.5]}, "epoch", "MSE")])
     page = Page("Demo", "One.\n\nTwo.")
-    table = Table(["structure", "mean", "n"], [["oedema", 0.81234, 3], ["core", float("nan"), 0]], "Dice")
+    table = Table(pd.DataFrame({"structure": ["oedema", "core"], "mean": [0.81234, float("nan")], "n": [3, 0]}), "Dice")
     page.section("Loss", "Falls.", tables=[table], images=[(tmp_path / "loss.png", "The loss")], facts=[("epochs", 2)])
     page.save(tmp_path / "out" / "page.html")
     (tmp_path / "loss.png").unlink()
@@ -165,7 +166,7 @@ def test_page_escapes_everything_it_is_given(tmp_path):
     save_curves(tmp_path / "a.png", [Panel("loss", {}, "epoch", "MSE")])
     bad = '<script>alert("x")</script>'
     page = Page(bad, bad)
-    page.section(bad, bad, [Table([bad], [[bad]], bad)], [(tmp_path / "a.png", bad)], [(bad, bad)])
+    page.section(bad, bad, [Table(pd.DataFrame({bad: [bad]}), bad)], [(tmp_path / "a.png", bad)], [(bad, bad)])
     page.save(tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in html and 'alert("' not in html and html.count("&lt;script&gt;") == 12

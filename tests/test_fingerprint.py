@@ -20,8 +20,7 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from PIL import Image
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State
-from nnunet_csm.figures.fingerprint import save_fingerprint as save_picture
+from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State, save_fingerprint_picture
 from nnunet_csm.fingerprint import extraction
 from nnunet_csm.fingerprint.command import fingerprint_dataset, summary
 from nnunet_csm.fingerprint.extraction import extract
@@ -31,11 +30,9 @@ from nnunet_csm.fingerprint.record import (
     Fingerprint,
     absent_series,
     as_nnunet_fingerprint,
-    copies,
     misaligned,
     num_present,
     num_with_series,
-    presence,
     problems,
     read_fingerprint,
     save_fingerprint,
@@ -86,6 +83,17 @@ def fingerprint_of(raw: Path, **options: Any) -> Fingerprint:
     return extract(raw, DATASET_JSON, SERIES, raw.parent / "out" / "csm_fingerprint.json", **options)
 
 
+def copies(fingerprint: Fingerprint) -> dict[str, tuple[str, ...]]:
+    """Case to its series that are there as a copy of another one only."""
+    absent = {
+        case: {name: one.series[name].absent or "" for name in absent_series(fingerprint)[case]}
+        for case, one in fingerprint.cases.items()
+        if case in absent_series(fingerprint)
+    }
+    found = {case: tuple(name for name, why in of.items() if "copy of" in why) for case, of in absent.items()}
+    return {case: names for case, names in found.items() if names}
+
+
 # --- what is missing ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,8 +101,8 @@ def test_whole_cases_are_whole(raw: Path) -> None:
     fingerprint = fingerprint_of(raw)
     assert problems(fingerprint) == []
     assert absent_series(fingerprint) == {} and copies(fingerprint) == {} and misaligned(fingerprint) == {}
-    assert presence(fingerprint) == dict.fromkeys(SERIES, 1.0)
-    assert num_present(fingerprint) == Counter({3: NUM_CASES})
+    assert num_with_series(fingerprint) == dict.fromkeys(SERIES, NUM_CASES)
+    assert num_present(fingerprint, "imagesTr") == Counter({3: NUM_CASES})
 
 
 def eight_bit(voxels: np.ndarray) -> np.ndarray:
@@ -289,7 +297,7 @@ def test_test_images_are_cases_of_their_own_subset(raw: Path, subjects: dict[str
         write_volume(file_of(raw, "test_0", name, "imagesTs"), voxels)
     fingerprint = fingerprint_of(raw, subsets=("imagesTr", "imagesTs"))
     assert absent_series(fingerprint) == {"test_0": ("T1w", "T1ce")} == absent_series(fingerprint, "imagesTs")
-    assert absent_series(fingerprint, "imagesTr") == {} and presence(fingerprint)["T1w"] == 1.0
+    assert absent_series(fingerprint, "imagesTr") == {} and num_with_series(fingerprint)["T1w"] == NUM_CASES
     for name in SERIES:
         write_volume(file_of(raw, "case_0", name, "imagesTs"), subjects["case_0"][name])
     with pytest.raises(UserError, match=r"case_0 is in imagesTr and in imagesTs"):
@@ -439,7 +447,7 @@ def test_the_picture_shows_every_state(tmp_path: Path, num_cases: int) -> None:
         states: dict[str, tuple[State, ...]] = {
             f"case_{i}": (state if i == 0 else "present", "present") for i in range(num_cases)
         }
-        save_picture(tmp_path / "a.png", "title", ("FLAIR", "T1w"), states, slices, "case_0")
+        save_fingerprint_picture(tmp_path / "a.png", "title", ("FLAIR", "T1w"), states, slices, "case_0")
         return np.asarray(Image.open(tmp_path / "a.png")).tobytes()
 
     states: tuple[State, ...] = ("present", "absent", "copy", "misaligned", "constant", "unusable")

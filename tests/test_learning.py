@@ -2,14 +2,14 @@
 
 import numpy as np
 import torch
-from factories import loss_of
+from factories import loss_of, make_csm
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.tokens import select, to_tokens
 from nnunet_csm.phantom import PhantomSpec, draw_subject
-from nnunet_csm.plans import Architecture, Masking, Reconstruction
-from nnunet_csm.pretext.csm import CSM, masked_mean
-from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask
+from nnunet_csm.plans import Architecture
+from nnunet_csm.pretext.masking import Mask, Masking, ask_some, draw_mask
+from nnunet_csm.pretext.rebuilding import Reconstruction, masked_mean
 
 SPEC = PhantomSpec(series=("FLAIR", "T1w", "T2w"), shape=(16, 32, 32), spacing_mm=(8.0, 5.0, 5.0))
 TOKEN_SIZE, NUM_TOKENS, NUM_TRAINING, NUM_STEPS = (4, 8, 8), 64, 6, 60
@@ -30,7 +30,7 @@ def draw(seed: int, num: int, num_shown: int) -> Mask:
 def test_hidden_tokens_of_others_are_rebuilt_better_than_by_the_mean() -> None:
     torch.manual_seed(0)
     architecture = Architecture(SPEC.series, (0, 1, 2), TOKEN_SIZE, 48, 2, 4, features=4, drop_path=0.0)
-    model = CSM(architecture, Reconstruction(48, 1, 4, normalize_targets=False, rebuilt_share=0.5))
+    model = make_csm(architecture, Reconstruction(48, 1, 4, normalize_targets=False, rebuilt_share=0.5), MASKING, SPEC.shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     training, others = volumes(range(NUM_TRAINING)), volumes(range(NUM_TRAINING, NUM_TRAINING + 4))
     for step in range(NUM_STEPS):

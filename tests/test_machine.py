@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from nnunet_csm.machine import keep_freed_memory, num_cores, num_threads
+from nnunet_csm.errors import UserError
+from nnunet_csm.machine import in_processes, keep_freed_memory, num_cores, num_threads
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="memory is glibc's")
@@ -37,3 +38,13 @@ def test_cores_are_those_that_the_process_was_given(monkeypatch):
     assert num_cores() == len(given) and num_threads(1) == len(given)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert num_threads(2) == 3
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_processes_make_each_once(num_processes: int) -> None:
+    assert sorted(in_processes(abs, range(-20, 0), num_processes)) == [(number, -number) for number in range(-20, 0)]
+
+
+def test_a_killed_process_is_named() -> None:
+    with pytest.raises(UserError, match=r"one of 2 processes was killed.*fewer processes \(-np\)"):
+        list(in_processes(os._exit, [1, 1], 2))

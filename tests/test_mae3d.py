@@ -1,49 +1,65 @@
 """MAE3D hides one place in all series; but for its joint tokens, and what follows from them, it runs as CSM does."""
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import GRID_SIZE, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, base_plans, checkpoint_of, csm_plans, facts_of, loss_of
+from factories import (
+    GRID_SIZE,
+    JOINT,
+    JOINT_NETWORK,
+    PATCH_SIZE,
+    SERIES,
+    TINY,
+    TOKEN_SIZE,
+    KnownBank,
+    base_plans,
+    checkpoint_of,
+    csm_plans,
+    facts_of,
+    loss_of,
+    pretext_of,
+)
 from factories import settings as read_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from nnunet_csm import checkpoint
-from nnunet_csm.data.crops import Occupancy
 from nnunet_csm.data.draws import Draws, Purpose
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.classifier import CSMClassifier
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.model.tokens import select, separate, to_tokens, to_volume
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, read_encoder, transfer
 from nnunet_csm.planning.planner import Wishes, plan
-from nnunet_csm.plans import Masking, read_configuration, to_dict
+from nnunet_csm.planning.presets import merged
+from nnunet_csm.plans import EncoderSettings, read_configuration
 from nnunet_csm.pretext import masking as csm_masking
+from nnunet_csm.pretext.base import setup_of
+from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.mae3d import MAE3D, draw_mask, without_empty_series
-from nnunet_csm.pretext.masking import num_visible, without_background
-from nnunet_csm.training.pretraining import MaskedBatches
+from nnunet_csm.pretext.mae3d import MAE3D, PlaceMasking, draw_mask, without_empty_series
+from nnunet_csm.pretext.masking import Masking, num_visible, without_background
+from nnunet_csm.schema import to_dict
 
 NUM_TOKENS, NUM_VOXELS = math.prod(GRID_SIZE), math.prod(TOKEN_SIZE)
-MASKING = Masking(mask_ratio=0.75, places="shared", hidden_series="none")
-JOINT = {"architecture": {"joint_tokens": True}, "masking": to_dict(MASKING)}
+RATIO = 0.75
 # the second sample has no T1w
 PRESENT = torch.tensor([[True, True, True], [True, False, True]])
 
 
 def build(series=SERIES, **reconstruction):
     torch.manual_seed(0)
-    chosen = read_settings(series=series, reconstruction=reconstruction, **JOINT)
-    return MAE3D(chosen.architecture, chosen.csm.reconstruction).eval()
+    return pretext_of(read_settings(series=series, reconstruction=reconstruction, **JOINT)).eval()
 
 
 def random_volume(present=PRESENT, seed=1):
@@ -51,8 +67,8 @@ def random_volume(present=PRESENT, seed=1):
     return volume * present[:, :, None, None, None]
 
 
-def draw(present=PRESENT, masking=MASKING, seed=2):
-    return draw_mask(Draws(seed, torch.arange(len(present))), present, NUM_TOKENS, masking)
+def draw(present=PRESENT, mask_ratio=RATIO, seed=2):
+    return draw_mask(Draws(seed, torch.arange(len(present))), present, NUM_TOKENS, mask_ratio)
 
 
 def change(volume, where):
@@ -90,10 +106,10 @@ def random_predictions(b=2, s=3):
     st.integers(0, 999),
 )
 def test_as_many_tokens_as_planned_are_visible_at_one_place_in_all_series(rows, num_tokens, mask_ratio, seed):
-    present, masking = torch.tensor(rows), Masking(mask_ratio, "shared", "none")
+    present = torch.tensor(rows)
     b, s = present.shape
-    mask = draw_mask(Draws(seed, torch.arange(b)), present, num_tokens, masking)
-    count = num_visible(num_tokens, masking)
+    mask = draw_mask(Draws(seed, torch.arange(b)), present, num_tokens, mask_ratio)
+    count = num_visible(num_tokens, mask_ratio)
     assert ((~mask.hidden).sum(2) == count).all()
     assert mask.hidden.equal(mask.hidden[:, :1].expand(b, s, num_tokens))
     assert mask.rebuilt.equal(mask.hidden & present[..., None])
@@ -104,8 +120,8 @@ def test_as_many_tokens_as_planned_are_visible_at_one_place_in_all_series(rows, 
 
 def test_the_places_are_those_that_csm_draws_when_series_share_them():
     draws, everything = Draws(5, torch.arange(4)), torch.ones(4, 3, dtype=torch.bool)
-    shared = csm_masking.draw_mask(draws, everything, 3, 216, MASKING)
-    joint = draw_mask(draws, everything, 216, MASKING)
+    shared = csm_masking.draw_mask(draws, everything, 3, 216, Masking(RATIO, "shared", "none"))
+    joint = draw_mask(draws, everything, 216, RATIO)
     assert joint.hidden.equal(shared.hidden) and joint.rebuilt.equal(shared.rebuilt)
     assert joint.visible.equal(shared.visible[:, : joint.visible.shape[1]])
 
@@ -210,7 +226,7 @@ def test_constant_patches_are_finite_and_so_is_nothing_hidden():
     model = build(normalize_targets=True)
     for volume, mask in (
         (torch.full((2, 3, *PATCH_SIZE), 7.0), draw()),
-        (random_volume(), draw(masking=Masking(0.0, "shared", "none"))),
+        (random_volume(), draw(mask_ratio=0.0)),
     ):
         model.zero_grad()
         loss = loss_of(model, volume, mask)
@@ -239,27 +255,20 @@ def test_it_learns():
 def masked_batches(present, volume=None, **changes):
     """Batches of cases known by their series; a patch is a voxel of each with the case's number from 1, or always `volume`."""
 
-    def cut(chosen, crops, patch_size):
-        return volume if volume is not None else ((chosen + 1.0)[:, None] * present[chosen])[:, :, None, None, None]
+    def patches(cases, patch_size):
+        return volume if volume is not None else ((cases + 1.0)[:, None] * present[cases])[:, :, None, None, None]
 
-    bank: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        series_present=present,
-        shapes=torch.full((len(present), 3), 12),
-        occupancy=Occupancy.of([np.ones((2, 2, 2), bool)] * len(present)),
-        cut=cut,
-    )
-    chosen = read_settings(**(JOINT | {"pretraining": {"batch_size": 8}} | changes))
-    return MaskedBatches(bank, chosen, Purpose.TRAINING, range(8))
+    chosen = read_settings(**(JOINT | changes))
+    return Batches(KnownBank(present, patches), pretext_of(chosen), chosen.csm.seed, Purpose.TRAINING, range(8))
 
 
 def test_cases_with_any_series_share_a_batch_each_as_likely_as_the_others():
     present = torch.tensor([[True, True, True], [True, False, True], [False, True, False]])
     make_batch, counts, num_kinds = masked_batches(present), torch.zeros(3), set()
     for step in range(300):
-        patches, mask = make_batch(0, step)
-        cases = patches.amax((1, 2, 3, 4)).long() - 1
-        assert mask.rebuilt.any(2).equal(present[cases])
+        batch = make_batch(0, step)
+        cases = batch.volumes[0].amax((1, 2, 3, 4)).long() - 1
+        assert batch.drawn.rebuilt.any(2).equal(present[cases])
         counts += torch.bincount(cases, minlength=3)
         num_kinds.add(len(set(cases.tolist())))
     assert max(num_kinds) == 3
@@ -270,7 +279,7 @@ def test_a_series_of_which_nothing_is_in_the_patch_is_not_asked_for():
     volume = torch.randn(2, 3, *PATCH_SIZE)
     volume[1, 2] = 0
     present = torch.ones(2, 3, dtype=torch.bool)
-    mask = draw_mask(Draws(1, torch.arange(2)), present, math.prod(GRID_SIZE), Masking(0.75, "shared", "none"))
+    mask = draw_mask(Draws(1, torch.arange(2)), present, math.prod(GRID_SIZE), RATIO)
     found = without_empty_series(mask, volume)
     assert found.hidden.equal(mask.hidden) and found.visible.equal(mask.visible)
     assert not found.rebuilt[1, 2].any()
@@ -280,10 +289,11 @@ def test_a_series_of_which_nothing_is_in_the_patch_is_not_asked_for():
 def test_batches_without_background_leave_it_out():
     volume = random_volume(torch.ones(8, 3, dtype=torch.bool))
     volume[:, :, :2] = 0.0
-    kept = masked_batches(torch.ones(3, 3, dtype=torch.bool), volume)(0, 0)[1]
-    left_out = masked_batches(torch.ones(3, 3, dtype=torch.bool), volume, masking=to_dict(MASKING) | {"background": "ignored"})(
-        0, 0
-    )[1]
+    present = torch.ones(3, 3, dtype=torch.bool)
+    kept, left_out = (
+        masked_batches(present, volume, masking={"mask_ratio": RATIO, "background": background})(0, 0).drawn
+        for background in ("rebuilt", "ignored")
+    )
     # the first of two layers of tokens
     expected = kept.rebuilt.unflatten(2, GRID_SIZE).clone()
     expected[:, :, 0] = False
@@ -293,21 +303,6 @@ def test_batches_without_background_leave_it_out():
 # --- plans -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"places": "independent"}, {"hidden_series": "rebuilt"}, {"hidden_series": "ignored"}])
-def test_a_masking_that_joint_tokens_cannot_have_is_refused_with_the_remedy(wrong):
-    with pytest.raises(UserError, match=r"csm\.masking has places.*'shared' and 'none'.*joint_tokens"):
-        read_settings(architecture={"joint_tokens": True}, masking=to_dict(MASKING) | wrong)
-
-
-def test_plans_from_before_joint_tokens_stay_valid_and_are_csms():
-    plans = csm_plans()
-    entry = plans["configurations"]["3d_fullres"]
-    del entry["architecture"]["arch_kwargs"]["joint_tokens"], entry["csm"]["masking"]["background"]
-    found = read_configuration(plans, "3d_fullres", "plans")
-    assert not found.architecture.joint_tokens and found.csm.masking.background == "rebuilt"
-    assert found == read_settings()
-
-
 def test_the_preset_differs_from_b_in_the_strategy_only():
     found = {}
     for name in ("B", "mae3d"):
@@ -315,13 +310,17 @@ def test_the_preset_differs_from_b_in_the_strategy_only():
         found[name] = read_configuration(json.loads(json.dumps(plans)), "3d_fullres", "plans")
         reasons = {d.name: f"{d.value}: {d.reason}" for d in decisions}
     b, joint = found["B"], found["mae3d"]
-    assert joint.csm.masking == MASKING and joint.csm.reconstruction.normalize_targets
-    assert joint.architecture.joint_tokens and not b.architecture.joint_tokens
+    (csm, _), (mae3d, setup) = setup_of(b), setup_of(joint)
+    assert (csm, mae3d) == (CSM, MAE3D)
+    assert setup.settings.masking == PlaceMasking(RATIO) and setup.settings.reconstruction.normalize_targets
+    as_published = EncoderSettings("joint_vit", positions="mae", series_embedding_std=0.0, query_key_gain=0.0)
+    assert (b.architecture.encoder, joint.architecture.encoder) == (EncoderSettings(), as_published)
+    assert dataclasses.replace(joint.architecture, encoder=EncoderSettings()) == b.architecture
     assert (joint.patch_size, joint.csm.pretraining_patch_size) == (b.patch_size, b.csm.pretraining_patch_size)
     assert (joint.csm.pretraining, joint.csm.finetuning_schedule) == (b.csm.pretraining, b.csm.finetuning_schedule)
     num_tokens = math.prod(joint.pretraining_grid)
     assert f"{num_tokens}, each of all 3 series" in reasons["tokens"]
-    assert f"{num_visible(num_tokens, MASKING)} of {num_tokens} joint tokens" in reasons["mask ratio"]
+    assert f"{num_visible(num_tokens, RATIO)} of {num_tokens} joint tokens" in reasons["mask ratio"]
     assert "none" in reasons["series hidden whole"]
 
 
@@ -382,13 +381,13 @@ def test_fewer_series_are_as_if_the_others_were_absent():
     ("source", "target", "message"),
     [
         (JOINT, JOINT | {"series": ["T2w", "DWI"]}, "hold FLAIR, T1w, T2w, this run also needs DWI; plan with -series FLAIR"),
-        (JOINT, {}, "joint_tokens is True, expected False.*pretrain with these plans"),
-        ({}, JOINT, "joint_tokens is False, expected True.*pretrain with these plans"),
+        (JOINT, {}, r"encoder\.kind is joint_vit, expected vit.*pretrain with these plans"),
+        ({}, JOINT, r"encoder\.kind is vit, expected joint_vit.*pretrain with these plans"),
     ],
 )
 def test_what_has_no_columns_is_refused_and_nothing_is_changed(source, target, message):
     given = read_settings(**source)
-    pretrained = (MAE3D if source else CSM)(given.architecture, given.csm.reconstruction)
+    pretrained = pretext_of(given)
     architecture = read_settings(**target).architecture
     network = CSMSegmenter(len(architecture.series), 3, **to_dict(architecture))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -402,7 +401,7 @@ def test_a_checkpoint_with_other_columns_than_series_is_refused(tmp_path, num_co
     path = tmp_path / "checkpoint_final.pth"
     weights = build().state_dict() | {"encoder.embedding.weight": torch.zeros(TINY["width"], num_columns)}
     checkpoint.save(checkpoint_of(csm_plans(**JOINT), weights), path)
-    with pytest.raises(UserError, match=r"embedding\.weight holds .* series, it names 3"):
+    with pytest.raises(UserError, match=r"the encoder holds .* series, it names 3"):
         read_encoder(str(path))
 
 
@@ -429,10 +428,13 @@ def test_the_segmenter_takes_any_series_and_needs_not_be_told_which():
 @pytest.mark.parametrize("pooling", ["attentive", "mean"])
 def test_the_classifier_pools_joint_tokens(pooling):
     torch.manual_seed(0)
-    network = CSMClassifier(3, 2, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY, joint_tokens=True, pooling=pooling).eval()
+    network = CSMClassifier(
+        3, 2, series=SERIES, channels=(0, 1, 2), token_size=TOKEN_SIZE, **TINY, **JOINT_NETWORK, pooling=pooling
+    ).eval()
     # of the second sample, the first and the second series are absent
     volume = random_volume(torch.tensor([[True, True, True], [False, False, True]]))
-    tokens, present = network.forward_features(volume)
+    features = network.features(volume)
+    tokens, present = features.tokens, features.present
     assert tokens.shape == (2, 1, NUM_TOKENS, TINY["width"]) and present.all() and present.shape == (2, 1)
     together = network(volume)
     for sample in range(2):
@@ -447,9 +449,9 @@ def test_the_classifier_pools_joint_tokens(pooling):
 
 def as_joint(entry: dict[str, Any]) -> None:
     """A configuration of MAE3D."""
-    entry["architecture"]["arch_kwargs"]["joint_tokens"] = True
-    entry["csm"]["masking"] |= to_dict(MASKING) | {"background": "ignored"}
-    entry["csm"]["reconstruction"]["normalize_targets"] = True
+    entry["architecture"]["arch_kwargs"] |= JOINT_NETWORK
+    pretext = {"name": "mae3d", "masking": {"mask_ratio": RATIO, "background": "ignored"}}
+    entry["csm"] = merged(entry["csm"], {"pretext": pretext | {"reconstruction": {"normalize_targets": True}}})
 
 
 def test_pretraining_and_finetuning_run_from_plans_alone(make_trainer: Callable[..., Any]) -> None:
@@ -474,5 +476,5 @@ def test_pretraining_and_finetuning_run_from_plans_alone(make_trainer: Callable[
 
     other = make_trainer(False)
     other.initialize()
-    with pytest.raises(UserError, match="joint_tokens is True, expected False"):
+    with pytest.raises(UserError, match=r"encoder\.kind is joint_vit, expected vit"):
         other.on_fresh_start()

@@ -2,21 +2,18 @@
 
 import itertools
 import math
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from factories import PATCH_SIZE, KnownBank, pretext_of
 from factories import settings as read_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_csm.data.crops import Occupancy
 from nnunet_csm.data.draws import Draws, Purpose
-from nnunet_csm.plans import Masking
-from nnunet_csm.pretext.masking import draw_mask, num_visible, shown_series_weights
-from nnunet_csm.training.pretraining import MaskedBatches
+from nnunet_csm.pretext.batches import Batches
+from nnunet_csm.pretext.masking import Masking, draw_mask, num_visible, shown_series_weights
 
 PAPER = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 
@@ -34,6 +31,7 @@ maskings = st.builds(
     mask_ratio=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.875, 0.99]),
     places=st.sampled_from(["independent", "shared"]),
     hidden_series=st.sampled_from(["rebuilt", "ignored", "none"]),
+    fewest_hidden=st.sampled_from([0, 1]),
 )
 
 
@@ -53,7 +51,7 @@ def test_visible_rebuilt_and_unused_tokens_partition_a_patch_in_exact_numbers(ca
     mask = draw_mask(keyed(len(series_present), seed), series_present, num_shown, num_tokens, masking)
     b, s = series_present.shape
     shown = ~mask.series_hidden
-    count = num_visible(num_tokens, masking)
+    count = num_visible(num_tokens, masking.mask_ratio)
 
     # exact numbers: of shown series, and of visible tokens in each
     assert (shown.sum(1) == num_shown).all()
@@ -75,7 +73,7 @@ def test_visible_rebuilt_and_unused_tokens_partition_a_patch_in_exact_numbers(ca
     [(216, 0.875, 27), (27, 0.875, 3), (30, 0.875, 4), (30, 0.0, 30), (4, 0.99, 1), (1, 0.9, 1)],
 )
 def test_visible_tokens_of_a_series_are_the_share_that_is_not_masked_and_at_least_one(num_tokens, mask_ratio, expected):
-    assert num_visible(num_tokens, Masking(mask_ratio, "independent", "rebuilt")) == expected
+    assert num_visible(num_tokens, mask_ratio) == expected
 
 
 def test_shared_places_are_one_and_independent_places_are_many():
@@ -105,6 +103,30 @@ def test_each_number_of_hidden_series_is_as_likely(s):
         assert weights.tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("s", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("fewest", [0, 1, 2, 5])
+def test_each_number_of_hidden_series_from_the_fewest_on_is_as_likely_and_one_stays_visible(s, fewest):
+    rows = [[place < p for place in range(s)] for p in range(1, s + 1)]
+    masking = replace(PAPER, fewest_hidden=fewest)
+    for p, weights in zip(range(1, s + 1), shown_series_weights(present(*rows), masking), strict=True):
+        hidden = range(min(fewest, p - 1), p)
+        expected = [1 / len(hidden) if p - shown in hidden else 0.0 for shown in range(1, s + 1)]
+        assert weights.tolist() == pytest.approx(expected)
+
+
+def test_with_none_as_the_fewest_complete_samples_are_drawn_too():
+    series_present = present([True] * 3, [True, False, True])
+    make_batch = masked_batches(series_present, 2, fewest_hidden=0)
+    counts, num_batches = torch.zeros(2, 3), 900
+    for step in range(num_batches):
+        batch = make_batch(0, step)
+        cases, shown = batch.volumes[0].flatten(1)[:, 0].long(), (~batch.drawn.series_hidden).sum(1)
+        counts.index_put_((cases, shown - 1), torch.ones(2), accumulate=True)
+    expected = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 2, 0]]) / 2
+    tolerance = 5 * (expected * (1 - expected) / num_batches).sqrt()
+    assert ((counts / (num_batches * 2) - expected).abs() <= tolerance).all()
+
+
 def test_no_series_is_hidden_when_none_is_to_be():
     series_present = present([True] * 4, [True, False, True, False])
     weights = shown_series_weights(series_present, Masking(0.5, "independent", "none"))
@@ -127,18 +149,12 @@ def test_the_same_key_draws_the_same_mask_and_another_another():
     assert not first.hidden.equal(other.hidden)
 
 
-def masked_batches(series_present, batch_size):
-    """Batches of cases that exist only as far as their series are known; a "patch" is the case's number."""
-    bank: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        series_present=series_present,
-        shapes=torch.full((len(series_present), 3), 12),
-        occupancy=Occupancy.of([np.ones((2, 2, 2), bool)] * len(series_present)),
-        cut=lambda chosen, crops, patch_size: chosen,
-    )
+def masked_batches(series_present, batch_size, **masking):
+    """Batches of cases that exist only as far as their series are known; all voxels of a patch are the case's number."""
     s = series_present.shape[1]
-    chosen = read_settings(series=[f"series {n}" for n in range(s)], pretraining={"batch_size": batch_size})
-    return MaskedBatches(bank, chosen, Purpose.TRAINING, range(batch_size))
+    bank = KnownBank(series_present, lambda cases, size: cases.float()[:, None, None, None, None].expand(-1, s, *size))
+    chosen = read_settings(series=[f"series {n}" for n in range(s)], masking=masking)
+    return Batches(bank, pretext_of(chosen), chosen.csm.seed, Purpose.TRAINING, range(batch_size))
 
 
 def test_over_cases_with_other_series_missing_every_case_and_every_k_keep_their_probabilities():
@@ -147,8 +163,8 @@ def test_over_cases_with_other_series_missing_every_case_and_every_k_keep_their_
     make_batch = masked_batches(series_present, batch_size)
     counts = torch.zeros(4, 4)
     for step in range(num_batches):
-        cases, mask = make_batch(0, step)
-        shown = (~mask.series_hidden).sum(1)
+        batch = make_batch(0, step)
+        cases, shown = batch.volumes[0].flatten(1)[:, 0].long(), (~batch.drawn.series_hidden).sum(1)
         assert (shown == shown[0]).all(), "samples of a batch differ in their number of visible tokens"
         counts.index_put_((cases, shown - 1), torch.ones(batch_size), accumulate=True)
     # p series present: p - k shown, each k in [1, p - 1] as likely as the others, each case as likely as the others
@@ -161,6 +177,17 @@ def test_over_cases_with_other_series_missing_every_case_and_every_k_keep_their_
 def test_a_batch_is_a_function_of_epoch_and_step():
     make_batch = masked_batches(torch.ones(3, 4, dtype=torch.bool), 2)
     again = masked_batches(torch.ones(3, 4, dtype=torch.bool), 2)
-    (cases, mask), (cases_again, mask_again) = make_batch(5, 7), again(5, 7)
-    assert cases.equal(cases_again) and mask.hidden.equal(mask_again.hidden)
-    assert not all(make_batch(epoch, 7)[1].hidden.equal(mask.hidden) for epoch in range(5))
+    batch = make_batch(5, 7)
+    assert all(one.equal(other) for one, other in zip(batch.tensors, again(5, 7).tensors, strict=True))
+    assert batch.volumes[0].shape == (2, 4, *PATCH_SIZE)
+    assert not all(make_batch(epoch, 7).drawn.hidden.equal(batch.drawn.hidden) for epoch in range(5))
+
+
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.875])
+@pytest.mark.parametrize("fewest_hidden", [0, 1])
+def test_the_encoder_sees_as_many_tokens_as_are_counted_on_average(mask_ratio, fewest_hidden):
+    series_present = present([True] * 4, [True, True, False, True], [False, False, False, True])
+    make_batch = masked_batches(series_present, 4, mask_ratio=mask_ratio, fewest_hidden=fewest_hidden)
+    seen = torch.tensor([float(make_batch(0, step).drawn.visible.shape[1]) for step in range(600)])
+    expected = make_batch.pretext.seen_tokens(series_present)
+    assert abs(float(seen.mean()) - expected) < 5 * float(seen.std()) / math.sqrt(len(seen))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import loss_of
+from factories import loss_of, make_csm, make_mae3d
 from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
@@ -19,11 +19,11 @@ from torch import nn
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
+from nnunet_csm.plans import Architecture, EncoderSettings
 from nnunet_csm.pretext import mae3d
+from nnunet_csm.pretext.base import Batch, Pretext
 from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import ask_some, draw_mask, shown_series_weights
+from nnunet_csm.pretext.masking import Masking, ask_some, draw_mask, shown_series_weights
 from nnunet_csm.pretext.memory import (
     GIB,
     MIB,
@@ -33,9 +33,10 @@ from nnunet_csm.pretext.memory import (
     Memory,
     allocated,
     finetuning_memory,
-    max_shown_series,
     pretraining_memory,
 )
+from nnunet_csm.pretext.rebuilding import Reconstruction
+from nnunet_csm.schema import Size, to_dict
 
 MASKING = Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 DECODER = Reconstruction(width=96, depth=2, num_heads=4, normalize_targets=False)
@@ -84,17 +85,29 @@ def measured(network: nn.Module, loss: Callable[[], torch.Tensor], backend: Back
     return 3 * weights + peak
 
 
+def memory_of(network: Pretext, batch_size: int, backend: Backend = TRAINING) -> Memory:
+    """What pretraining such a network is predicted to take."""
+    return pretraining_memory(type(network), network.setup, batch_size, backend)
+
+
+def predicted_for(
+    a: Architecture, patch_size: Size, batch_size: int, backend: Backend = TRAINING, decoder: Reconstruction = DECODER
+) -> Memory:
+    """That of CSM."""
+    return memory_of(make_csm(a, decoder, MASKING, patch_size), batch_size, backend)
+
+
 def pretraining_step(
     a: Architecture, patch_size: Size, batch_size: int, backend: Backend, decoder: Reconstruction = DECODER
 ) -> int:
     num_series = len(a.series)
-    network = CSM(a, decoder)
+    network = make_csm(a, decoder, MASKING, patch_size)
     num_tokens = math.prod(p // t for p, t in zip(patch_size, a.token_size, strict=True))
     present = torch.ones(batch_size, num_series, dtype=torch.bool)
 
     def loss() -> torch.Tensor:
         draws = Draws(0, torch.arange(batch_size))
-        mask = draw_mask(draws, present, max_shown_series(num_series, MASKING), num_tokens, MASKING)
+        mask = draw_mask(draws, present, max(1, num_series - 1), num_tokens, MASKING)
         mask = ask_some(mask, draws, decoder.rebuilt_share)
         return loss_of(network, torch.randn(batch_size, num_series, *patch_size), mask)
 
@@ -125,15 +138,15 @@ def close_and_not_below(predicted: int, real: int) -> bool:
 @pytest.mark.parametrize("num_series, token_size, width, depth, patch_size, batch_size", CONFIGURATIONS)
 def test_pretraining_takes_what_was_predicted(num_series, token_size, width, depth, patch_size, batch_size, backend):
     a = architecture(num_series, token_size, width, depth)
-    predicted = pretraining_memory(a, DECODER, MASKING, patch_size, batch_size, backend).total
+    predicted = predicted_for(a, patch_size, batch_size, backend).total
     assert close_and_not_below(predicted, pretraining_step(a, patch_size, batch_size, backend))
 
 
 def test_rebuilding_a_quarter_takes_what_was_predicted_and_less_than_rebuilding_all():
     a, decoder, sizes = architecture(4, (4, 8, 8), 192), dataclasses.replace(DECODER, rebuilt_share=0.25), ((32, 64, 64), 2)
-    predicted = pretraining_memory(a, decoder, MASKING, *sizes, FP32)
+    predicted = predicted_for(a, *sizes, FP32, decoder)
     assert close_and_not_below(predicted.total, pretraining_step(a, *sizes, FP32, decoder))
-    assert predicted.activations < 0.6 * pretraining_memory(a, DECODER, MASKING, *sizes, FP32).activations
+    assert predicted.activations < 0.6 * predicted_for(a, *sizes, FP32).activations
 
 
 @pytest.mark.parametrize("num_series, token_size, width, depth, patch_size, batch_size", CONFIGURATIONS)
@@ -145,12 +158,12 @@ def test_finetuning_takes_what_was_predicted(num_series, token_size, width, dept
 
 @pytest.mark.parametrize("backend", [FP32, BF16], ids=["fp32", "bf16"])
 def test_joint_tokens_take_what_was_predicted_and_less_than_separate_ones(backend):
-    masking, a = Masking(0.75, "shared", "none"), architecture(3, (2, 4, 2))
-    joint, patch_size, batch_size = dataclasses.replace(a, joint_tokens=True), (8, 32, 32), 4
-    network = MAE3D(joint, DECODER)
-    mask = mae3d.draw_mask(Draws(0, torch.arange(batch_size)), torch.ones(batch_size, 3, dtype=torch.bool), 512, masking)
+    a = architecture(3, (2, 4, 2))
+    joint, patch_size, batch_size = dataclasses.replace(a, encoder=EncoderSettings("joint_vit")), (8, 32, 32), 4
+    network = make_mae3d(joint, DECODER, 0.75, patch_size)
+    mask = mae3d.draw_mask(Draws(0, torch.arange(batch_size)), torch.ones(batch_size, 3, dtype=torch.bool), 512, 0.75)
     real = measured(network, lambda: loss_of(network, torch.randn(batch_size, 3, *patch_size), mask), backend)
-    assert close_and_not_below(pretraining_memory(joint, DECODER, masking, patch_size, batch_size, backend).total, real)
+    assert close_and_not_below(memory_of(network, batch_size, backend).total, real)
     tuning, separate = (finetuning_memory(one, NUM_CLASSES, patch_size, batch_size) for one in (joint, a))
     assert tuning.activations < separate.activations
 
@@ -160,7 +173,7 @@ def test_joint_tokens_take_what_was_predicted_and_less_than_separate_ones(backen
 def test_a_compiled_step_takes_what_was_predicted():
     # in a process of its own: the shape checks of these tests cannot be compiled, and would break up the network
     benchmark = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-    command = [sys.executable, str(benchmark), "--cpu", "--compile", "--only", "pretraining 96 x 3"]
+    command = [sys.executable, str(benchmark), "--cpu", "--compile", "-only", "pretraining 96 x 3"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "PASS: 2 configurations" in finished.stdout
@@ -181,7 +194,7 @@ def test_more_of_anything_takes_more(stage, change):
     def predict(num_series=3, width=96, depth=3, patch_size=(32, 32, 32), batch_size=4):
         a = architecture(num_series, width=width, depth=depth)
         if stage == "pretraining":
-            return pretraining_memory(a, DECODER, MASKING, patch_size, batch_size).total
+            return predicted_for(a, patch_size, batch_size).total
         return finetuning_memory(a, NUM_CLASSES, patch_size, batch_size).total
 
     assert predict(**change) > predict()
@@ -190,7 +203,7 @@ def test_more_of_anything_takes_more(stage, change):
 def test_compiled_and_in_16_bits_takes_less():
     a = architecture(3)
     for memory in (
-        lambda backend: pretraining_memory(a, DECODER, MASKING, (32, 32, 32), 8, backend),
+        lambda backend: predicted_for(a, (32, 32, 32), 8, backend),
         lambda backend: finetuning_memory(a, NUM_CLASSES, (32, 32, 32), 8, None, backend),
     ):
         best, uncompiled = memory(TRAINING), memory(dataclasses.replace(TRAINING, compiled=False))
@@ -201,26 +214,43 @@ def test_compiled_and_in_16_bits_takes_less():
 
 def test_states_are_weights_and_two_moments():
     a = architecture(2)
-    num_weights = sum(p.numel() for p in CSM(a, DECODER).parameters())
-    assert pretraining_memory(a, DECODER, MASKING, (32, 32, 32), 2, FP32).states == 12 * num_weights
+    num_weights = sum(p.numel() for p in make_csm(a, DECODER).parameters())
+    assert predicted_for(a, (32, 32, 32), 2, FP32).states == 12 * num_weights
 
 
 def test_memory_is_a_straight_line_in_the_batch_once_activations_dominate():
     a = architecture(3)
     for predict in (
-        lambda n: pretraining_memory(a, DECODER, MASKING, (32, 32, 32), n).activations,
+        lambda n: predicted_for(a, (32, 32, 32), n).activations,
         lambda n: finetuning_memory(a, NUM_CLASSES, (32, 32, 32), n).activations,
     ):
         # large enough for the rounding of the allocator, in steps of 2 MiB, not to count
         assert predict(96) == pytest.approx((predict(48) + predict(144)) / 2, rel=0.02)
 
 
-def test_as_many_series_are_shown_as_are_ever_drawn():
-    for hidden_series in ("rebuilt", "ignored", "none"):
-        masking = dataclasses.replace(MASKING, hidden_series=hidden_series)
-        for num_series in range(1, 8):
-            drawn = shown_series_weights(torch.ones(1, num_series, dtype=torch.bool), masking)[0].nonzero().flatten() + 1
-            assert max_shown_series(num_series, masking) == int(drawn.max())
+@pytest.mark.parametrize("hidden_series", ["rebuilt", "ignored", "none"])
+@pytest.mark.parametrize("fewest_hidden", [0, 1, 2])
+def test_memory_is_that_of_the_kind_of_batch_that_shows_most_of_those_ever_drawn(hidden_series, fewest_hidden):
+    masking = dataclasses.replace(MASKING, hidden_series=hidden_series, fewest_hidden=fewest_hidden)
+    asked = []
+
+    class Recording(CSM):
+        def example(self, num_samples: int, variant: int) -> Batch:
+            asked.append(variant)
+            return super().example(num_samples, variant)
+
+    for num_series in (1, 2, 4):
+        network = make_csm(architecture(num_series), DECODER, masking, (16, 16, 16))
+        drawn = shown_series_weights(torch.ones(1, num_series, dtype=torch.bool), masking)[0].nonzero().flatten().tolist()
+        visible = {variant: network.example(1, variant).drawn.visible.shape[1] for variant in drawn}
+        pretraining_memory(Recording, network.setup, 2)
+        assert visible[asked[-1]] == max(visible.values())
+
+
+def test_showing_every_series_takes_more_than_hiding_some_whole():
+    a, shown = architecture(3), dataclasses.replace(MASKING, fewest_hidden=0)
+    some, every = (memory_of(make_csm(a, DECODER, masking, (32, 32, 32)), 8) for masking in (MASKING, shown))
+    assert some.activations < every.activations
 
 
 def test_unused_channels_of_the_dataset_take_memory():

@@ -7,15 +7,16 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_csm.dataset_conversion import to_msd
 from nnunet_csm.errors import UserError
-from nnunet_csm.inference import msd_export
-from nnunet_csm.inference.msd_export import export_msd
+from nnunet_csm.raw.volumes import sha256
 
 SHAPE = (5, 4, 3)  # x, y, z, as in a NIfTI file
 NAMES = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
@@ -94,8 +95,8 @@ class Release:
     def write_labels(self, labels: Mapping[str, object], **more: object) -> None:
         write_json(self.predictions / "dataset.json", {"labels": labels, **more})
 
-    def export(self, **options: object) -> list[msd_export.Case]:
-        return export_msd([self.predictions], self.archive, [self.task], **options)  # type: ignore[arg-type]
+    def export(self, **options: object) -> list[to_msd.Case]:
+        return to_msd.write([self.predictions], self.archive, [self.task], **options)
 
     def unpacked(self) -> dict[str, nibabel.Nifti1Image]:
         with zipfile.ZipFile(self.archive) as file:
@@ -173,7 +174,7 @@ def test_labels_that_are_never_predicted_are_spoken_of(release: Release, capsys:
 
 def test_several_tasks_share_an_archive(tmp_path: Path) -> None:
     first, second = Release(tmp_path), Release(tmp_path, "Task04_Hippocampus", axes=3)
-    export_msd([first.predictions, second.predictions], first.archive, [first.task, second.task])
+    to_msd.write([first.predictions, second.predictions], first.archive, [first.task, second.task])
     assert set(first.unpacked()) == {f"{task.task.name}/{case}.nii.gz" for task in (first, second) for case in CASES}
 
 
@@ -189,10 +190,10 @@ def test_the_same_predictions_give_the_same_archive(release: Release, monkeypatc
 def test_the_manifest_says_where_the_archive_comes_from(release: Release) -> None:
     release.export()
     manifest = json.loads((release.archive.parent / "submission.zip.manifest.json").read_text())
-    assert manifest["sha256"] == msd_export._file_sha256(release.archive)
+    assert manifest["sha256"] == sha256(release.archive)
     assert manifest["tasks"][0]["plans"] == "nnUNetCSMPlans" and manifest["tasks"][0]["dataset"] == "Dataset001_BrainTumour"
     hashes = {case["name"]: case["prediction_sha256"] for case in manifest["cases"]}
-    assert hashes == {case: msd_export._file_sha256(release.prediction(case)) for case in CASES}
+    assert hashes == {case: sha256(release.prediction(case)) for case in CASES}
     assert {"nnunet_csm", "nnunetv2"} <= set(manifest["software"])
 
 
@@ -373,7 +374,7 @@ def test_all_problems_are_counted_and_five_are_shown(release: Release) -> None:
 def test_a_header_off_by_rounding_is_replaced_by_the_images(release: Release, capsys: pytest.CaptureFixture[str]) -> None:
     moved(shift_by(0.01))(release)
     cases = release.export()
-    assert [case.shift > msd_export.ROUNDING for case in cases] == [False, True, False]
+    assert [case.shift > to_msd.ROUNDING for case in cases] == [False, True, False]
     assert "1 with a header that differs" in capsys.readouterr().out
     expected = nibabel.Nifti1Image.from_filename(release.image(CASES[1])).affine
     assert np.array_equal(release.unpacked()[f"Task01_BrainTumour/{CASES[1]}.nii.gz"].affine, expected)
@@ -412,52 +413,62 @@ def test_nothing_is_overwritten_unasked(release: Release, existing: str) -> None
     assert (release.archive.parent / existing).read_text() == "mine" and release.outputs() == [existing]
 
 
-@pytest.mark.parametrize("step", ["_nifti", "_verify", "_software"])
+@pytest.mark.parametrize("step", ["_nifti", "_verify", "software"])
 @pytest.mark.parametrize("old", [False, True])
 def test_an_interruption_leaves_nothing_new(release: Release, monkeypatch: pytest.MonkeyPatch, step: str, old: bool) -> None:
     if old:
         release.archive.write_text("old")
     done = iter((True, False))
-    original = getattr(msd_export, step)
+    original = getattr(to_msd, step)
 
     def interrupted(*arguments: object) -> object:
         if step == "_nifti" and next(done):
             return original(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(msd_export, step, interrupted)
+    monkeypatch.setattr(to_msd, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         release.export(overwrite=True)
     assert release.outputs() == (["submission.zip"] if old else [])
     assert not old or release.archive.read_text() == "old"
 
 
-def test_a_prediction_that_changes_meanwhile_is_noticed(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = msd_export._write_archive
+def test_a_prediction_that_changes_meanwhile_is_exported_as_it_was_checked(
+    release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = to_msd._nifti
+    expected = sha256(release.prediction(CASES[0]))
 
-    def change_then_write(*arguments: object) -> None:
-        changed = release.labels[CASES[2]].copy()
-        changed[-1, -1, -1] ^= 1
-        predict(release.image(CASES[2]), release.prediction(CASES[2]), changed)
-        original(*arguments)  # type: ignore[arg-type]
+    def change_then_write(*arguments: Any) -> bytes:
+        predict(release.image(CASES[0]), release.prediction(CASES[0]), release.labels[CASES[0]] * 0)
+        return original(*arguments)
 
-    monkeypatch.setattr(msd_export, "_write_archive", change_then_write)
-    with pytest.raises(UserError, match=r"BRATS_490\.nii\.gz is not what it was"):
-        release.export()
-    assert release.outputs() == []
+    monkeypatch.setattr(to_msd, "_nifti", change_then_write)
+    case = release.export()[0]
+    image = release.unpacked()[case.path_in_archive]
+    assert np.array_equal(np.asanyarray(image.dataobj).T, release.labels[CASES[0]]) and case.prediction_sha256 == expected
 
 
-def test_an_archive_that_reads_back_wrongly_is_not_kept(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = msd_export._write_archive
+@pytest.mark.parametrize("damage, message", [("a bit", "CRC"), ("a case", "does not read back as it was written")])
+def test_an_archive_that_reads_back_wrongly_is_not_kept(
+    release: Release, monkeypatch: pytest.MonkeyPatch, damage: str, message: str
+) -> None:
+    original = to_msd._write_archive
 
-    def write_then_damage(path: Path, *arguments: object) -> None:
-        original(path, *arguments)  # type: ignore[arg-type]
+    def write_then_damage(path: Path, tasks: Any) -> list[to_msd.Case]:
+        cases = original(path, tasks)
         content = bytearray(path.read_bytes())
         content[120] ^= 255
-        path.write_bytes(content)
+        if damage == "a bit":
+            path.write_bytes(content)
+        else:
+            with zipfile.ZipFile(path, "w") as file:
+                for case in cases:
+                    file.writestr(case.path_in_archive, b"another")
+        return cases
 
-    monkeypatch.setattr(msd_export, "_write_archive", write_then_damage)
-    with pytest.raises(UserError, match="CRC"):
+    monkeypatch.setattr(to_msd, "_write_archive", write_then_damage)
+    with pytest.raises(UserError, match=message):
         release.export()
     assert release.outputs() == []
 
@@ -473,7 +484,7 @@ def test_arguments_that_do_not_fit_are_refused(release: Release, tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "Task03_Liver").symlink_to(release.task)
-    export_msd([release.predictions], Path("by_name.zip"), [Path("elsewhere/Task03_Liver/")])
+    to_msd.write([release.predictions], Path("by_name.zip"), [Path("elsewhere/Task03_Liver/")])
     with zipfile.ZipFile("by_name.zip") as file:
         assert {Path(name).parent.name for name in file.namelist()} == {"Task03_Liver"}
     one, tasks, archive = [release.predictions], [release.task], release.archive
@@ -491,7 +502,7 @@ def test_arguments_that_do_not_fit_are_refused(release: Release, tmp_path: Path,
         ("no list of 'test' images", (one, archive, [converted])),
     ]:
         with pytest.raises(UserError, match=words):
-            export_msd(*arguments)
+            to_msd.write(*arguments)
     with pytest.raises(UserError, match="one task for each folder"):
         release.export(labels_from=["a", "b"])
     with pytest.raises(UserError, match=r"nowhere\.json: no such file; give -labels_from"):

@@ -10,23 +10,10 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.phantom import (
-    ACQUISITIONS,
-    CLASSES,
-    CORES,
-    LABELS,
-    TISSUES,
-    PhantomSpec,
-    Subject,
-    add_rician_noise,
-    draw_anatomy,
-    draw_subject,
-    label_map,
-    signal,
-    smooth_field,
-    tissue_fractions,
-    write_task,
-)
+from nnunet_csm.phantom.anatomy import LABELS, draw_anatomy, label_map, smooth_field, tissue_fractions
+from nnunet_csm.phantom.subject import PhantomSpec, Subject, add_rician_noise, draw_subject
+from nnunet_csm.phantom.task import write_task
+from nnunet_csm.phantom.tissues import ACQUISITIONS, CLASSES, CORES, TISSUES, signal
 
 ALL_SERIES = tuple(ACQUISITIONS)
 SMALL = PhantomSpec(shape=(14, 24, 20), spacing_mm=(9.0, 6.5, 8.0))
@@ -49,6 +36,14 @@ def test_subject_depends_on_seed_and_index_only():
     assert same(draw_subject(SMALL, 2), forwards[2], SMALL.series)
     assert not same(forwards[0], forwards[1], SMALL.series)
     assert not same(forwards[0], draw_subject(replace(SMALL, seed=1), 0), SMALL.series)
+
+
+def test_a_seed_gives_the_images_it_always_gave():
+    subject = draw_subject(replace(SMALL, series=ALL_SERIES, diagnoses=True, seed=5), 1)
+    means = {"T1w": 263.0637, "T1ce": 284.5698, "T2w": 124.1247, "FLAIR": 188.7167, "DWI": 200.8423, "ADC": 332.0193}
+    # sums differ in the last digits between processors
+    assert {name: volume.mean(dtype=float) for name, volume in subject.series.items()} == pytest.approx(means, rel=1e-5)
+    assert np.bincount(subject.labels.ravel()).tolist() == [6593, 81, 37, 9] and subject.diagnosis == "benign"
 
 
 def test_series_does_not_depend_on_the_others_asked_for():
@@ -215,7 +210,7 @@ def test_task_is_never_overwritten_nor_half_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="letters and digits"):
         write_task(SMALL, tmp_path, num_training=1, num_test=0, name="two_words")
 
-    monkeypatch.setattr("nnunet_csm.phantom.label_map", lambda fractions: 1 / 0)
+    monkeypatch.setattr("nnunet_csm.phantom.subject.label_map", lambda fractions: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_task(SMALL, tmp_path, num_training=1, num_test=0, task_id=902)
     assert [path.name for path in tmp_path.iterdir()] == ["Task900_Phantom"]

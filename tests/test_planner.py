@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from factories import SERIES, GuessedMemory, base_plans, facts_of, source_of
+from factories import SERIES, GuessedMemory, base_plans, facts_of, masking_of, source_of
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
@@ -176,7 +176,7 @@ def test_the_papers_brain_tumours_have_216_tokens_a_series_of_which_27_are_visib
     assert settings.csm.preset == "bt_msd"
     assert settings.patch_size == settings.csm.pretraining_patch_size == (96, 96, 96)
     assert math.prod(settings.pretraining_grid) == 216
-    assert num_visible(216, settings.csm.masking) == 27
+    assert num_visible(216, masking_of(settings).mask_ratio) == 27
     assert any("27 of 216" in decision.reason for decision in decisions)
 
 
@@ -292,7 +292,7 @@ def test_every_preset_makes_plans(name):
     preset = read_preset(name)
     settings, _, _ = planned(series=preset.series or SERIES, preset=name)
     assert settings.csm.preset == name
-    assert settings.architecture.width == preset.network.width
+    assert settings.architecture.width == preset.network["width"]
 
 
 @pytest.mark.parametrize(
@@ -320,10 +320,10 @@ def test_an_unknown_preset_is_refused_and_the_known_ones_are_listed():
 
 def test_a_preset_file_changes_what_it_inherits_from(tmp_path):
     path = tmp_path / "mine.json"
-    path.write_text('{"inherits_from": "demo", "network": {"depth": 5}, "masking": {"places": "shared"}}')
+    path.write_text('{"inherits_from": "demo", "network": {"depth": 5}, "pretext": {"masking": {"places": "shared"}}}')
     preset, demo = read_preset(str(path)), read_preset("demo")
-    assert preset.network.depth == 5 and preset.masking.places == "shared"
-    assert (preset.network.width, preset.pretraining) == (demo.network.width, demo.pretraining)
+    assert preset.network["depth"] == 5 and preset.pretext["masking"]["places"] == "shared"
+    assert (preset.network["width"], preset.pretraining) == (demo.network["width"], demo.pretraining)
     assert planned(preset=str(path))[0].csm.preset == str(path)
 
 
@@ -331,7 +331,7 @@ def test_a_preset_file_changes_what_it_inherits_from(tmp_path):
     ("text", "words"),
     [
         ('{"inherits_from": "demo", "depth": 5}', "unknown depth"),
-        ('{"inherits_from": "demo", "masking": {"ratio": 0.5}}', "unknown ratio"),
+        ('{"inherits_from": "demo", "pretext": {"masking": {"ratio": 0.5}}}', "unknown ratio"),
         ('{"network": {}}', "missing"),
         ('{"inherits_from": "none"}', "no preset 'none'"),
         ("{", "not valid JSON"),

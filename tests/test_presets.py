@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.planning.presets import Preset, PresetNetwork, paper_preset, preset_names, read_preset
-from nnunet_csm.plans import Masking, Reconstruction, from_dict
+from nnunet_csm.planning.presets import Preset, merged, paper_preset, preset_names, read_preset
+from nnunet_csm.pretext import csm, mae3d
+from nnunet_csm.pretext.base import Pretext, read_pretext
+from nnunet_csm.pretext.masking import Masking
+from nnunet_csm.pretext.rebuilding import Reconstruction
+from nnunet_csm.schema import from_dict
 
 # section IV-A of arXiv 2412.07387: series, edge of the patch, epochs of pretraining
 PAPER = {
@@ -17,6 +21,11 @@ PAPER = {
     "breast2023": (("T1ce", "DWI", "T2w"), 48, 2000),
     "prostate158": (("T2w", "DWI", "ADC"), 48, 2000),
 }
+
+
+def pretext_of(preset: Preset) -> tuple[type[Pretext], Any]:
+    """Its pretext's class and settings."""
+    return read_pretext(preset.pretext, preset.architecture(("T1w",), (0,), (16, 16, 16)), "preset")
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -33,9 +42,12 @@ def test_a_paper_preset_holds_what_the_paper_states(name: str) -> None:
     series, edge, num_epochs = PAPER[name]
     assert preset.series == series
     assert preset.patch_size == (edge, edge, edge)
-    assert (preset.network.width, preset.network.depth, preset.network.num_heads) == (768, 12, 12)  # ViT-B
+    network = preset.architecture(series, tuple(range(len(series))), (16, 16, 16))
+    assert (network.width, network.depth, network.num_heads) == (768, 12, 12)  # ViT-B
     assert preset.token_size == (16, 16, 16)  # "/16"
-    assert preset.masking == Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
+    pretext, settings = pretext_of(preset)
+    assert pretext is csm.CSM
+    assert settings.masking == Masking(mask_ratio=0.875, places="independent", hidden_series="rebuilt")
 
     pretraining = preset.pretraining
     assert (pretraining.passes, pretraining.num_crops, pretraining.batch_size) == (num_epochs, None, 6)
@@ -49,8 +61,10 @@ def test_a_paper_preset_holds_what_the_paper_states(name: str) -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_a_paper_preset_holds_what_docs_paper_md_says_of_the_open_points(name: str) -> None:
     preset = read_preset(name)
-    assert preset.network == PresetNetwork(width=768, depth=12, num_heads=12, features=16, drop_path=0.0)
-    assert preset.reconstruction == Reconstruction(width=384, depth=4, num_heads=6, normalize_targets=False)
+    vit_b = {"width": 768, "depth": 12, "num_heads": 12, "features": 16, "drop_path": 0.0}
+    # of what the paper does not say, MAE's
+    assert preset.network == vit_b | {"encoder": {"positions": "mae", "series_embedding_std": 0.02, "query_key_gain": 0.0}}
+    assert pretext_of(preset)[1].reconstruction == Reconstruction(width=384, depth=4, num_heads=6, normalize_targets=False)
     assert preset.pretraining_grid is None  # pretraining on the patch of fine-tuning
     assert preset.pretraining.betas == preset.finetuning.betas == (0.9, 0.999)
     assert preset.pretraining.layer_decay == preset.finetuning.layer_decay == 1.0
@@ -77,9 +91,45 @@ def write(path: Path, content: dict[str, Any]) -> str:
 
 
 def test_a_file_inherits_from_a_file_beside_it(tmp_path: Path) -> None:
-    write(tmp_path / "folder" / "half.json", {"inherits_from": "S", "masking": {"mask_ratio": 0.5}})
+    write(tmp_path / "folder" / "half.json", {"inherits_from": "S", "pretext": {"masking": {"mask_ratio": 0.5}}})
     child = read_preset(write(tmp_path / "folder" / "child.json", {"inherits_from": "half.json", "ema": 0.9}))
-    assert (child.masking.mask_ratio, child.ema) == (0.5, 0.9) and child.network == read_preset("S").network
+    assert (child.pretext["masking"]["mask_ratio"], child.ema) == (0.5, 0.9) and child.network == read_preset("S").network
+
+
+def test_another_pretext_takes_over_what_it_knows_of_the_settings(tmp_path: Path) -> None:
+    b = read_preset("B")
+    network = {"encoder": {"kind": "joint_vit"}}
+    changes = {"name": "mae3d", "reconstruction": {"depth": 2}}
+    child = read_preset(write(tmp_path / "a.json", {"inherits_from": "B", "network": network, "pretext": changes}))
+    pretext, settings = pretext_of(child)
+    assert pretext is mae3d.MAE3D
+    assert settings.masking == mae3d.PlaceMasking(b.pretext["masking"]["mask_ratio"])
+    assert settings.reconstruction == from_dict(Reconstruction, b.pretext["reconstruction"] | {"depth": 2}, "B")
+    # nothing of the other is lost when the name stays, or is repeated
+    for same in ({}, {"name": "csm"}):
+        kept = merged({"pretext": b.pretext}, {"pretext": same | {"masking": {"places": "shared"}}})["pretext"]
+        assert kept == b.pretext | {"masking": b.pretext["masking"] | {"places": "shared"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"masking": {"mask_ratio": 0.5}}, 'masking belong into "pretext"'),
+        ({"reconstruction": {}, "masking": {}}, 'masking, reconstruction belong into "pretext"'),
+        ({"network": {"joint_tokens": True}}, r'joint_tokens is no more; write .*"joint_vit".*"mae3d"'),
+        ({"pretext": {"name": "other"}}, "pretext.name is 'other', expected one of csm, mae3d"),
+        ({"pretext": {"name": 3}}, "pretext has no name, expected one of csm, mae3d"),
+        ({"pretext": {"name": "mae3d"}}, r"encoder\.kind in arch_kwargs is 'vit'; set it to 'joint_vit'"),
+        ({"pretext": {"mask": 1}}, "pretext: unknown mask"),
+        ({"network": {"encoder": {"gain": 1}}}, "encoder: unknown gain"),
+        ({"network": {"series": ["T1w"], "dropout": 0.1}}, "network: unknown dropout"),
+    ],
+)
+def test_settings_that_are_not_where_they_belong_are_named_with_the_file(tmp_path: Path, content: Any, complaint: str) -> None:
+    path = write(tmp_path / "a.json", {"inherits_from": "B"} | content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_preset(path)
+    assert path in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,16 @@ from sklearn.linear_model import Ridge
 
 from nnunet_csm.data.bank import CaseFile, open_bank
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.hidden import (
+from nnunet_csm.judging.average_precision import LabelledTokens, average_precision
+from nnunet_csm.judging.hidden_errors import (
+    LOGGED_ERRORS,
+    LOGGED_TOKENS,
+    HiddenErrors,
+    HiddenTokens,
+    samples_at_a_time,
+    validation_sums,
+)
+from nnunet_csm.judging.kinds import (
     HIDDEN_PART,
     HIDDEN_WHOLE,
     HIDDEN_WHOLE_ALONE,
@@ -29,26 +38,17 @@ from nnunet_csm.evaluation.hidden import (
     num_voxels,
     squared_errors,
 )
-from nnunet_csm.evaluation.linear_probe import LabelledTokens, average_precision
-from nnunet_csm.evaluation.plateau import judge
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
-from nnunet_csm.evaluation.token_regression import TokenRidge, cell_size
-from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.judging.lesion_probe import LabelledPatches, draw_starts, label_file, place_features
+from nnunet_csm.judging.linear_maps import fit_linear_maps
+from nnunet_csm.judging.plateau import judge
+from nnunet_csm.judging.probe import Probe
+from nnunet_csm.judging.token_regression import TokenRidge, cell_size
+from nnunet_csm.judging.voxel_regression import RidgeBaseline
+from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.tokens import to_tokens
-from nnunet_csm.pretext.csm import Rebuilt
+from nnunet_csm.pretext.base import Batch
 from nnunet_csm.pretext.masking import Mask
-from nnunet_csm.training.probe import (
-    HiddenErrors,
-    HiddenTokens,
-    LabelledPatches,
-    Probe,
-    draw_starts,
-    fit_linear_maps,
-    label_file,
-    place_features,
-    samples_at_a_time,
-    validation_sums,
-)
+from nnunet_csm.pretext.rebuilding import Rebuilt
 
 EPOCHS = np.arange(40)
 MEAN, LINEAR = 1.0, 0.6
@@ -323,24 +323,23 @@ def to_shares(volume: torch.Tensor, settings: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_features_of_a_place_do_not_depend_on_an_absent_series(joint: bool) -> None:
-    settings = factories.settings()
-    a = settings.architecture
-    encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads, joint_tokens=joint).eval()
+    settings = factories.settings(**(factories.JOINT if joint else {}))
+    encoder, grid = build_encoder(settings.architecture).eval(), settings.pretraining_grid
     volume = torch.randn(2, 3, *settings.csm.pretraining_patch_size)
     volume[1, 2] = 0
     present = torch.tensor([[True] * 3, [True, True, False]])
     with torch.no_grad():
-        features = place_features(encoder, volume, present, settings)
-        assert features.shape == (2, math.prod(settings.pretraining_grid), a.width)
+        features = place_features(encoder, volume, present, grid)
+        assert features.shape == (2, math.prod(grid), encoder.width)
         if not joint:
             volume[1, 2] = 100.0
-            torch.testing.assert_close(place_features(encoder, volume, present, settings), features)
+            torch.testing.assert_close(place_features(encoder, volume, present, grid), features)
 
 
 def test_with_normalised_targets_maps_know_neither_mean_nor_deviation() -> None:
-    plain = factories.settings()
-    normalised = factories.settings(reconstruction={"normalize_targets": True})
-    volume = torch.randn(2, 3, *plain.csm.pretraining_patch_size) * 3 + 5
+    plain = factories.pretext_of(factories.settings())
+    normalised = factories.pretext_of(factories.settings(reconstruction={"normalize_targets": True}))
+    volume = torch.randn(2, 3, *plain.setup.patch_size) * 3 + 5
     volume[0, 1] = 0
     truth = HiddenTokens.of(volume, normalised)
     rebuilt = truth.truth * truth.scale + truth.shift
@@ -353,40 +352,47 @@ def test_with_normalised_targets_maps_know_neither_mean_nor_deviation() -> None:
     assert float(HiddenTokens.of(volume, plain).truth.mean()) > 3
 
 
-def masked_batch(settings: Any, num: int) -> tuple[torch.Tensor, Mask]:
+def masked_batch(pretext: Any, num: int) -> Batch:
     """Of each sample one series is hidden whole, others in part."""
     draws = torch.Generator().manual_seed(0)
-    volume = torch.randn(num, 3, *settings.csm.pretraining_patch_size, generator=draws)
-    hidden = torch.rand(num, 3, math.prod(settings.pretraining_grid), generator=draws) < 0.5
+    volume = torch.randn(num, 3, *pretext.setup.patch_size, generator=draws)
+    hidden = torch.rand(num, 3, pretext.setup.num_tokens, generator=draws) < 0.5
     hidden[:, 1] = True
     # which tokens the network sees, and which enter the loss, plays no part here
-    return volume, Mask(hidden, hidden, *torch.zeros(2, num, 0, dtype=torch.long))
+    return Batch((volume,), Mask(hidden, hidden, *torch.zeros(2, num, 0, dtype=torch.long)))
 
 
 def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = factories.settings()
-    most = samples_at_a_time(settings)
-    volume, mask = masked_batch(settings, 3 * most + 1)
-    whole = HiddenTokens.of(volume, settings)
+    pretext, batch_size = factories.pretext_of(settings), settings.csm.pretraining.batch_size
+    most = samples_at_a_time(batch_size, pretext)
+    batch = masked_batch(pretext, batch_size)
+    assert len(batch) > 3 * most
+    (volume,), mask = batch.volumes, batch.drawn
+    assert isinstance(mask, Mask)
+    whole = HiddenTokens.of(volume, pretext)
     kinds = kinds_of(mask.hidden, whole.present)
     sizes: list[int] = []
     of = HiddenTokens.of
 
-    def counted(some: torch.Tensor, s: Any) -> HiddenTokens:
+    def counted(some: torch.Tensor, of_pretext: Any) -> HiddenTokens:
         sizes.append(len(some))
-        return of(some, s)
+        return of(some, of_pretext)
 
     def off_by_two(some: torch.Tensor, _: Mask) -> Rebuilt:
         tokens = to_tokens(some, settings.architecture.token_size)
         return Rebuilt(torch.full(tokens.shape[:3], 4.0), tokens + 2)
 
     monkeypatch.setattr(HiddenTokens, "of", counted)
-    maps = fit_linear_maps(lambda _: volume, settings, torch.device("cpu"))
-    errors = HiddenErrors(settings, maps, torch.device("cpu"))
-    errors.add(volume, mask, off_by_two)
-    sums = validation_sums(volume, mask, off_by_two, settings)
-    torch.testing.assert_close(sums["sums"], 4 * sums["counts"])
-    assert sums["counts"][:2].sum() == mask.rebuilt.sum() and sums["counts"][2:].sum() == errors.counts.sum()
+    maps = fit_linear_maps(lambda _: volume, pretext, batch_size, torch.device("cpu"))
+    errors = HiddenErrors(pretext, maps, torch.device("cpu"))
+    errors.add(batch, off_by_two)
+    found = validation_sums(batch, off_by_two, pretext)
+    assert list(found) == ["loss", *LOGGED_TOKENS, *LOGGED_ERRORS]
+    for total, count in found.values():
+        torch.testing.assert_close(total, 4 * count)
+    counts = [float(count) for _, count in found.values()]
+    assert counts[0] == sum(counts[1:3]) == mask.rebuilt.sum() and sum(counts[3:]) == errors.counts.sum()
     assert max(sizes) == most
     assert torch.equal(errors.counts, num_voxels(whole.inside, kinds))
     torch.testing.assert_close(errors.sums["network"], 4 * errors.counts)
@@ -394,11 +400,18 @@ def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(
         torch.testing.assert_close(errors.sums[name], squared_errors(whole.truth, estimate, whole.inside, kinds))
 
 
+def judged_by(probe: Probe) -> str:
+    """What is left visible where the judged error is taken."""
+    return KINDS[LOGGED_ERRORS.index(probe.judged)]
+
+
 @pytest.mark.parametrize(("hidden_series", "judged"), [("rebuilt", HIDDEN_WHOLE), ("ignored", HIDDEN_PART)])
 def test_a_run_is_judged_by_what_it_learns_to_rebuild(hidden_series: str, judged: str) -> None:
     settings = factories.settings(masking={"hidden_series": hidden_series})
-    probe = Probe(settings, None, [masked_batch(settings, 2)], torch.device("cpu"))
-    assert KINDS[probe.judged] == judged
+    pretext = factories.pretext_of(settings)
+    errors = HiddenErrors(pretext, None, torch.device("cpu"))
+    errors.add(masked_batch(pretext, 2))
+    assert judged_by(Probe(pretext, settings.csm.pretraining, errors)) == judged
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -496,7 +509,7 @@ def test_without_memory_for_a_comparison_it_says_so_and_goes_on(
     assert (probe.linear_probe is None) == (place == "draw_linear_probe")
     assert np.isnan(probe.baselines["linear"]).all() == (place != "draw_linear_probe")
     # errors of the network are still judged, by the kind that they would be
-    assert KINDS[probe.judged] == HIDDEN_WHOLE
+    assert judged_by(probe) == HIDDEN_WHOLE
 
 
 def test_without_labels_it_says_so(

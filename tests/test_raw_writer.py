@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,12 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.raw import volumes, writer
+from nnunet_csm.files import whole_folder
+from nnunet_csm.raw import cases as written_cases
+from nnunet_csm.raw import volumes
 from nnunet_csm.raw.check import check_dataset
 from nnunet_csm.raw.grid import Grid, labels_of, reference_series, refuse_loss, refuse_misplaced, register_rigidly, resampled
+from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Volume
 from nnunet_csm.raw.volumes import is_empty, read_volume, read_volumes, refuse_constant, sha256
-from nnunet_csm.raw.writer import splits_by_patient, write_dataset
+from nnunet_csm.raw.writer import SPLITS, Report, splits_by_patient, write_dataset
 
 SHAPE = (6, 9, 8)  # z, y, x
 SPACING = (1.0, 1.5, 3.0)  # x, y, z
@@ -432,7 +434,7 @@ def cases(tmp_path: Path) -> list[Case]:
     ]
 
 
-def convert(cases: list[Case], tmp_path: Path, dataset: Dataset = DATASET, **options: Any) -> writer.Report:
+def convert(cases: list[Case], tmp_path: Path, dataset: Dataset = DATASET, **options: Any) -> Report:
     return write_dataset(cases, dataset, tmp_path / "raw", **{"num_processes": 1, **options})
 
 
@@ -497,9 +499,9 @@ def test_processes_change_nothing(cases: list[Case], tmp_path: Path) -> None:
     one, two = (folder / "raw" / "Dataset501_Clinic" for folder in (tmp_path, tmp_path / "again"))
     assert everything_in(one) == everything_in(two)
     for name in everything_in(one):
-        if (one / name).is_file() and name != writer.MANIFEST:
+        if (one / name).is_file() and name != MANIFEST:
             assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    manifests = [json.loads((folder / writer.MANIFEST).read_text())["cases"] for folder in (one, two)]
+    manifests = [json.loads((folder / MANIFEST).read_text())["cases"] for folder in (one, two)]
     assert manifests[0] == manifests[1]
 
 
@@ -547,7 +549,7 @@ def test_a_registered_series_takes_its_mask_along_and_the_manifest_says_how(tmp_
     case = Case("a", "a", images, (Mask(save(mask, tmp_path / "m.nii.gz"), {1: 1}),))
     dataset = replace(DATASET, series=("T2w", "ADC"), labels={"background": 0, "lesion": 1})
     report = convert([case], tmp_path, dataset, reference="T2w", register=True)
-    entry = json.loads((report.folder / writer.MANIFEST).read_text())["cases"]["a"]
+    entry = json.loads((report.folder / MANIFEST).read_text())["cases"]["a"]
     assert entry["series"]["ADC"]["registration"]["translation_mm"] == pytest.approx([4, 0, 0], abs=0.5)
     assert entry["series"]["ADC"]["done"].startswith("registered") and entry["masks"][0]["done"].startswith("registered")
     label = array(sitk.ReadImage(str(report.folder / "labelsTr" / "a.nii.gz")))
@@ -699,14 +701,14 @@ def test_a_dataset_is_not_overwritten_with_its_own_files(cases: list[Case], tmp_
 
 
 def test_a_conversion_that_is_interrupted_leaves_nothing(cases: list[Case], tmp_path: Path, monkeypatch) -> None:
-    write = writer.write_image
+    write = written_cases.write_image
 
     def interrupted(image: sitk.Image, path: Path) -> None:
         if path.name.startswith("b"):
             raise KeyboardInterrupt
         write(image, path)
 
-    monkeypatch.setattr(writer, "write_image", interrupted)
+    monkeypatch.setattr(written_cases, "write_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(cases, tmp_path)
     assert everything_in(tmp_path / "raw") == []
@@ -716,6 +718,7 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from nnunet_csm.raw import writer
+from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.raw.subjects import Case, Dataset, Volume
 writer.check_dataset = writer._write_tables = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 case = Case("a", "a", {{"T2w": Volume(Path({path!r}))}})
@@ -728,18 +731,17 @@ def test_a_killed_conversion_leaves_no_dataset_and_the_next_one_cleans_up(cases:
     script = KILLED.format(path=str(cases[0].images["T2w"].path), raw=str(raw))
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -signal.SIGKILL
     (left,) = raw.iterdir()
-    assert left.name.startswith(".") and (left / "imagesTr" / "a_0000.nii.gz").is_file()
+    assert left.name.startswith(".") and (left / "Dataset501_Clinic" / "imagesTr" / "a_0000.nii.gz").is_file()
     convert(cases, tmp_path)
     assert [path.name for path in raw.iterdir()] == ["Dataset501_Clinic"]
 
 
-@pytest.mark.parametrize("owner", [f"{socket.gethostname()}-{os.getppid()}", "elsewhere-1"])
-def test_a_dataset_that_another_process_writes_is_left_to_it(cases: list[Case], tmp_path: Path, owner: str) -> None:
-    theirs = tmp_path / "raw" / f".Dataset501_Clinic.partial-{owner}"
-    theirs.mkdir(parents=True)
-    with pytest.raises(UserError, match="is writing Dataset501_Clinic; wait for it, or remove the folder"):
-        convert(cases, tmp_path)
-    assert theirs.is_dir()
+def test_a_dataset_that_another_process_writes_is_left_to_it(cases: list[Case], tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "raw" / "Dataset501_Clinic", overwrite=False) as theirs:
+        with pytest.raises(UserError, match="another process that writes Dataset501_Clinic is running there; wait for it"):
+            convert(cases, tmp_path)
+        assert theirs.is_dir()
+    assert (tmp_path / "raw" / "Dataset501_Clinic").is_dir()
 
 
 def test_a_dataset_that_was_being_replaced_when_the_machine_stopped_comes_back(cases: list[Case], tmp_path: Path) -> None:
@@ -777,9 +779,9 @@ def test_no_patient_is_on_both_sides_of_a_fold(owners: list[int]) -> None:
 
 
 def test_splits_are_written_only_when_a_patient_has_several_training_cases(cases: list[Case], tmp_path: Path) -> None:
-    assert not (convert(cases, tmp_path).folder / writer.SPLITS).exists()
+    assert not (convert(cases, tmp_path).folder / SPLITS).exists()
     several = [*cases, make_case(tmp_path / "release", "a2", patient="a")]
     report = convert(several, tmp_path, overwrite=True)
-    splits = json.loads((report.folder / writer.SPLITS).read_text())
+    splits = json.loads((report.folder / SPLITS).read_text())
     assert {tuple(fold["val"]) for fold in splits} == {("a", "a2"), ("b",)}
     assert any("splits_final.json" in line for line in report.lines)

@@ -8,19 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, facts_of, settings
+from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, facts_of, pretext_of, settings
 from torch import nn
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.classifier import build_classifier
-from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.encoder import Encoder, build_encoder
 from nnunet_csm.model.segmenter import GATE, CSMSegmenter
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.planning.planner import Wishes, plan
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext import memory
-from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer
 from nnunet_csm.training.segmentation import drop_series, stem_opening
@@ -28,7 +27,8 @@ from nnunet_csm.training.segmentation import drop_series, stem_opening
 
 def segmenter(stem: Any) -> CSMSegmenter:
     torch.manual_seed(0)
-    return CSMSegmenter(len(SERIES), 3, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY, stem=stem).eval()
+    of_dataset = {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE}
+    return CSMSegmenter(len(SERIES), 3, **of_dataset, **TINY, stem=stem).eval()
 
 
 def volume(seed: int = 1) -> torch.Tensor:
@@ -178,7 +178,7 @@ def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
 
 def encoder(seed: int) -> Encoder:
     torch.manual_seed(seed)
-    made = Encoder(SERIES, TOKEN_SIZE, TINY["width"], TINY["depth"], TINY["num_heads"])
+    made = build_encoder(settings().architecture)
     for parameter in made.parameters():
         nn.init.normal_(parameter)
     return made
@@ -206,7 +206,8 @@ def test_the_first_blocks_are_loaded_and_the_others_stay(num_blocks: int | None)
 
 def test_norms_biases_series_embeddings_mask_token_and_gate_do_not_decay() -> None:
     s = settings()
-    for network in (segmenter("gated"), CSM(s.architecture, s.csm.reconstruction), build_classifier(s, 3, 2)):
+    by_series = settings(architecture={"encoder": {"embedding": "by_series"}}, reconstruction={"head": "by_series"})
+    for network in (segmenter("gated"), pretext_of(s), pretext_of(by_series), build_classifier(s, 3, 2)):
         optimizer = build_optimizer(network, network.encoder, s.csm.finetuning_schedule)
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         normed = {id(p) for m in network.modules() if isinstance(m, nn.LayerNorm | nn.InstanceNorm3d) for p in m.parameters()}
@@ -260,7 +261,7 @@ def make_finetuner(make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch
     """Segmentation trainers with knobs set; their encoder is a file of random weights."""
     bare = make_trainer(False)
     torch.manual_seed(7)
-    model = CSM(bare.settings.architecture, bare.settings.csm.reconstruction)
+    model = pretext_of(bare.settings)
     saved = {
         "network_weights": model.state_dict(),
         "init_args": {"plans": bare.plans_manager.plans, "configuration": "3d_fullres"},

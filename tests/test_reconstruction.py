@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import GRID_SIZE, PATCH_SIZE, SERIES, loss_of
+from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, loss_of, pretext_of
 from factories import settings as read_settings
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
 from nnunet_csm.model.tokens import all_tokens, select
-from nnunet_csm.plans import Masking
 from nnunet_csm.pretext import mae3d
-from nnunet_csm.pretext.csm import CSM, masked_mean
-from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask, num_asked, without_background
+from nnunet_csm.pretext.masking import Mask, Masking, ask_some, draw_mask, num_asked, without_background
+from nnunet_csm.pretext.rebuilding import masked_mean
 
 NUM_TOKENS = math.prod(GRID_SIZE)
 MASKING = Masking(0.8, "independent", "rebuilt")
@@ -77,7 +76,7 @@ def test_strides_are_those_of_a_tensor_of_its_own():
     # a compiled network is compiled again for a view
     mask = draw()
     assert all(tensor.is_contiguous() for tensor in mask.tensors)
-    joint = mae3d.draw_mask(Draws(1, torch.arange(2)), PRESENT, NUM_TOKENS, Masking(0.75, "shared", "none"))
+    joint = mae3d.draw_mask(Draws(1, torch.arange(2)), PRESENT, NUM_TOKENS, 0.75)
     assert all(tensor.is_contiguous() for tensor in joint.tensors)
 
 
@@ -111,20 +110,20 @@ def test_every_token_to_be_rebuilt_is_asked_for_as_often_as_the_others():
 def test_the_loss_of_a_share_is_that_of_all_tokens_in_the_mean():
     torch.manual_seed(0)
     chosen = read_settings()
-    model = CSM(chosen.architecture, chosen.csm.reconstruction).eval()
+    model = pretext_of(chosen).eval()
     volume = torch.randn(2, 3, *PATCH_SIZE) * PRESENT[:, :, None, None, None]
     # half of the second sample is background, so that samples have different numbers of tokens in the loss
     volume[1, :, :2] = 0
     full = without_background(draw(), volume, chosen.architecture.token_size)
     with torch.no_grad():
         expected = float(loss_of(model, volume, full))
-        error = model(volume, full)
+        error = model.errors(volume, full)
         places = torch.zeros(2, 3 * NUM_TOKENS).scatter(1, full.asked, error)
         losses = []
         for seed in range(800):
             some = ask_some(full, Draws(seed, torch.arange(2)), 0.25)
             losses.append(float(masked_mean(places.gather(1, some.asked), some)))
-        some_error = model(volume, some)
+        some_error = model.errors(volume, some)
     torch.testing.assert_close(some_error, places.gather(1, some.asked))
     found = torch.tensor(losses)
     assert float(found.std()) > 0
@@ -132,20 +131,15 @@ def test_the_loss_of_a_share_is_that_of_all_tokens_in_the_mean():
 
 
 def test_joint_tokens_are_asked_for_in_all_series_together():
-    masking = Masking(0.75, "shared", "none")
     draws = Draws(3, torch.arange(2))
-    some = ask_some(mae3d.draw_mask(draws, PRESENT, NUM_TOKENS, masking), draws, 0.5, num_joined=3)
+    some = ask_some(mae3d.draw_mask(draws, PRESENT, NUM_TOKENS, 0.75), draws, 0.5, num_joined=3)
     by_series = some.asked.unflatten(1, (3, -1))
     assert (by_series % NUM_TOKENS == by_series[:, :1]).all() and (by_series // NUM_TOKENS == torch.arange(3)[:, None]).all()
-    chosen = read_settings(
-        architecture={"joint_tokens": True},
-        masking={"mask_ratio": 0.75, "places": "shared", "hidden_series": "none", "background": "rebuilt"},
-    )
-    model = mae3d.MAE3D(chosen.architecture, chosen.csm.reconstruction).eval()
+    model = pretext_of(read_settings(**JOINT)).eval()
     volume = torch.randn(2, 3, *PATCH_SIZE) * PRESENT[:, :, None, None, None]
-    full = mae3d.draw_mask(draws, PRESENT, NUM_TOKENS, masking)
+    full = mae3d.draw_mask(draws, PRESENT, NUM_TOKENS, 0.75)
     with torch.no_grad():
-        everything, part = model(volume, full), model(volume, some)
+        everything, part = model.errors(volume, full), model.errors(volume, some)
     places = torch.zeros(2, 3 * NUM_TOKENS).scatter(1, full.asked, everything)
     torch.testing.assert_close(part, places.gather(1, some.asked))
 

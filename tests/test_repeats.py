@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from nnunet_csm import cli
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.repeats import evaluate_runs, read_runs
+from nnunet_csm.evaluation.repeats import classes_of, evaluate_runs, read_runs
 
 CLASSES = ("benign", "malignant")
 NUM_RUNS, NUM_SAMPLES = 3, 12
@@ -41,7 +41,7 @@ def write(folder, seed, skill, **changes):
 
 def test_the_auc_is_the_mean_of_the_runs_own(tmp_path, capsys):
     paths = write(tmp_path / "a", 0, 2.0)
-    assert cli.main(["evaluate_classes", "-pred", *map(str, paths), "-o", str(tmp_path / "out")]) == 0
+    assert cli.main(["evaluate", "-pred", *map(str, paths), "-o", str(tmp_path / "out")]) == 0
     expected = np.mean([roc_auc_score(t["class"] == "malignant", t["p_malignant"]) for t in map(pd.read_csv, paths)])
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["metrics"]["auc"]["value"] == pytest.approx(expected)
@@ -63,9 +63,9 @@ def test_a_difference_is_predictions_less_what_they_are_compared_with(tmp_path):
 
 def test_cases_and_lesions_are_read_as_text(tmp_path):
     runs = read_runs(write(tmp_path / "a", 0, 1.0))
-    assert runs.names[0] == (0, "000", "") and runs.patients[2] == "001"
-    assert runs.runs == tuple(run for run in range(NUM_RUNS) for _ in range(NUM_SAMPLES))
-    assert runs.classes == CLASSES
+    assert tuple(runs.loc[0, ["run", "case", "mask_label"]]) == (0, "000", "") and runs["patient"][2] == "001"
+    assert list(runs["run"]) == [run for run in range(NUM_RUNS) for _ in range(NUM_SAMPLES)]
+    assert classes_of(runs) == CLASSES
 
 
 def test_what_cannot_be_read_or_compared_is_said(tmp_path):

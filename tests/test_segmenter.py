@@ -2,10 +2,11 @@
 
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
-from factories import DATASET_JSON, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans
+from factories import DATASET_JSON, JOINT_NETWORK, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans
 from factories import settings as read_settings
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,19 +16,21 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_csm.model.decoders import level_strides
-from nnunet_csm.model.fusion import SeriesProjections, mean_over_present
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.fusion import MeanFusion, ProjectedFusion, mean_over_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 
 NUM_CLASSES = 4
-LIGHT = {"decoder": "light", "fusion": "projected"}
+OF_DATASET: dict[str, Any] = {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE}
+LIGHT: dict[str, Any] = {"decoder": "light", "fusion": "projected"}
 
 
 def build(series=SERIES, token_size=TOKEN_SIZE, channels=None, input_channels=None, **changes):
     torch.manual_seed(0)
-    channels = range(len(series)) if channels is None else channels
-    network = CSMSegmenter(input_channels or len(series), NUM_CLASSES, series, channels, token_size, **{**TINY, **changes})
-    return network.eval()
+    channels = tuple(range(len(series)) if channels is None else channels)
+    of_dataset = {"series": series, "channels": channels, "token_size": token_size}
+    return CSMSegmenter(input_channels or len(series), NUM_CLASSES, **(TINY | of_dataset | changes)).eval()
 
 
 def random_volume(b=2, absent=(), patch_size=PATCH_SIZE, s=3):
@@ -105,9 +108,10 @@ def test_projections_tell_series_apart_from_the_start_and_keep_the_size_of_featu
     features, present = torch.randn(50, 3, 5, 16), torch.ones(50, 3, dtype=torch.bool)
     present[0, 1] = False
     torch.manual_seed(0)
-    fuse = SeriesProjections(3, 16)
+    fuse = ProjectedFusion(3, 16)
     with torch.no_grad():
-        fused, exchanged = fuse(features, present), fuse(features[:, [2, 1, 0]], present)
+        maps = [fuse(some, present, (1, 1, 5)) for some in (features, features[:, [2, 1, 0]])]
+        fused, exchanged = (found.flatten(2).transpose(1, 2) for found in maps)
         # what differs from one series to the next is kept, in all
         assert fused[1:].square().mean().item() == pytest.approx(features[1:].square().mean().item(), rel=0.1)
         for weight in fuse.weight:
@@ -119,10 +123,10 @@ def test_projections_tell_series_apart_from_the_start_and_keep_the_size_of_featu
 
 
 @pytest.mark.parametrize("token_size", [(4, 4, 4), (1, 4, 4), (2, 8, 8), (8, 8, 2), (16, 16, 16), (2, 1, 1)])
-@pytest.mark.parametrize("joint_tokens", [False, True])
-def test_the_light_decoder_reads_nothing_but_the_features(token_size, joint_tokens):
+@pytest.mark.parametrize("kind", [{}, JOINT_NETWORK], ids=["vit", "joint_vit"])
+def test_the_light_decoder_reads_nothing_but_the_features(token_size, kind):
     depth = max(4, max(token_size).bit_length())
-    network = build(token_size=token_size, depth=depth, joint_tokens=joint_tokens, **LIGHT)
+    network = build(token_size=token_size, depth=depth, **kind, **LIGHT)
     patch_size = tuple(2 * t for t in token_size)
     volume = random_volume(patch_size=patch_size)
     with torch.no_grad():
@@ -144,15 +148,26 @@ def test_all_weights_of_the_light_decoder_learn_and_other_class_counts_load():
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
     heads = [name for name in network.state_dict() if ".seg_layers." in name]
     torch.manual_seed(0)
-    other = CSMSegmenter(3, NUM_CLASSES + 1, SERIES, (0, 1, 2), TOKEN_SIZE, **{**TINY, **LIGHT})
+    other = CSMSegmenter(3, NUM_CLASSES + 1, **OF_DATASET, **TINY, **LIGHT)
     assert len(heads) == 2
     assert {n for n, t in network.state_dict().items() if t.shape != other.state_dict()[n].shape} <= set(heads)
 
 
 def test_without_several_series_there_is_nothing_to_project():
-    assert build(SERIES[:1], fusion="projected").fusions is None
-    assert build(fusion="mean").fusions is None
-    assert len(build(fusion="projected").fusions) == len(build().taps)
+    for network in (build(SERIES[:1], fusion="projected"), build(**JOINT_NETWORK, fusion="projected"), build(fusion="mean")):
+        assert all(isinstance(fuse, MeanFusion) for fuse in network.fusions) and not len(list(network.fusions.parameters()))
+    assert all(isinstance(fuse, ProjectedFusion) for fuse in build(fusion="projected").fusions)
+    # one for every level
+    assert len(build(fusion="projected").fusions) == len(build().fusions) == math.log2(max(TOKEN_SIZE))
+
+
+@pytest.mark.parametrize("fusion", [MeanFusion, ProjectedFusion])
+def test_a_fusion_of_some_series_is_that_of_all_with_the_others_absent(fusion):
+    features, absent = torch.randn(2, 3, 30, 8), torch.tensor([[True, False, True]] * 2)
+    fuse = fusion(3, 8)
+    some = fuse(features[:, [0, 2]], absent[:, [0, 2]], (2, 3, 5), (0, 2))
+    assert some.shape == (2, 8, 2, 3, 5)
+    torch.testing.assert_close(some, fuse(features, absent, (2, 3, 5)))
 
 
 def test_a_series_is_present_when_a_voxel_differs_from_zero_and_all_are_when_none_does():
@@ -166,7 +181,7 @@ def test_another_number_of_channels_is_refused_and_the_series_are_named():
     with pytest.raises(ValueError, match=r"2 channels.*FLAIR, T1w, T2w.*all-zero volume"):
         build()(random_volume()[:, :2])
     with pytest.raises(ValueError, match=r"2 input channels.*T2w in channel 2"):
-        CSMSegmenter(2, NUM_CLASSES, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY)
+        CSMSegmenter(2, NUM_CLASSES, **OF_DATASET, **TINY)
 
 
 def test_only_the_planned_series_are_used_from_the_channels_they_stand_in():
@@ -180,7 +195,7 @@ def test_only_the_planned_series_are_used_from_the_channels_they_stand_in():
 
 def test_deep_supervision_is_refused():
     with pytest.raises(ValueError, match="nnUNetTrainerCSM"):
-        CSMSegmenter(3, NUM_CLASSES, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY, deep_supervision=True)
+        CSMSegmenter(3, NUM_CLASSES, **OF_DATASET, **TINY, deep_supervision=True)
 
 
 # --- shapes and numbers ------------------------------------------------------------------------------------------------------
@@ -207,9 +222,10 @@ def test_strides_multiply_to_the_token_and_a_short_edge_is_halved_last(token_siz
 @pytest.mark.parametrize("depth", [4, 5, 6, 7, 12])
 def test_taps_lie_at_equal_shares_of_the_depth_and_end_with_the_last_block(depth):
     network = build(token_size=(2, 16, 4), depth=depth, width=6, num_heads=1, features=1)
-    assert network.taps[-1] == depth
-    assert sorted(set(network.taps)) == network.taps
-    assert all(abs(tap - depth * share) <= 0.5 for tap, share in zip(network.taps, (0.25, 0.5, 0.75, 1), strict=True))
+    taps = network.encoder.taps(4)
+    assert taps[-1] == depth
+    assert sorted(set(taps)) == taps
+    assert all(abs(tap - depth * share) <= 0.5 for tap, share in zip(taps, (0.25, 0.5, 0.75, 1), strict=True))
     volume = random_volume(1, patch_size=(2, 16, 8))
     assert [f.shape for f in network.encode(volume, series_present(volume))] == [(1, 6, 1, 1, 2)] * 4
 
@@ -235,7 +251,7 @@ def test_the_state_loads_without_executing_anything():
     network, file = build(), io.BytesIO()
     torch.save(network.state_dict(), file)
     file.seek(0)
-    other = CSMSegmenter(3, NUM_CLASSES, SERIES, (0, 1, 2), TOKEN_SIZE, **TINY).eval()
+    other = CSMSegmenter(3, NUM_CLASSES, **OF_DATASET, **TINY).eval()
     other.load_state_dict(torch.load(file, weights_only=True))
     assert logits(other, random_volume()).equal(logits(network, random_volume()))
 

@@ -87,7 +87,9 @@ def test_a_folder_whose_preprocessing_was_stopped_is_not_taken_for_whole(preproc
     (folder / "gt_segmentations").mkdir()
     for n in range(11):
         (folder / "gt_segmentations" / f"case{n}.nii.gz").touch()
-    with pytest.raises(UserError, match=r"10 cases, case10 is missing.*nnunet_csm preprocess -d Dataset001_A"):
+    with pytest.raises(
+        UserError, match=r"10 cases, case10 is missing.*nnunet_csm plan_and_preprocess -d Dataset001_A -preprocess_only"
+    ):
         fold_files([A], SERIES, preprocessed, 0)
     assert not (folder / "splits_final.json").exists()
     (preprocessed / "Dataset003_C" / "x_unlabelled.manifest.json").write_text('{"all_cases": ["one", "two", "three"]}')
@@ -100,5 +102,5 @@ def test_too_few_cases_for_folds_and_an_empty_folder_are_errors_with_a_remedy(pr
     with pytest.raises(UserError, match=r"Dataset003_C: 2 cases cannot be split into 5 folds.*fold all"):
         fold_files([C], SERIES, preprocessed, 0)
     missing = source_of(("ADC",), dataset="Dataset003_C", data_identifier="gone")
-    with pytest.raises(UserError, match="nnunet_csm preprocess -d Dataset003_C"):
+    with pytest.raises(UserError, match="nnunet_csm plan_and_preprocess -d Dataset003_C"):
         fold_files([missing], SERIES, preprocessed, "all")

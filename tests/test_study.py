@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from factories import masking_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
@@ -23,7 +25,7 @@ from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
-from nnunet_csm.raw.writer import MANIFEST
+from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
 from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
@@ -32,7 +34,7 @@ from nnunet_csm.study.execution import cluster, perform, read_records, visible_g
 from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, essence
 from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
 
-JOINT = {"network": {"joint_tokens": True}, "masking": {"mask_ratio": 0.75, "places": "shared", "hidden_series": "none"}}
+JOINT = {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d", "masking": {"mask_ratio": 0.75}}}
 SCRATCH, MAE3D, CSM = {"name": "scratch", "pretrained": False}, {"name": "MAE3D", "changes": JOINT}, {"name": "CSM"}
 
 
@@ -120,6 +122,14 @@ def test_a_study_inherits_and_replaces(tmp_path: Path) -> None:
     assert read_study(str(tmp_path / "b.json")) == replace(read_study(str(tmp_path / "a.json")), labels=(0.5,))
 
 
+@pytest.mark.parametrize(("parent", "complaint"), [("a.json", "inherits from it"), ("table99", "no study 'table99'"), (3, "3")])
+def test_what_a_study_cannot_inherit_is_named(tmp_path: Path, parent: Any, complaint: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"inherits_from": "b.json"}))
+    (tmp_path / "b.json").write_text(json.dumps(spec(inherits_from=parent)))
+    with pytest.raises(UserError, match=complaint):
+        read_study(str(tmp_path / "b.json"))
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '"x"'])
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
@@ -174,7 +184,7 @@ def test_a_case_never_loses_its_last_series() -> None:
 
 def test_arms_that_pretrain_alike_share_their_pretraining_and_no_other(expand: Callable[..., Runs]) -> None:
     faster = {"name": "CSM, faster", "changes": {"finetuning": {"learning_rate": 0.01}, "network": {"drop_path": 0.2}}}
-    other = {"name": "half", "changes": {"masking": {"mask_ratio": 0.6}}}
+    other = {"name": "half", "changes": {"pretext": {"masking": {"mask_ratio": 0.6}}}}
     runs = expand(arms=[SCRATCH, CSM, faster, other, MAE3D], labels=[1.0, 0.5])
     pretraining = {run.id for run in runs.runs.values() if run.kind == "pretraining"}
     needs = {row.arm: set[str | None]() for row in runs.rows}
@@ -364,7 +374,7 @@ def test_what_only_people_read_makes_no_other_run(dataset: Dataset) -> None:
     csm = other["configurations"]["3d_fullres"]["csm"]
     csm["preset"], csm["reasons"] = "x", {}
     assert essence(plans) == essence(other) and hashed(plans) != hashed(other)
-    csm["masking"]["mask_ratio"] = 0.123
+    csm["pretext"]["masking"]["mask_ratio"] = 0.123
     assert essence(plans) != essence(other)
 
 
@@ -399,11 +409,11 @@ def test_gpus_are_those_the_user_lets_be_seen(given: str | None, monkeypatch: py
 
 
 def test_visible_tokens_are_those_masks_show(expand: Callable[..., Runs], dataset: Dataset) -> None:
-    runs = expand(arms=[CSM, {"name": "none", "changes": {"masking": {"hidden_series": "none"}}}, MAE3D])
+    runs = expand(arms=[CSM, {"name": "none", "changes": {"pretext": {"masking": {"hidden_series": "none"}}}}, MAE3D])
     visible = {row.arm: runs.runs[runs.runs[row.run].needs or ""].visible_tokens for row in runs.rows}
     mean_present = np.mean([len(names) for names in dataset.present.values()])
     settings = dataset.settings(next(iter(runs.plans.values())))
-    shown = round((1 - settings.csm.masking.mask_ratio) * np.prod(settings.pretraining_grid))
+    shown = round((1 - masking_of(settings).mask_ratio) * np.prod(settings.pretraining_grid))
     assert visible["none"] == pytest.approx(mean_present * shown)
     assert visible["CSM"] < visible["none"]
     assert visible["MAE3D"] == round(0.25 * np.prod(settings.pretraining_grid))
@@ -412,7 +422,8 @@ def test_visible_tokens_are_those_masks_show(expand: Callable[..., Runs], datase
 def test_costs_grow_with_what_is_computed(expand: Callable[..., Runs], dataset: Dataset) -> None:
     runs = expand(arms=[CSM])
     of = {run.kind: dataset.settings(runs.plans[run.plans_name]) for run in runs.runs.values()}
-    few, many = (pretraining_cost(of["pretraining"], visible).operations_per_crop for visible in (4, 8))
+    # with more series in a case, more tokens are visible, and more are rebuilt
+    few, many = (pretraining_cost(of["pretraining"], torch.ones(4, 3).tril(n) > 0).operations_per_crop for n in (0, 2))
     assert 0 < few < many
     finetuning = finetuning_cost(of["fine-tuning"], len(dataset.series), 4, classifies=False)
     assert finetuning.num_crops == of["fine-tuning"].csm.finetuning_schedule.num_iterations * 2

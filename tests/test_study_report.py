@@ -1,7 +1,6 @@
 """A study's tables say what the statistics say, in every format, and its page holds all of it and loads nothing."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -53,54 +52,74 @@ def grid_of(tables, name) -> Grid:
     return found
 
 
+def header(grid):
+    return tuple(grid.cells)
+
+
+def rows(grid):
+    return list(grid.cells.itertuples(index=False, name=None))
+
+
+def best(grid):
+    """(row, column) of the best values."""
+    return set(zip(*map(np.ndarray.tolist, np.nonzero(grid.best)), strict=True))
+
+
+def grid(table, name, caption, columns, texts, num_text, marked=(), blocks=(0,)):
+    bold = np.zeros((len(texts), len(columns)), bool)
+    for place in marked:
+        bold[place] = True
+    return Grid(table, name, caption, pd.DataFrame(texts, columns=list(columns)), num_text, bold, blocks)
+
+
 def test_rows_and_columns_are_the_papers():
     tables = make_tables(study(), NONE, NONE)
-    grid = grid_of(tables, "Dice")
-    assert grid.header == ("Method", "Labels (cases)", AVERAGE, "WT", "ET")
-    assert [row[:2] for row in grid.rows] == [(arm, labels) for labels in ("100 % (50)", "10 % (5)") for arm in ARMS]
-    assert all(re.fullmatch(r"0\.\d{4} ± 0\.\d{3}", cell) for row in grid.rows for cell in row[2:])
-    assert grid.best == {(row, column) for row in (2, 5) for column in (2, 3, 4)} and grid.blocks == (0, 3)
-    found = tables.summary.set_index(["arm", "labels", "structure"]).loc[("MAE3D", 0.1, "ET")]
-    assert grid.rows[4][4] == mean_and_sd(found["mean"], found["sd"])
+    found = grid_of(tables, "Dice")
+    assert header(found) == ("Method", "Labels (cases)", AVERAGE, "WT", "ET")
+    assert [row[:2] for row in rows(found)] == [(arm, labels) for labels in ("100 % (50)", "10 % (5)") for arm in ARMS]
+    assert all(re.fullmatch(r"0\.\d{4} ± 0\.\d{3}", cell) for row in rows(found) for cell in row[2:])
+    assert best(found) == {(row, column) for row in (2, 5) for column in (2, 3, 4)} and found.blocks == (0, 3)
+    summary = tables.summary.set_index(["arm", "labels", "structure"]).loc[("MAE3D", 0.1, "ET")]
+    assert rows(found)[4][4] == mean_and_sd(summary["mean"], summary["sd"])
 
 
 def test_one_structure_stands_under_the_series():
     single = study(("lesion",), (1.0,), tested=("FLAIR", "T1w"))
     single["finetuned"] = single["tested"]
-    grid = grid_of(make_tables(pd.concat([study(("lesion",), (1.0,)), single]), NONE, NONE), "Dice")
-    assert grid.header[2:] == ("all series", "FLAIR", "T1w", "mean of single series")
-    assert len(grid.rows) == 3 and all("–" not in cell for row in grid.rows for cell in row[2:])
+    found = grid_of(make_tables(pd.concat([study(("lesion",), (1.0,)), single]), NONE, NONE), "Dice")
+    assert header(found) == ("Method", "all series", "FLAIR", "T1w", "mean of single series")
+    assert len(rows(found)) == 3 and all("–" not in cell for row in rows(found) for cell in row)
 
 
 def test_parts_of_the_series_are_rows_with_dots():
     tables = make_tables(study(shares=(0.1,), tested=("all", "T1w", "FLAIR")), NONE, NONE)
-    grid = grid_of(tables, f"subsets {AVERAGE} 10")
-    assert grid.header == ("T1w", "FLAIR", *ARMS)
-    assert [row[:2] for row in grid.rows] == [("●", "○"), ("○", "●"), ("●", "●"), ("mean", "")]
-    assert [row[:1] for row in grid_of(tables, "Dice").rows] == [(arm,) for arm in ARMS]
-    values = np.array([[float(cell.split()[0]) for cell in row[2:]] for row in grid.rows])
+    found = grid_of(tables, f"subsets {AVERAGE} 10")
+    assert header(found) == ("T1w", "FLAIR", *ARMS)
+    assert [row[:2] for row in rows(found)] == [("●", "○"), ("○", "●"), ("●", "●"), ("mean", "")]
+    assert [row[:1] for row in rows(grid_of(tables, "Dice"))] == [(arm,) for arm in ARMS]
+    values = np.array([[float(cell.split()[0]) for cell in row[2:]] for row in rows(found)])
     assert values[3] == pytest.approx(values[:3].mean(0), abs=1e-4)
-    assert {column for row, column in grid.best if row == 3} == {4}
+    assert {column for row, column in best(found) if row == 3} == {4}
     # corrected apart from the comparisons with all series
     assert [grid_of(tables, name).caption.count("6 tests") for name in ("comparisons", "comparisons of parts")] == [1, 0]
 
 
 def test_comparisons_are_with_the_baseline_and_those_asked_for():
     tables = make_tables(study(shares=(1.0,)), NONE, NONE, "MAE3D", [Contrast("CSM_100% & more", "Scratch")])
-    grid = grid_of(tables, "comparisons")
-    assert list(dict.fromkeys(row[0] for row in grid.rows)) == [
+    found = grid_of(tables, "comparisons")
+    assert list(found.cells["Comparison"].unique()) == [
         "Scratch − MAE3D",
         "CSM_100% & more − MAE3D",
         "CSM_100% & more − Scratch",
     ]
-    assert grid.rows[0][4].startswith("−") and grid.rows[3][4].startswith("+")
+    assert found.cells["Points"][0].startswith("−") and found.cells["Points"][3].startswith("+")
 
 
 def test_a_pretraining_counts_once_for_all_shares_of_labels():
-    grid = grid_of(make_tables(study(), NONE, costs()), "cost")
-    found = [row for row in grid.rows if row[1] == "pretraining"]
-    assert [row[2:8] for row in found] == [("–", "1", "10.0", "20.0", "300,000", "432")]
-    assert len(grid.rows) == 7 and {row[7] for row in grid.rows if row[1] == "fine-tuning"} == {"–"}
+    found = grid_of(make_tables(study(), NONE, costs()), "cost")
+    pretrainings = [row for row in rows(found) if row[1] == "pretraining"]
+    assert [row[2:8] for row in pretrainings] == [("–", "1", "10.0", "20.0", "300,000", "432")]
+    assert len(rows(found)) == 7 and {row[7] for row in rows(found) if row[1] == "fine-tuning"} == {"–"}
 
 
 def test_numbers_as_they_are_read():
@@ -136,39 +155,44 @@ def test_latex_is_balanced_and_escaped():
 
 
 def test_details_that_all_rows_share_stand_in_the_caption():
-    rows = (("a − b", "all", "10 %", "1.00"), ("c − b", "all", "100 %", "2.00"))
-    grid = Grid("t", "n", "Differences", ("Comparison", "Series", "Labels", "Points"), rows, 3, frozenset({(1, 3)}))
-    grid = replace(grid, details=frozenset({"Series", "Labels"}))
-    brief = grid.brief()
-    assert brief.header == ("Comparison", "Labels", "Points") and brief.caption == "Differences. Series: all"
-    assert brief.rows == (("a − b", "10 %", "1.00"), ("c − b", "100 %", "2.00"))
-    assert brief.num_text == 2 and brief.best == {(1, 2)}
-    for text in (grid.to_markdown(), grid.to_latex(), grid.to_page().caption):
+    texts = [("a − b", "all", "10 %", "1.00"), ("c − b", "all", "100 %", "2.00")]
+    whole = grid("t", "n", "Differences", ("Comparison", "Series", "Labels", "Points"), texts, 3, [(1, 3)])
+    brief = whole.brief("Series", "Labels")
+    assert header(brief) == ("Comparison", "Labels", "Points") and brief.caption == "Differences. Series: all"
+    assert rows(brief) == [("a − b", "10 %", "1.00"), ("c − b", "100 %", "2.00")]
+    assert brief.num_text == 2 and best(brief) == {(1, 2)}
+    for text in (brief.to_markdown(), brief.to_latex(), brief.to_page().caption):
         assert "Series: all" in text
-    assert replace(grid, rows=rows[:1]).brief().rows == rows[:1]
+    one = grid("t", "n", "Differences", ("Comparison", "Series"), [("a − b", "all")], 2)
+    assert one.brief("Series") is one
 
 
 def test_details_beside_blocks_numbers_and_best_values():
-    rows = (("CSM", "0.7", "64 × 3"), ("MAE3D", "0.6", "64 × 3"), ("CSM", "0.5", "64 × 3"))
-    grid = Grid("t", "n", "Dice", ("Method", "Dice", "Patients × repeats"), rows, 1, frozenset({(0, 1), (0, 2)}), (0, 2))
-    brief = replace(grid, details=frozenset({"Patients × repeats"})).brief()
-    assert brief.caption == "Dice. Patients × repeats: 64 × 3" and brief.header == ("Method", "Dice")
-    assert brief.num_text == 1 and brief.best == {(0, 1)} and brief.blocks == (0, 2)
-    page = replace(grid, details=frozenset({"Patients × repeats"})).to_page()
-    assert page.header == brief.header and all(len(row) == 2 for row in page.rows)
+    texts = [("CSM", "0.7", "64 × 3"), ("MAE3D", "0.6", "64 × 3"), ("CSM", "0.5", "64 × 3")]
+    columns = ("Method", "Dice", "Patients × repeats")
+    brief = grid("t", "n", "Dice", columns, texts, 1, [(0, 1), (0, 2)], (0, 2)).brief("Patients × repeats")
+    assert brief.caption == "Dice. Patients × repeats: 64 × 3" and header(brief) == ("Method", "Dice")
+    assert brief.num_text == 1 and best(brief) == {(0, 1)} and brief.blocks == (0, 2)
+    page = brief.to_page()
+    assert tuple(page.cells) == header(brief) and page.best.shape == page.cells.shape
     assert brief.to_latex().count(r"\midrule") == 2
-    none = replace(grid, rows=(), best=frozenset())
-    assert none.brief() is none and r"\toprule" in none.to_latex()
+    none = grid("t", "n", "Dice", columns, [], 1)
+    assert none.brief("Dice") is none and r"\toprule" in none.to_latex()
 
 
 def test_latex_headings_are_in_lines_and_wide_tables_are_scaled():
-    header, cells = ("Method", "Visible tokens a crop"), ("x", "1.0")
-    text = Grid("", "cost", "Cost", header, (cells,), 1).to_latex()
-    assert r"\shortstack[r]{Visible\\tokens\\a crop}" in text and "resizebox" not in text
-    wide = Grid("", "cost", "Cost", header, (("x" * 75, "1.0"),), 1).to_latex()
-    assert r"\resizebox{\linewidth}{!}{\begin{tabular}" in wide and wide.count("{") == wide.count("}")
+    columns, cells = ("Method", "Visible tokens a crop"), ("x", "1.0")
+    text = grid("", "cost", "Cost", columns, [cells], 1).to_latex()
+    assert r"\shortstack[r]{Visible\\tokens\\a crop}" in text
+    scaled = re.search(r"\\begin\{adjustbox\}\{max width=\\linewidth\}\n\\begin\{tabular\}\{lr\}", text)
+    assert scaled and text.index(r"\end{tabular}") < text.index(r"\end{adjustbox}")
     # what would be an option of the line's end before it
-    assert r"\\{[}mm]" in Grid("", "n", "c", ("Method", "Dice [mm]"), (cells,), 1).to_latex()
+    assert r"& Dice {[}mm]" in grid("", "n", "c", ("Method", "Dice [mm]"), [("x", "0.123456789")], 1).to_latex()
+
+
+def test_bars_in_names_part_no_columns():
+    text = grid("", "n", "c", ("Method", "a|b"), [("x|y", "1.0")], 1).to_markdown()
+    assert r"x\|y" in text and r"a\|b" in text and len(re.findall(r"(?<!\\)\|", text.splitlines()[-1])) == 3
 
 
 def test_files_hold_what_the_tables_hold(tmp_path):
@@ -216,7 +240,7 @@ def test_the_page_holds_every_table_and_picture_and_no_link(tmp_path):
     assert {path.name for path in (page.parent / "figures").iterdir()} == {"labels_1.png", "patients_1.png", "case_1.png"}
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://|url\(""", html)
     assert "A &lt;study&gt;" in html and "CSM_100% &amp; more" in html and "a rebuilt series" in html
-    assert html.count('class="best"') == sum(len(grid.best) for grid in grids) > 0
+    assert html.count('class="best"') == sum(grid.best.sum() for grid in grids) > 0
 
 
 def test_what_is_missing_has_no_section(tmp_path):
@@ -232,7 +256,7 @@ def test_a_study_of_classes_has_tables_too(tmp_path):
     table["p_III"] = np.clip(rng.normal(0.4, 0.2, len(table)) + 0.2 * (table["class"] == "III"), 0, 1)
     table["p_II"] = 1 - table["p_III"]
     tables = make_tables(NONE, table, NONE)
-    assert grid_of(tables, "AUC").header == ("Method", "Labels (cases)", "AUC")
+    assert header(grid_of(tables, "AUC")) == ("Method", "Labels (cases)", "AUC")
     assert [grid.name for grid in tables.grids] == ["AUC", "comparisons"]
     page = write_report(tmp_path, "t", NONE, table, NONE)
     assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == [

@@ -14,8 +14,8 @@ from nnunet_csm.study.statistics import (
     compare,
     compare_classes,
     contrasts_of,
+    crossed_interval,
     holm,
-    interval,
     signed_rank,
     summarize,
     summarize_classes,
@@ -150,7 +150,7 @@ def test_intervals_cover_the_truth(design):
             values += rng.normal(0, 0.025, 3)[divisions]
             values[(rng.permutation(40) % 3)[:, None] != divisions] = NAN
         known = ~np.isnan(values).all(1)
-        low, high = interval(values[known], divisions, num_resamples=400)
+        low, high = crossed_interval(values[known], divisions, num_resamples=400)
         covered += low <= 0 <= high
     assert covered >= 136
 
@@ -158,16 +158,16 @@ def test_intervals_cover_the_truth(design):
 def test_an_interval_knows_that_repeats_differ():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, (50, 5))
-    alike, unlike = interval(noise), interval(noise + rng.normal(0, 0.1, (1, 5)))
+    alike, unlike = crossed_interval(noise), crossed_interval(noise + rng.normal(0, 0.1, (1, 5)))
     assert unlike[1] - unlike[0] > 5 * (alike[1] - alike[0])
-    assert interval(noise) == alike
+    assert crossed_interval(noise) == alike
 
 
 def test_an_interval_of_one_repeat_is_that_of_patients():
     values = np.random.default_rng(0).normal(0.1, 0.2, 60)
-    low, high = interval(values[:, None])
+    low, high = crossed_interval(values[:, None])
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(60), rel=0.1)
-    assert all(np.isnan(interval(values[None])))
+    assert all(np.isnan(crossed_interval(values[None])))
 
 
 def test_signed_rank_of_little():

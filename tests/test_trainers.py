@@ -149,6 +149,8 @@ def test_folds_are_those_of_the_file_and_an_encoder_that_saw_their_test_cases_is
     capsys: pytest.CaptureFixture[str],
     splits_file: str,
 ) -> None:
+    from nnunet_csm.training.pretrained import held_out_cases
+
     preprocessed = tmp_path / "nnUNet_preprocessed"
     shutil.copytree(planned_dataset.folders.preprocessed, preprocessed)
     monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
@@ -168,7 +170,7 @@ def test_folds_are_those_of_the_file_and_an_encoder_that_saw_their_test_cases_is
     for fold, held_out in ((0, names[3:]), (1, names[5:])):
         finetuner = make_trainer(False, fold, splits=splits_file)
         finetuner.initialize()
-        assert list(finetuner.held_out_cases()) == held_out
+        assert list(held_out_cases(finetuner)) == held_out
         capsys.readouterr()
         finetuner.on_fresh_start()
         assert ("saw the images (never the labels) of 1 held-out cases" in capsys.readouterr().out) == (fold == 0)

@@ -2,16 +2,28 @@
 
 import pytest
 import torch
-from factories import GRID_SIZE, PATCH_SIZE, SERIES, TOKEN_SIZE, base_plans, checkpoint_of, csm_plans
+from factories import (
+    GRID_SIZE,
+    JOINT,
+    PATCH_SIZE,
+    SERIES,
+    TOKEN_SIZE,
+    as_version_2,
+    base_plans,
+    checkpoint_of,
+    csm_plans,
+    pretext_of,
+)
 from torch import nn
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.model.tokens import all_tokens, coordinates, select, to_map, to_tokens
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
-from nnunet_csm.plans import read_configuration, to_dict
-from nnunet_csm.pretext.csm import CSM
+from nnunet_csm.plans import read_configuration
+from nnunet_csm.schema import to_dict
 
 
 def pretrained(folder, plans=None):
@@ -19,7 +31,7 @@ def pretrained(folder, plans=None):
     plans = csm_plans() if plans is None else plans
     settings = read_configuration(plans, "3d_fullres", "plans")
     torch.manual_seed(1)
-    model = CSM(settings.architecture, settings.csm.reconstruction).eval()
+    model = pretext_of(settings).eval()
     path = folder / "checkpoint_final.pth"
     checkpoint.save(checkpoint_of(plans, model.state_dict()), path)
     return model, path
@@ -131,6 +143,60 @@ def test_an_encoder_enters_whatever_else_its_plans_said(tmp_path):
     assert features(network.encoder, random_volume()).equal(features(model.encoder, random_volume()))
 
 
+def test_how_weights_began_does_not_matter(tmp_path):
+    model, path = pretrained(tmp_path)
+    network, architecture = downstream(architecture={"encoder": {"series_embedding_std": 0.02, "query_key_gain": 0.0}})
+    transfer(read_encoder(str(path)), network.encoder, architecture)
+    assert features(network.encoder, random_volume()).equal(features(model.encoder, random_volume()))
+
+
+@pytest.mark.parametrize("changes", [{}, JOINT], ids=["csm", "joint"])
+def test_an_encoder_pretrained_by_plans_of_version_2_enters(tmp_path, changes):
+    model, path = pretrained(tmp_path, as_version_2(csm_plans(**changes)))
+    network, architecture = downstream(**changes)
+    transfer(read_encoder(str(path)), network.encoder, architecture)
+    assert all(network.encoder.state_dict()[name].equal(tensor) for name, tensor in model.encoder.state_dict().items())
+
+
+BY_SERIES = {"encoder": {"embedding": "by_series"}}
+
+
+def test_layers_of_series_are_carried_by_name_and_a_new_series_starts_from_their_mean(tmp_path):
+    model, path = pretrained(tmp_path, csm_plans(architecture=BY_SERIES))
+    network, architecture = downstream(series=["T2w", "DWI", "FLAIR"], architecture=BY_SERIES)
+    rows = transfer(read_encoder(str(path)), network.encoder, architecture)
+    found, source = network.encoder.embedding, model.encoder.embedding
+    for name in ("weight", "bias"):
+        known, new, other = getattr(found, name)
+        of_source = getattr(source, name)
+        assert known.equal(of_source[SERIES.index("T2w")]) and other.equal(of_source[SERIES.index("FLAIR")])
+        torch.testing.assert_close(new, of_source.mean(0))
+    how = {row.name: row.how for row in rows}
+    assert "from T2w" in how["embedding.weight[T2w]"] and "mean of FLAIR, T1w, T2w" in how["embedding.bias[DWI]"]
+    assert {row.name.split("[")[0] for row in rows} == set(network.encoder.state_dict())
+    # every place and series has the features it had
+    order = [SERIES.index("T2w"), SERIES.index("FLAIR")]
+    fewer, architecture = downstream(series=["T2w", "FLAIR"], architecture=BY_SERIES)
+    transfer(read_encoder(str(path)), fewer.encoder, architecture)
+    volume = random_volume()
+    volume[:, SERIES.index("T1w")] = 0
+    with torch.no_grad():
+        present = series_present(volume)
+        expected = model.encoder.levels(volume, present)[-1].tokens[:, order]
+        found = fewer.encoder.levels(volume[:, order], present[:, order])[-1].tokens
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "target"), [(SERIES, ["T1w"]), (["T1w"], SERIES)], ids=["to one", "from one"])
+def test_the_layer_of_one_series_alone_is_carried(tmp_path, source, target):
+    model, path = pretrained(tmp_path, csm_plans(series=source, architecture=BY_SERIES))
+    network, architecture = downstream(series=target, architecture=BY_SERIES)
+    transfer(read_encoder(str(path)), network.encoder, architecture)
+    for name in ("weight", "bias"):
+        found, expected = getattr(network.encoder.embedding, name), getattr(model.encoder.embedding, name)
+        assert found[target.index("T1w")].equal(expected[source.index("T1w")])
+
+
 # --- what does not -----------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +207,9 @@ def test_an_encoder_enters_whatever_else_its_plans_said(tmp_path):
         ({"architecture": {"width": 36}}, "width is 24, expected 36"),
         ({"architecture": {"depth": 4}}, "depth is 3, expected 4"),
         ({"architecture": {"num_heads": 4}}, "num_heads is 2, expected 4"),
+        ({"architecture": {"encoder": {"kind": "joint_vit"}}}, r"encoder\.kind is vit, expected joint_vit"),
+        ({"architecture": {"encoder": {"positions": "mae"}}}, r"encoder\.positions is geometric, expected mae"),
+        ({"architecture": {"encoder": {"embedding": "by_series"}}}, r"encoder\.embedding is shared, expected by_series"),
     ],
 )
 def test_another_network_is_refused(tmp_path, changes, message):
@@ -192,7 +261,9 @@ def test_a_checkpoint_of_nnunets_own_trainer_is_refused(tmp_path):
     refused(path, "without an encoder of ours")
 
 
-@pytest.mark.parametrize("name", ["encoder.norm.weight", "encoder.blocks.1.attn.qkv.bias", "encoder.series_embedding"])
+@pytest.mark.parametrize(
+    "name", ["encoder.norm.weight", "encoder.blocks.1.attn.qkv.bias", "encoder.series_embedding", "encoder.embedding.weight"]
+)
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(tmp_path, name):
     model, path = pretrained(tmp_path)
     weights = {k: v for k, v in model.state_dict().items() if k != name}
@@ -200,8 +271,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(tmp_pa
     refused(path, name.removeprefix("encoder.").replace(".", r"\."))
 
 
-@pytest.mark.parametrize("name", ["encoder.norm.extra", "encoder.norm.weight", "encoder.series_embedding"])
-def test_a_checkpoint_with_a_tensor_too_many_or_of_another_shape_is_refused_and_the_tensor_named(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("encoder.norm.extra", r"norm\.extra"),
+        ("encoder.norm.weight", r"norm\.weight"),
+        ("encoder.series_embedding", "the encoder holds 2 series, it names 3"),
+    ],
+)
+def test_a_checkpoint_with_a_tensor_too_many_or_of_another_shape_is_refused_and_named(tmp_path, name, what):
     model, path = pretrained(tmp_path)
     checkpoint.save(checkpoint_of(csm_plans(), {**model.state_dict(), name: torch.zeros(2, 3)}), path)
-    refused(path, name.removeprefix("encoder.").replace(".", r"\."))
+    refused(path, what)

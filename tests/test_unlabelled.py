@@ -57,7 +57,7 @@ def test_only_what_is_missing_or_changed_is_made_again(planned_dataset, bare):
     (folder / ".half.b2nd").touch()
     image = planned_dataset.folders.raw / BARE / "imagesTr" / names[1].replace(".b2nd", "_0000.nii.gz")
     image.touch()
-    out = planned_dataset.check("nnunet_csm", "preprocess", "-d", "901", "-np", "1")
+    out = planned_dataset.check("nnunet_csm", "plan_and_preprocess", "-d", "901", "-preprocess_only", "-np", "1")
     assert "2 cases preprocessed" in out
     again = {name: (folder / name).stat().st_mtime_ns for name in names}
     assert {name for name in names if again[name] != made[name]} == set(names[:2])
@@ -79,7 +79,7 @@ def test_test_images_are_drawn_on_by_flag_only_and_in_training_alone(planned_dat
     name = "nnUNetCSMPlans_test_images"
     flags = ("-preset", str(TINY_PRESET), "-overwrite_plans_name", name, "--test_images", "-np", "1")
     planned_dataset.check("nnunet_csm", "plan", "-d", "900", *flags)
-    planned_dataset.check("nnunet_csm", "preprocess", "-d", "900", "-p", name, "-np", "1")
+    planned_dataset.check("nnunet_csm", "plan_and_preprocess", "-d", "900", "-preprocess_only", name, "-np", "1")
     settings = read_configuration(json.loads((folder / f"{name}.json").read_text()), "3d_fullres", name)
     assert [s.subset for s in settings.csm.sources] == ["imagesTr", "imagesTs"]
     assert len(volumes(folder / "nnUNetPlans_3d_fullres_imagesTs")) == NUM_TEST

@@ -375,7 +375,8 @@ def to_half(volume: Tensor) -> Tensor:
 def _open(file: CaseFile) -> blosc2.NDArray:
     """Opened when needed: hundreds of files held open would exceed the usual limit."""
     if not file.path.is_file():
-        raise UserError(f"{file.path}: not preprocessed; run `nnunet_csm preprocess`, or check splits_final.json")
+        remedy = "run `nnunet_csm plan_and_preprocess -preprocess_only` with the name of the plans, or check splits_final.json"
+        raise UserError(f"{file.path}: not preprocessed; {remedy}")
     opened = open_volumes(file.path)
     _check_channels(file, len(opened))
     return opened

@@ -90,16 +90,19 @@ def occupied_blocks(volume: Float32[np.ndarray, "z y x"]) -> Bool[np.ndarray, "b
     return largest - smallest > MIN_SPAN * volume.std()
 
 
-def draw_crops(draws: Draws, shapes: Int[Tensor, "b 3"], patch_size: Size, occupancy: Occupancy | None = None) -> Crops:
+def draw_crops(
+    draws: Draws, shapes: Int[Tensor, "b 3"], patch_size: Size, occupancy: Occupancy | None = None, number: int = 0
+) -> Crops:
     """Draw positions uniformly and a flip of each axis with probability one half (paper IV-A).
 
     Along an axis shorter than the patch, the volume lies anywhere within the patch. With `occupancy` (that of each sample's
     volume), a patch of background is drawn again, `NUM_CANDIDATES` positions in all; when all are background, the fullest is
-    taken. Where there is no background the draw is the one without. Nothing here waits for the device.
+    taken. Where there is no background the draw is the one without. With another `number`, another crop of the same samples is
+    drawn. Nothing here waits for the device.
     """
     num_candidates = 1 if occupancy is None else NUM_CANDIDATES
     room = torch.stack([shapes[:, axis] - size for axis, size in enumerate(patch_size)], 1)[:, None]
-    position = draws.integers(What.POSITION, 3 * num_candidates).view(-1, num_candidates, 3)
+    position = draws.integers(What.POSITION, 3 * num_candidates, 3 * num_candidates * number).view(-1, num_candidates, 3)
     # 31 bits of a number in [0, 2**63), so that the product is exact and the last place is never passed
     offset = ((position >> 32) * (room.abs() + 1)) >> 31
     start = torch.where(room >= 0, offset, -offset)
@@ -107,7 +110,7 @@ def draw_crops(draws: Draws, shapes: Int[Tensor, "b 3"], patch_size: Size, occup
         # the first among equals
         best = occupancy.share(start, patch_size).clamp(max=MIN_OCCUPIED).argmax(1)
         start = start.gather(1, best[:, None, None].expand(-1, 1, 3))
-    return Crops(start[:, 0], draws.uniform(What.FLIP, 3) < 0.5)
+    return Crops(start[:, 0], draws.uniform(What.FLIP, 3, 3 * number) < 0.5)
 
 
 def cut(

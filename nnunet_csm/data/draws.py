@@ -42,7 +42,7 @@ class Purpose(IntEnum):
 
 
 class What(IntEnum):
-    """What is drawn for a sample; different things are drawn independently."""
+    """What is drawn for a sample; different things are drawn independently. `TOKENS` is a pretext's, for whatever it draws."""
 
     NUM_SHOWN = 0
     CASE = 1
@@ -75,9 +75,9 @@ class Draws:
         steps = torch.arange(first + 1, first + num + 1, device=self.samples.device) * GOLDEN
         return _scrambled(self._seeds[:, int(what), None] + steps) & (2**63 - 1)
 
-    def uniform(self, what: What, num: int) -> Float[Tensor, "b n"]:
-        """Uniform on [0, 1), multiples of 2**-24, so that every float is exact."""
-        return (self.integers(what, num) >> 39).float() * 2.0**-24
+    def uniform(self, what: What, num: int, first: int = 0) -> Float[Tensor, "b n"]:
+        """Uniform on [0, 1), multiples of 2**-24, so that every float is exact; `first` as for `integers`."""
+        return (self.integers(what, num, first) >> 39).float() * 2.0**-24
 
 
 def _scrambled(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

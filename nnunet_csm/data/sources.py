@@ -56,7 +56,7 @@ def case_names(source: Source, preprocessed: Path) -> list[str]:
     folder = preprocessed / source.dataset / source.data_identifier
     files = [f for f in folder.glob("*.b2nd") if not f.name.startswith(".") and not f.name.endswith("_seg.b2nd")]
     names = sorted(f.name.removesuffix(".b2nd") for f in files)
-    remedy = f"run `nnunet_csm preprocess -d {source.dataset}` with these plans"
+    remedy = f"run `nnunet_csm plan_and_preprocess -d {source.dataset} -preprocess_only` with the name of these plans"
     if not names:
         raise UserError(f"{folder}: no preprocessed case; {remedy}")
     missing = sorted(expected_cases(source, preprocessed) - set(names))

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_csm import nnunet
-from nnunet_csm.evaluation.segmentation import Scores, evaluate_folder, parse_regions
+from nnunet_csm.evaluation.regions import parse_regions
+from nnunet_csm.evaluation.scores import Scores
+from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.figures.overlays import save_overlays_of_folder
 
 
@@ -27,9 +29,7 @@ def evaluate_dataset(
     candidates = [nnunet.folder(v) / name / "dataset.json" for v in ("nnUNet_raw", "nnUNet_preprocessed")]
     path = next((c for c in candidates if c.is_file()), candidates[0])
     dataset_json = nnunet.read_json(path, "nnU-Net needs it to read the dataset")
-    scores = evaluate_folder(
-        references, predictions, dataset_json, parse_regions(regions) if regions else None, None, num_processes
-    )
+    scores = evaluate_folder(references, predictions, dataset_json, parse_regions(regions) if regions else None, num_processes)
     scores.save(out_folder)
     print(scores.to_markdown())
     print(f"written to {out_folder}/evaluation.csv, .md and .json")

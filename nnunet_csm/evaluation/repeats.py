@@ -1,7 +1,6 @@
-"""`nnunet_csm evaluate_classes`: predictions of several folds or repeats as one table, alone or beside another training's."""
+"""A classifier's predictions of several folds or repeats as one table, alone or beside another training's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,57 +9,52 @@ from jaxtyping import Float, Int
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.classification import compare, draw_classification, evaluate
+from nnunet_csm.evaluation.class_curves import draw_classification
+from nnunet_csm.evaluation.classification import compare, evaluate
 from nnunet_csm.files import write_text
 
 PROBABILITY = "p_"
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Predictions of some runs, one after the other; a run is a fold or a repeat, with a network of its own.
-
-    Attributes:
-        names: sample of each row: its run's number, case and lesion.
-        classes: in the order of their indices, the last of two is positive.
-    """
-
-    names: tuple[tuple[int, str, str], ...]
-    classes: tuple[str, ...]
-    labels: Int[np.ndarray, " n"]
-    probabilities: Float[np.ndarray, "n c"]
-    patients: tuple[str, ...]
-    runs: tuple[int, ...]
+def classes_of(table: pd.DataFrame) -> tuple[str, ...]:
+    """The classes that a table of predictions has probabilities of, in the order of their indices."""
+    return tuple(name.removeprefix(PROBABILITY) for name in table if name.startswith(PROBABILITY))
 
 
-def read_runs(paths: Sequence[Path]) -> Runs:
-    """Read the `predictions.csv` of trainings, one a run, in their order.
+def labels_and_probabilities(table: pd.DataFrame) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n c"]]:
+    """True class indices and probabilities of a table of predictions."""
+    classes = classes_of(table)
+    labels = np.array([classes.index(name) for name in table["class"]])
+    return labels, table[[PROBABILITY + name for name in classes]].to_numpy(np.float64)
+
+
+def read_runs(paths: Sequence[Path]) -> pd.DataFrame:
+    """Read the `predictions.csv` of trainings, one a run, in their order; column run has its number.
+
+    A run is a fold or a repeat, with a network of its own.
 
     Raises:
         UserError: no such file, not a table of a classifier's validation, or other classes than in the first.
     """
-    tables = [_read(path) for path in paths]
-    classes = tuple(name.removeprefix(PROBABILITY) for name in tables[0] if name.startswith(PROBABILITY))
+    tables = [read_predictions(path) for path in paths]
+    classes = classes_of(tables[0])
     for path, table in zip(paths, tables, strict=True):
-        found = tuple(name.removeprefix(PROBABILITY) for name in table if name.startswith(PROBABILITY))
+        found = classes_of(table)
         if found != classes:
             raise UserError(
                 f"{path}: probabilities of {', '.join(found)}, {paths[0]} has {', '.join(classes)}; give runs of one task"
             )
         if unknown := sorted(set(table["class"]) - set(classes)):
             raise UserError(f"{path}: class {unknown[0]!r} has no column of probabilities; expected one of {', '.join(classes)}")
-    table = pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run")
-    return Runs(
-        names=tuple(zip(table["run"], table["case"], table["mask_label"].astype(str), strict=True)),
-        classes=classes,
-        labels=np.array([classes.index(name) for name in table["class"]]),
-        probabilities=table[[PROBABILITY + name for name in classes]].to_numpy(np.float64),
-        patients=tuple(table["patient"]),
-        runs=tuple(int(run) for run in table["run"]),
-    )
+    return pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run").reset_index(drop=True)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read one `predictions.csv`; names that look like numbers are text.
+
+    Raises:
+        UserError: no such file, or not a table of a classifier's validation.
+    """
     remedy = "give the predictions.csv that a classifier's training wrote into validation/ or test/"
     if not path.is_file():
         raise UserError(f"{path}: no such file; {remedy}")
@@ -69,7 +63,7 @@ def _read(path: Path) -> pd.DataFrame:
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV ({error}); {remedy}") from None
     missing = [name for name in ("case", "mask_label", "patient", "class") if name not in table]
-    if missing or not any(name.startswith(PROBABILITY) for name in table) or table.empty:
+    if missing or not classes_of(table) or table.empty:
         raise UserError(f"{path}: no column {missing[0] if missing else 'p_CLASS'} or no row; {remedy}")
     return table
 
@@ -83,26 +77,27 @@ def evaluate_runs(predictions: Sequence[Path], against: Sequence[Path], output: 
         UserError: files that cannot be read or compared.
     """
     runs = read_runs(predictions)
-    given = runs.labels, runs.probabilities, runs.classes, runs.patients
+    labels, probabilities = labels_and_probabilities(runs)
+    classes, patients, run = classes_of(runs), list(runs["patient"]), list(runs["run"])
+    found = evaluate(labels, probabilities, classes, patients, run)
     if not against:
-        found = evaluate(*given, runs=runs.runs)
         text, table, result = found.to_markdown(), found.table(), found.to_dict()
     else:
         others = read_runs(against)
-        if others.names != runs.names or others.classes != runs.classes:
+        sample = ["run", "case", "mask_label"]
+        if not others[sample].equals(runs[sample]) or classes_of(others) != classes:
             raise UserError(
                 f"{against[0]} ...: these {len(against)} runs do not predict the samples of {predictions[0]} ... in their order; "
                 f"give the same folds of both trainings, in the same order"
             )
-        compared = compare(others.labels, others.probabilities, runs.probabilities, runs.classes, runs.patients, runs.runs)
-        counts = evaluate(*given, runs=runs.runs, num_resamples=0).to_markdown().splitlines()[0]
-        text = f"{counts}\n\n{compared.to_markdown(('against', 'predictions'))}"
+        compared = compare(*labels_and_probabilities(others), probabilities, classes, patients, run)
+        text = f"{found.counts}\n\n{compared.to_markdown(('against', 'predictions'))}"
         table, result = compared.table(), compared.to_dict()
     print(f"{len(predictions)} runs; {text}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         for name, content in (("metrics.md", text + "\n"), ("metrics.csv", table.to_csv(index=False))):
             write_text(output / name, content)
-        draw_classification(output / "curves.png", *given, title=f"{len(predictions)} runs")
+        draw_classification(output / "curves.png", labels, probabilities, classes, patients, f"{len(predictions)} runs")
         nnunet.save_json(result, output / "metrics.json")
         print(f"written to {output}")

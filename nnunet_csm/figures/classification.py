@@ -8,18 +8,16 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from scipy.stats import binomtest
 
-from nnunet_csm.figures.canvas import INK, new_figure, save_figure
+from nnunet_csm.figures.canvas import INK, LINE_COLOURS, dress, line_colours, new_figure, save_figure
 
 # Pixels.
 WIDTH = 900
 HEIGHT = 840
 
 ROC_GRID = np.linspace(0, 1, 101)
-# dark ones of canvas.COLOURS, for lines on white
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 REFERENCE: dict[str, Any] = {"color": "#999999", "linewidth": 1.0, "linestyle": "--", "zorder": 1}
-Z_95 = 1.96
 
 Corner = Literal["lower left", "lower right", "upper right"]
 
@@ -74,12 +72,6 @@ def save_classification(
         strip: "upper right",
     }
     for axes, corner in corners.items():
-        axes.xaxis.label.set_fontsize(9)
-        axes.yaxis.label.set_fontsize(9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=8, loc=corner)
     if title:
@@ -90,42 +82,38 @@ def save_classification(
 
 def _draw_roc(axes: Axes, curves: Sequence[ClassCurves]) -> None:
     axes.plot([0, 1], [0, 1], **REFERENCE)
-    for one, colour in zip(curves, _colours(curves), strict=True):
+    for one, colour in zip(curves, line_colours(len(curves)), strict=True):
         axes.plot(
             one.false_positive_rate, one.true_positive_rate, color=colour, linewidth=1.5, label=f"{one.name}: AUC {one.auc}"
         )
         if one.band is not None and len(curves) == 1:
             axes.fill_between(ROC_GRID, *one.band, color=colour, alpha=0.15, linewidth=0, label="95 % band")
     _unit_square(axes)
-    axes.set_title("ROC", fontsize=10, color=INK, loc="left")
-    axes.set_xlabel("1 - specificity")
-    axes.set_ylabel("sensitivity")
+    dress(axes, "ROC", "1 - specificity", "sensitivity")
 
 
 def _draw_precision_recall(axes: Axes, curves: Sequence[ClassCurves]) -> None:
-    for one, colour in zip(curves, _colours(curves), strict=True):
+    for one, colour in zip(curves, line_colours(len(curves)), strict=True):
         recall, precision = one.true_positive_rate, np.append(one.precision[:1], one.precision)
         label = f"{one.name}: average precision {one.average_precision}"
         axes.plot(recall, precision, drawstyle="steps-pre", color=colour, linewidth=1.5, label=label)
         axes.axhline(one.share, **{**REFERENCE, "color": colour})
     _unit_square(axes)
-    axes.set_title("Precision-recall (dashed: chance)", fontsize=10, color=INK, loc="left")
-    axes.set_xlabel("recall (sensitivity)")
-    axes.set_ylabel("precision")
+    dress(axes, "Precision-recall (dashed: chance)", "recall (sensitivity)", "precision")
 
 
 def _draw_reliability(axes: Axes, curves: Sequence[ClassCurves]) -> None:
     axes.plot([0, 1], [0, 1], **REFERENCE)
-    for one, colour in zip(curves, _colours(curves), strict=True):
+    for one, colour in zip(curves, line_colours(len(curves)), strict=True):
         if len(curves) == 1:
-            axes.vlines(one.predicted, *_wilson(one.observed, one.counts), color=colour, linewidth=1.0, alpha=0.6)
+            tests = [binomtest(round(share * n), int(n)) for share, n in zip(one.observed, one.counts, strict=True)]
+            bars = np.transpose([tuple(test.proportion_ci(method="wilson")) for test in tests])
+            axes.vlines(one.predicted, *bars, color=colour, linewidth=1.0, alpha=0.6)
         axes.plot(one.predicted, one.observed, color=colour, linewidth=1.0)
         label = f"{one.name}: calibration error {one.calibration_error}"
         axes.scatter(one.predicted, one.observed, 100 * one.counts / one.counts.sum() + 8, color=colour, label=label, zorder=3)
     _unit_square(axes)
-    axes.set_title("Reliability (larger dots: more samples)", fontsize=10, color=INK, loc="left")
-    axes.set_xlabel("mean predicted probability")
-    axes.set_ylabel("share of the class")
+    dress(axes, "Reliability (larger dots: more samples)", "mean predicted probability", "share of the class")
 
 
 def _draw_strip(
@@ -149,21 +137,13 @@ def _draw_strip(
     # room for the legend above the rows
     axes.set_ylim(-0.5, len(classes) - 0.5 + 0.25 * len(classes))
     axes.set_yticks(range(len(classes)), [f"{name}\n(n={np.count_nonzero(labels == i)})" for i, name in enumerate(classes)])
-    axes.set_title("Samples by true class", fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(f"probability of {classes[1]}" if is_binary else "probability of the true class (dashed: chance)")
-
-
-def _colours(curves: Sequence[ClassCurves]) -> list[str]:
-    return [LINE_COLOURS[index % len(LINE_COLOURS)] for index in range(len(curves))]
+    dress(
+        axes,
+        "Samples by true class",
+        f"probability of {classes[1]}" if is_binary else "probability of the true class (dashed: chance)",
+    )
 
 
 def _unit_square(axes: Axes) -> None:
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
-
-
-def _wilson(share: Float[np.ndarray, " k"], counts: Int[np.ndarray, " k"]) -> Float[np.ndarray, "2 k"]:
-    """95 % interval of a share of `counts` samples."""
-    centre = (share + Z_95**2 / (2 * counts)) / (1 + Z_95**2 / counts)
-    half = Z_95 / (1 + Z_95**2 / counts) * np.sqrt(share * (1 - share) / counts + Z_95**2 / (4 * counts**2))
-    return np.stack([centre - half, centre + half])

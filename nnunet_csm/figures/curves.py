@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from nnunet_csm.figures.canvas import INK, new_figure, save_figure
+from nnunet_csm.figures.canvas import dress, line_colours, new_figure, save_figure
 
 # Pixels.
 WIDTH = 900
@@ -39,7 +39,7 @@ def save_curves(path: str | Path, panels: Sequence[Panel]) -> None:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    for (name, values), colour in zip(panel.lines.items(), _line_colours(len(panel.lines)), strict=True):
+    for (name, values), colour in zip(panel.lines.items(), line_colours(len(panel.lines)), strict=True):
         y = np.asarray(values, dtype=np.float64)
         drawable = np.isfinite(y) & (y > 0 if panel.log else True)
         # A line through one point is invisible, and some values are measured every few epochs only.
@@ -47,18 +47,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.plot(np.flatnonzero(drawable), y[drawable], label=name, color=colour, linewidth=1.5, marker=marker)
     if panel.log:
         axes.set_yscale("log")
-    axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(panel.xlabel, fontsize=9)
-    axes.set_ylabel(panel.ylabel, fontsize=9)
-    axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto", min_n_ticks=1))
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes, panel.title, panel.xlabel, panel.ylabel)
     if panel.lines:
         axes.legend(frameon=False, fontsize=8)
-
-
-def _line_colours(num_lines: int) -> list[str]:
-    """Dark ones first: lines are drawn on white."""
-    order = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
-    return [order[line % len(order)] for line in range(num_lines)]

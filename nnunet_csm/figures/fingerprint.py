@@ -14,16 +14,20 @@ from matplotlib.patches import Patch
 
 from nnunet_csm.figures.canvas import (
     COLOURS,
-    DPI,
     EMPTY,
+    GAP,
     INK,
     PAPER,
-    draw_empty,
+    add_panel,
+    bounds,
+    draw_absent,
     draw_grey,
     grey_window,
     new_figure,
     row_names_width,
     save_figure,
+    write,
+    write_above,
 )
 
 State = Literal["present", "misaligned", "copy", "constant", "absent", "unusable"]
@@ -49,7 +53,6 @@ CASE_NAME_WIDTH = 11
 LEADER_HEIGHT = 14
 COUNT_WIDTH = 250
 PANEL_WIDTH_MAX = 210
-GAP = 4
 # squares of a checkerboard along the longer edge
 NUM_SQUARES = 10
 
@@ -58,7 +61,7 @@ NUM_CASES_DRAWN = 120
 NUM_PATTERNS_DRAWN = 16
 
 
-def save_fingerprint(
+def save_fingerprint_picture(
     path: str | Path,
     title: str,
     series_names: Sequence[str],
@@ -89,31 +92,24 @@ def save_fingerprint(
     boards_top = slices_top + panel_height + ROW_HEIGHT
     height = (boards_top if pairs else slices_top) + panel_height + MARGIN
     figure = new_figure(WIDTH, height)
-    _write(figure, MARGIN, 20, title, fontsize=12, fontweight="bold")
+    write(figure, MARGIN, 20, title, fontsize=12, fontweight="bold")
     if drawn_apart:
         _draw_cases(figure, series_names, list(states.values()), named, chart_top)
     else:
         _draw_patterns(figure, series_names, patterns, chart_top)
     _draw_legend(figure, states, chart_top + chart_height + footer + LEGEND_HEIGHT / 2)
-    _write(figure, MARGIN, slices_top - ROW_HEIGHT - HEADING_HEIGHT / 2, f"{case_of_slices}, middle slice", fontsize=11)
+    write(figure, MARGIN, slices_top - ROW_HEIGHT - HEADING_HEIGHT / 2, f"{case_of_slices}, middle slice", fontsize=11)
     for column, name in enumerate(series_names):
         left = MARGIN + column * (panel_width + GAP)
-        _write(figure, left + panel_width / 2, slices_top - ROW_HEIGHT / 2, name, fontsize=10, ha="center")
-        axes = figure.add_axes(_bounds(figure, left, slices_top, panel_width, panel_height))
+        axes = add_panel(figure, left, slices_top, panel_width, panel_height)
+        write_above(figure, axes, name, ROW_HEIGHT / 2)
         if name in slices and slices[name].any():
             draw_grey(axes, slices[name], grey_window(slices[name][None]), aspect)
         else:
-            draw_empty(axes, "absent")
+            draw_absent(axes)
         if name in pairs and first and slices[name].any():
-            _write(
-                figure,
-                left + panel_width / 2,
-                boards_top - ROW_HEIGHT / 2,
-                f"{first} and {name} in turn",
-                fontsize=9,
-                ha="center",
-            )
-            axes = figure.add_axes(_bounds(figure, left, boards_top, panel_width, panel_height))
+            axes = add_panel(figure, left, boards_top, panel_width, panel_height)
+            write_above(figure, axes, f"{first} and {name} in turn", ROW_HEIGHT / 2, fontsize=9)
             draw_grey(axes, checkerboard(slices[first], slices[name]), (0.0, 1.0), aspect)
     save_figure(figure, path)
 
@@ -151,17 +147,6 @@ def _panel_size(slices: Mapping[str, np.ndarray], num_panels: int, aspect: float
     return width, min(width * aspect * shape[0] / shape[1], 2 * PANEL_WIDTH_MAX)
 
 
-def _bounds(figure: Figure, left: float, top: float, width: float, height: float) -> tuple[float, float, float, float]:
-    """Pixels from the upper left corner to matplotlib's shares from the lower left one."""
-    whole_width, whole_height = (float(inches * DPI) for inches in figure.get_size_inches())
-    return left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height
-
-
-def _write(figure: Figure, left: float, middle: float, text: str, **style: object) -> None:
-    x, y, _, _ = _bounds(figure, left, middle, 0, 0)
-    figure.text(x, y, text, color=INK, va="center", **style)  # type: ignore[arg-type]
-
-
 def _draw_cases(
     figure: Figure, series_names: Sequence[str], rows: Sequence[Sequence[State]], named: Mapping[int, str], top: float
 ) -> None:
@@ -170,7 +155,7 @@ def _draw_cases(
     labels = [f"{name}  {count}" for name, count in zip(series_names, counts, strict=True)]
     left = row_names_width(labels)
     width, height = min(WIDTH - left - MARGIN, CASE_WIDTH_MAX * len(rows)), ROW_HEIGHT * len(series_names)
-    axes = figure.add_axes(_bounds(figure, left, top, width, height))
+    axes = add_panel(figure, left, top, width, height)
     colours = np.array([[to_rgb(STATE_COLOURS[row[i]]) for row in rows] for i in range(len(series_names))])
     axes.imshow(colours, aspect="auto", interpolation="nearest")
     for edge in np.arange(len(rows) - 1) + 0.5:
@@ -179,15 +164,14 @@ def _draw_cases(
         axes.axhline(edge, color=PAPER, linewidth=2)
     axes.set_axis_off()
     for i, label in enumerate(labels):
-        _write(figure, MARGIN, top + (i + 0.5) * ROW_HEIGHT, label, fontsize=10)
+        write(figure, MARGIN, top + (i + 0.5) * ROW_HEIGHT, label, fontsize=10)
     centres = [(column + 0.5) * width / len(rows) for column in named]
     bottom = top + height
     for name, centre, x in zip(named.values(), centres, _spread(centres, WIDTH - MARGIN - left), strict=True):
-        x0, y0, _, _ = _bounds(figure, left + centre, bottom + 2, 0, 0)
-        x1, y1, _, _ = _bounds(figure, left + x, bottom + LEADER_HEIGHT - 1, 0, 0)
+        x0, y0, _, _ = bounds(figure, left + centre, bottom + 2, 0, 0)
+        x1, y1, _, _ = bounds(figure, left + x, bottom + LEADER_HEIGHT - 1, 0, 0)
         figure.add_artist(Line2D((x0, x1), (y0, y1), color=INK, linewidth=0.6))
-        across, down, _, _ = _bounds(figure, left + x, bottom + LEADER_HEIGHT, 0, 0)
-        figure.text(across, down, name, rotation=90, fontsize=8, color=INK, ha="center", va="top")
+        write(figure, left + x, bottom + LEADER_HEIGHT, name, rotation=90, fontsize=8, ha="center", va="top")
 
 
 def _draw_patterns(figure: Figure, series_names: Sequence[str], patterns: Mapping[tuple[State, ...], int], top: float) -> None:
@@ -197,7 +181,7 @@ def _draw_patterns(figure: Figure, series_names: Sequence[str], patterns: Mappin
     most, total = ranked[0][1], sum(patterns.values())
     column_width = min(110.0, (WIDTH - COUNT_WIDTH - 2 * MARGIN - 90) / len(series_names))
     for i, name in enumerate(series_names):
-        _write(figure, MARGIN + (i + 0.5) * column_width, top - ROW_HEIGHT / 2, name, fontsize=10, ha="center")
+        write(figure, MARGIN + (i + 0.5) * column_width, top - ROW_HEIGHT / 2, name, fontsize=10, ha="center")
     bars_left = 2 * MARGIN + column_width * len(series_names)
     bar_room = WIDTH - bars_left - COUNT_WIDTH + 110
     for row, (pattern, count) in enumerate(shown):
@@ -206,15 +190,15 @@ def _draw_patterns(figure: Figure, series_names: Sequence[str], patterns: Mappin
             _fill(figure, MARGIN + i * column_width + 2, y + 2, column_width - 4, ROW_HEIGHT - 4, STATE_COLOURS[state])
         length = max(2.0, bar_room * count / most)
         _fill(figure, bars_left, y + 5, length, ROW_HEIGHT - 10, INK)
-        _write(figure, bars_left + length + 8, y + ROW_HEIGHT / 2, f"{count} ({count / total:.1%})", fontsize=9)
+        write(figure, bars_left + length + 8, y + ROW_HEIGHT / 2, f"{count} ({count / total:.1%})", fontsize=9)
     if rest:
         count = sum(count for _, count in rest)
         text = f"{len(rest)} further patterns: {count} cases ({count / total:.1%})"
-        _write(figure, bars_left, top + (len(shown) + 0.5) * ROW_HEIGHT, text, fontsize=9)
+        write(figure, bars_left, top + (len(shown) + 0.5) * ROW_HEIGHT, text, fontsize=9)
 
 
 def _fill(figure: Figure, left: float, top: float, width: float, height: float, colour: str) -> None:
-    axes = figure.add_axes(_bounds(figure, left, top, width, height))
+    axes = add_panel(figure, left, top, width, height)
     axes.set_facecolor(colour)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -224,7 +208,7 @@ def _fill(figure: Figure, left: float, top: float, width: float, height: float, 
 def _draw_legend(figure: Figure, states: Mapping[str, Sequence[State]], middle: float) -> None:
     met = {state for row in states.values() for state in row}
     handles = [Patch(color=colour, label=state) for state, colour in STATE_COLOURS.items() if state in met]
-    x, y, _, _ = _bounds(figure, MARGIN, middle, 0, 0)
+    x, y, _, _ = bounds(figure, MARGIN, middle, 0, 0)
     figure.legend(
         handles=handles, loc="center left", bbox_to_anchor=(x, y), ncols=6, frameon=False, fontsize=9, labelcolor=INK, borderpad=0
     )

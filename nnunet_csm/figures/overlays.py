@@ -14,14 +14,27 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.figures.canvas import COLOURS, INK, draw_empty, draw_grey, grey_window, new_figure, row_names_width, save_figure
+from nnunet_csm.figures.canvas import (
+    COLOURS,
+    GAP,
+    INK,
+    box_around,
+    draw_absent,
+    draw_grey,
+    draw_outline,
+    grey_window,
+    panel_grid,
+    row_names_width,
+    save_figure,
+    write_above,
+    write_beside,
+)
 
 # Pixels. The width of a panel shrinks with their number, which keeps files under 300 kB.
 PICTURE_WIDTH = 820
 PANEL_WIDTH_MAX = 250
 TITLE_HEIGHT = 62
 LEGEND_HEIGHT = 44
-GAP = 4
 
 # Pixels that a method needs beside others, and letters of its name that fit there.
 METHOD_WIDTH = 160
@@ -53,20 +66,19 @@ def save_overlay(
     labels = [label for label in sorted(label_names) if label != 0]
     guide = prediction if reference is None else reference
     z = _fullest_slice(guide, labels)
-    shown = _bounding_box((volume[:, z] != 0).any(axis=0) | np.isin(prediction[z], labels) | np.isin(guide[z], labels))
+    shown = box_around((volume[:, z] != 0).any(axis=0) | np.isin(prediction[z], labels) | np.isin(guide[z], labels))
     predicted_slice = prediction[z][shown]
     reference_slice = None if reference is None else reference[z][shown]
 
     columns = ["image", drawn] if reference is None else ["image", "reference", drawn, "both, enlarged"]
     aspect = spacing[1] / spacing[2]
     height, width = predicted_slice.shape
-    figure, panels = _grid(
-        len(volume), columns, series_names, aspect * height / width, f"{title}, axial slice {z + 1} of {len(guide)}"
-    )
+    heading = f"{title}, axial slice {z + 1} of {len(guide)}"
+    figure, panels = _grid(columns, series_names, aspect * height / width, heading)
     for series, row in zip(volume, panels, strict=True):
         if not series.any():
             for axes in row:
-                draw_empty(axes, "absent")
+                draw_absent(axes)
             continue
         window = grey_window(series)
         for axes in row:
@@ -83,32 +95,34 @@ def save_overlay(
     save_figure(figure, path)
 
 
-def save_methods(
+def save_methods_of_case(
     path: str | Path,
-    series: Float[np.ndarray, "z y x"],
-    reference: Int[np.ndarray, "z y x"],
-    predictions: Mapping[str, Int[np.ndarray, "z y x"]],
+    image_file: Path,
+    reference_file: Path,
+    prediction_files: Mapping[str, Path],
     label_names: Mapping[int, str],
     title: str,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, str],
 ) -> None:
     """One case under several methods: image, reference and every prediction by name, whole and enlarged around the labels.
 
-    All show the axial slice with most foreground in the reference. `notes` are words under a prediction, such as its Dice.
+    All are turned to LPS and show the axial slice with most foreground in the reference. `notes` are words under a prediction,
+    such as its Dice. Raises UserError when a file is missing or its grid is not that of the image.
     """
-    assert all(prediction.shape == reference.shape == series.shape for prediction in predictions.values())
+    image = _read_upright(image_file)
+    files = {"reference": reference_file, **prediction_files}
+    segmentations = {name: _read_on_grid(file, image, image_file) for name, file in files.items()}
+    series, reference = sitk.GetArrayFromImage(image), segmentations["reference"]
+    x, y, _ = image.GetSpacing()
     labels = [label for label in sorted(label_names) if label != 0]
     z = _fullest_slice(reference, labels)
-    segmentations = {"reference": reference, **predictions}
     anywhere = np.any([np.isin(one[z], labels) for one in segmentations.values()], axis=0)
-    shown = _bounding_box((series[z] != 0) | anywhere)
-    aspect = spacing[1] / spacing[2]
+    shown, aspect = box_around((series[z] != 0) | anywhere), y / x
     height, width = series[z][shown].shape
     columns = ["image", *(textwrap.fill(name, METHOD_NAME_LENGTH) for name in segmentations)]
     heading = f"{title}, axial slice {z + 1} of {len(reference)}"
     picture_width = max(PICTURE_WIDTH, METHOD_WIDTH * len(columns))
-    figure, panels = _grid(2, columns, ("whole", "enlarged"), aspect * height / width, heading, picture_width)
+    figure, panels = _grid(columns, ("whole", "enlarged"), aspect * height / width, heading, picture_width)
     for row in panels:
         for axes in row:
             draw_grey(axes, series[z][shown], grey_window(series), aspect)
@@ -118,28 +132,11 @@ def save_methods(
         _enlarge(axes, anywhere[shown])
     for axes, segmentation in zip(panels[0][1:], segmentations.values(), strict=True):
         _draw_labels(axes, segmentation[z][shown], labels)
-    for axes, name in zip(panels[0][2:], predictions, strict=True):
-        note = (notes or {}).get(name, "")
+    for axes, name in zip(panels[0][2:], prediction_files, strict=True):
+        note = notes.get(name, "")
         axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
     _draw_legend(figure, labels, label_names, with_lines=False)
     save_figure(figure, path)
-
-
-def save_methods_of_case(
-    path: str | Path,
-    image_file: Path,
-    reference_file: Path,
-    prediction_files: Mapping[str, Path],
-    label_names: Mapping[int, str],
-    title: str,
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """`save_methods` of files, turned to LPS. Raises UserError when one is missing or its grid is not that of the image."""
-    image = _read_upright(image_file)
-    reference, *predictions = (_read_on_grid(file, image, image_file) for file in (reference_file, *prediction_files.values()))
-    x, y, z = image.GetSpacing()
-    named = dict(zip(prediction_files, predictions, strict=True))
-    save_methods(path, sitk.GetArrayFromImage(image), reference, named, label_names, title, (z, y, x), notes)
 
 
 def save_overlays_of_folder(
@@ -160,8 +157,7 @@ def save_overlays_of_folder(
     prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
     predictions = sorted(path for path in prediction_folder.glob(f"*{file_ending}") if not path.name.startswith("."))
     if not predictions:
-        msg = f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions"
-        raise UserError(msg)
+        raise UserError(f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions")
     drawn = []
     for prediction_file in predictions[:num_cases]:
         case = prediction_file.name.removesuffix(file_ending)
@@ -189,8 +185,7 @@ def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path, image: sitk.Ima
     """The (z, y, x) array of `file` (read already where `image` is given), which must have the shape of `grid`."""
     image = _read_upright(file) if image is None else image
     if image.GetSize() != grid.GetSize():
-        msg = f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid"
-        raise UserError(msg)
+        raise UserError(f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid")
     return sitk.GetArrayFromImage(image)
 
 
@@ -200,44 +195,18 @@ def _fullest_slice(segmentation: Int[np.ndarray, "z y x"], labels: Sequence[int]
     return int(num_foreground.argmax()) if num_foreground.any() else len(segmentation) // 2
 
 
-def _bounding_box(wanted: Bool[np.ndarray, "y x"], margin: int = 2) -> tuple[slice, slice]:
-    """Where `wanted` is True, widened by `margin` voxels; everything when it is nowhere."""
-    if not wanted.any():
-        return slice(None), slice(None)
-    spans = [np.flatnonzero(wanted.any(axis=axis)) for axis in (1, 0)]
-    y, x = (slice(max(0, int(span[0]) - margin), int(span[-1]) + margin + 1) for span in spans)
-    return y, x
-
-
 def _grid(
-    num_rows: int,
-    columns: Sequence[str],
-    row_names: Sequence[str],
-    height_over_width: float,
-    title: str,
-    picture_width: float = PICTURE_WIDTH,
+    columns: Sequence[str], row_names: Sequence[str], height_over_width: float, title: str, picture_width: float = PICTURE_WIDTH
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Panels placed by hand, in pixels: matplotlib's own layouts leave wide gaps between images of a fixed aspect."""
+    """Panels with names above the columns and beside the rows."""
     names_width = row_names_width(row_names)
     panel_width = min(PANEL_WIDTH_MAX, (picture_width - names_width) / len(columns) - GAP)
-    panel_height = panel_width * height_over_width
-    width = names_width + len(columns) * (panel_width + GAP)
-    height = TITLE_HEIGHT + num_rows * (panel_height + GAP) + LEGEND_HEIGHT
-    figure = new_figure(width, height)
-    figure.text(10 / width, 1 - 20 / height, title, fontsize=12, fontweight="bold", color=INK, va="center")
-    panels = []
-    for row in range(num_rows):
-        top = TITLE_HEIGHT + row * (panel_height + GAP)
-        figure.text(10 / width, 1 - (top + panel_height / 2) / height, row_names[row], fontsize=10, color=INK, va="center")
-        axes_of_row = []
-        for column, name in enumerate(columns):
-            left = names_width + column * (panel_width + GAP)
-            bounds = (left / width, 1 - (top + panel_height) / height, panel_width / width, panel_height / height)
-            axes_of_row.append(figure.add_axes(bounds))
-            if row == 0:
-                x = (left + panel_width / 2) / width
-                figure.text(x, 1 - (TITLE_HEIGHT - 11) / height, name, fontsize=10, color=INK, ha="center", va="center")
-        panels.append(axes_of_row)
+    panel, corner = (panel_width, panel_width * height_over_width), (names_width, TITLE_HEIGHT)
+    figure, panels = panel_grid(title, len(row_names), len(columns), panel, corner, LEGEND_HEIGHT)
+    for axes, name in zip(panels[0], columns, strict=True):
+        write_above(figure, axes, name)
+    for row, name in zip(panels, row_names, strict=True):
+        write_beside(figure, row[0], name, fontsize=10)
     return figure, panels
 
 
@@ -255,14 +224,7 @@ def _draw_labels(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Seque
 
 def _draw_outlines(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Sequence[int], style: str) -> None:
     for label in labels:
-        inside = segmentation == label
-        if inside.any():
-            # A rim of background closes lines that would end at the edge of the picture.
-            rimmed = np.pad(inside.astype(float), 1)
-            y, x = (np.arange(-1, size + 1) for size in inside.shape)
-            axes.contour(x, y, rimmed, levels=[0.5], colors=[_colour(labels, label)], linewidths=1.2, linestyles=style)
-    axes.set_xlim(-0.5, segmentation.shape[1] - 0.5)
-    axes.set_ylim(segmentation.shape[0] - 0.5, -0.5)
+        draw_outline(axes, segmentation == label, _colour(labels, label), 1.2, style)
 
 
 def _enlarge(axes: Axes, wanted: Bool[np.ndarray, "y x"]) -> None:

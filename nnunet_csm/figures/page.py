@@ -4,113 +4,33 @@ import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}
 
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: #fdfdfc; color: #1f2328;
-       font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0 0 .75rem; font-size: 1.7rem; line-height: 1.2; }
-h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.3; }
-p { margin: 0 0 1rem; max-width: 44rem; overflow-wrap: break-word; }
-.lead { color: #4b535d; font-size: 1.08rem; }
-section { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 1px solid #dfe2e6; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(12rem, 100%), 1fr)); gap: .75rem; margin: 0 0 1.25rem; }
-dl div { padding: .6rem .8rem; background: #f3f4f2; border-radius: 6px; overflow-wrap: anywhere; }
-dt { color: #59616b; font-size: .84rem; }
-dd { margin: 0; font-weight: 600; }
-.scroll { overflow-x: auto; margin: 0 0 1.25rem; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { padding-bottom: .4rem; color: #4b535d; text-align: left; }
-th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #e6e8eb; text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-.number { text-align: right; white-space: nowrap; }
-.best { font-weight: 650; }
-figure { margin: 0 0 1.5rem; }
-img { display: block; max-width: 100%; height: auto; }
-figcaption { margin-top: .4rem; color: #4b535d; font-size: .92rem; max-width: 44rem; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for paragraph in lead %}<p class="lead">{{ paragraph }}</p>
-{% endfor %}
-{%- for section in sections %}
-<section>
-<h2>{{ section.title }}</h2>
-{% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
-{% endfor %}
-{%- if section.facts %}<dl>
-{% for name, value in section.facts %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
-{% endfor %}</dl>
-{% endif %}
-{%- for table in section.tables %}<div class="scroll"><table>
-{% if table.caption %}<caption>{{ table.caption }}</caption>
-{% endif %}<thead><tr>
-{%- for name in table.header %}<th{% if table.is_number(loop.index0) %} class="number"{% endif %}>{{ name }}</th>{% endfor -%}
-</tr></thead>
-<tbody>
-{% for row in table.rows %}{% set place = loop.index0 %}<tr>
-{%- for cell in row %}<td{% if table.is_number(loop.index0) %} class="number"{% endif %}
-{%- if (place, loop.index0) in table.best %} class="best"{% endif %}>{{ cell|cell }}</td>{% endfor -%}
-</tr>
-{% endfor %}</tbody>
-</table></div>
-{% endfor %}
-{%- for image in section.images %}<figure><img src="{{ image.data }}" alt="{{ image.caption }}">
-{%- if image.caption %}<figcaption>{{ image.caption }}</figcaption>{% endif %}</figure>
-{% endfor %}</section>
-{% endfor %}
-</body>
-</html>
-"""
-
 
 @dataclass(frozen=True)
 class Table:
-    """Header and rows of text and numbers. Floats get three decimals, NaN is a dash, columns of numbers stand to the right.
+    """Text and numbers: floats get three decimals, NaN is a dash, columns of numbers stand to the right, `best` is bold."""
 
-    `best` are the (row, column) of cells of text that are drawn bold.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[object]]
+    cells: pd.DataFrame
     caption: str = ""
-    best: frozenset[tuple[int, int]] = frozenset()
+    best: Bool[np.ndarray, "row column"] | None = None
 
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.header) for row in self.rows), f"rows of {self.header} differ in length"
-
-    def is_number(self, column: int) -> bool:
-        return bool(self.rows) and all(isinstance(row[column], (int, float)) for row in self.rows)
-
-
-@dataclass(frozen=True)
-class _Image:
-    data: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    paragraphs: Sequence[str]
-    tables: Sequence[Table]
-    images: Sequence[_Image]
-    facts: Sequence[tuple[str, object]]
+    @property
+    def is_number(self) -> list[bool]:
+        """Whether each column holds numbers."""
+        return [pd.api.types.is_numeric_dtype(kind) for kind in self.cells.dtypes]
 
 
 class Page:
@@ -119,7 +39,7 @@ class Page:
     def __init__(self, title: str, lead: str = "") -> None:
         self.title = title
         self.lead = lead
-        self._sections: list[_Section] = []
+        self._sections: list[dict[str, Any]] = []
 
     def section(
         self,
@@ -133,8 +53,9 @@ class Page:
 
         Raises UserError for an image that cannot be read or is of a kind that browsers do not show.
         """
-        embedded = [_Image(_data_uri(Path(path)), caption) for path, caption in images]
-        self._sections.append(_Section(title, _paragraphs(text), tuple(tables), embedded, tuple(facts)))
+        embedded = [{"data": _data_uri(Path(path)), "caption": caption} for path, caption in images]
+        paragraphs = _paragraphs(text)
+        self._sections.append({"title": title, "paragraphs": paragraphs, "tables": tables, "images": embedded, "facts": facts})
 
     def save(self, path: str | Path) -> None:
         """Write the page: a reader sees the old file or the whole new one. The folder is made when it is not there."""
@@ -142,7 +63,8 @@ class Page:
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         environment.filters["cell"] = _cell_text
-        html = environment.from_string(TEMPLATE).render(title=self.title, lead=_paragraphs(self.lead), sections=self._sections)
+        template = environment.from_string(files("nnunet_csm.figures").joinpath("page.html").read_text(encoding="utf-8"))
+        html = template.render(title=self.title, lead=_paragraphs(self.lead), sections=self._sections)
         write_text(path, html)
 
 
@@ -164,6 +86,5 @@ def _data_uri(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        msg = f"{path}: the image cannot be read ({error.strerror}); draw it before the page is written"
-        raise UserError(msg) from error
+        raise UserError(f"{path}: the image cannot be read ({error.strerror}); draw it before the page is written") from error
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

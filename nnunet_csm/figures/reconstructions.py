@@ -8,14 +8,25 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from nnunet_csm.figures.canvas import INK, draw_empty, draw_grey, grey_window, new_figure, row_names_width, save_figure
+from nnunet_csm.figures.canvas import (
+    GAP,
+    draw_absent,
+    draw_grey,
+    grey_window,
+    panel_grid,
+    row_names_width,
+    save_figure,
+    write_above,
+    write_beside,
+)
 
 # Pixels.
 PANEL_WIDTH = 190
 TITLE_HEIGHT = 62
-GAP = 4
 
 COLUMNS = ("patch", "seen by the encoder", "rebuilt", "absolute difference")
+
+NOTHING = "nothing hidden"
 
 # Blue, since grey levels are image: a hidden token cannot be taken for tissue.
 HIDDEN_COLOUR = "#3d5a80"
@@ -39,23 +50,11 @@ def save_reconstruction(
     z = patch.shape[1] // 2
     filled = np.where(hidden_voxels, rebuilt, patch)
 
-    panel_height = PANEL_WIDTH * patch.shape[2] / patch.shape[3]
-    names_width = row_names_width([*series_names, "nothing hidden"])
-    width = names_width + len(COLUMNS) * (PANEL_WIDTH + GAP)
-    height = TITLE_HEIGHT + len(patch) * (panel_height + GAP) + GAP
-    figure = new_figure(width, height)
-    figure.text(10 / width, 1 - 20 / height, title, fontsize=12, fontweight="bold", color=INK, va="center")
-    for column, name in enumerate(COLUMNS):
-        x = (names_width + column * (PANEL_WIDTH + GAP) + PANEL_WIDTH / 2) / width
-        figure.text(x, 1 - (TITLE_HEIGHT - 11) / height, name, fontsize=10, color=INK, ha="center", va="center")
-
-    for series, series_name in enumerate(series_names):
-        top = TITLE_HEIGHT + series * (panel_height + GAP)
-        panels = []
-        for column in range(len(COLUMNS)):
-            left = names_width + column * (PANEL_WIDTH + GAP)
-            bounds = (left / width, 1 - (top + panel_height) / height, PANEL_WIDTH / width, panel_height / height)
-            panels.append(figure.add_axes(bounds))
+    panel, names_width = (PANEL_WIDTH, PANEL_WIDTH * patch.shape[2] / patch.shape[3]), row_names_width([*series_names, NOTHING])
+    figure, rows = panel_grid(title, len(patch), len(COLUMNS), panel, (names_width, TITLE_HEIGHT), GAP)
+    for axes, name in zip(rows[0], COLUMNS, strict=True):
+        write_above(figure, axes, name)
+    for series, (series_name, panels) in enumerate(zip(series_names, rows, strict=True)):
         hidden = hidden_voxels[series]
         if series_present[series]:
             row_text = _error_text(patch[series], rebuilt[series], hidden)
@@ -63,16 +62,15 @@ def save_reconstruction(
         else:
             row_text = "absent"
             for axes in panels:
-                draw_empty(axes, "absent")
-        middle = 1 - (top + panel_height / 2) / height
-        figure.text(10 / width, middle + 9 / height, series_name, fontsize=11, fontweight="bold", color=INK, va="center")
-        figure.text(10 / width, middle - 9 / height, row_text, fontsize=9, color=INK, va="center")
+                draw_absent(axes)
+        write_beside(figure, panels[0], series_name, 9, fontsize=11, fontweight="bold")
+        write_beside(figure, panels[0], row_text, -9, fontsize=9)
     save_figure(figure, path)
 
 
 def _error_text(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"], hidden: Bool[np.ndarray, "z y x"]) -> str:
     if not hidden.any():
-        return "nothing hidden"
+        return NOTHING
     difference = rebuilt[hidden].astype(np.float64) - true[hidden]
     return f"MSE {np.mean(difference**2):.3g}"
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-from nnunet_csm.figures.canvas import INK, new_figure, save_figure
+from nnunet_csm.figures.canvas import INK, dress, line_colours, new_figure, save_figure
 
 # Pixels.
 WIDTH = 900
@@ -18,8 +17,6 @@ PANEL_HEIGHT = 330
 # of a title over the whole width
 TITLE_LETTERS = 110
 
-# dark ones of canvas.COLOURS, for lines on white
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 MARKERS = "osD^vPX"
 BETTER, WORSE = "#0072B2", "#D55E00"
 
@@ -37,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class PatientDifferences:
-    """Of one comparison: a value a patient, their mean and its interval."""
+    """Differences of one comparison: a value a patient, their mean and its interval."""
 
     name: str
     values: Float[np.ndarray, " p"]
@@ -54,8 +51,7 @@ def save_label_efficiency(path: str | Path, panels: Mapping[str, Sequence[Curve]
     figure = new_figure(WIDTH, PANEL_HEIGHT * num_rows * (1 if num_columns == 2 else 1.3))
     for position, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(num_rows, num_columns, position)
-        for place, curve in enumerate(curves):
-            colour = LINE_COLOURS[place % len(LINE_COLOURS)]
+        for place, (curve, colour) in enumerate(zip(curves, line_colours(len(curves)), strict=True)):
             axes.fill_between(curve.num_labelled, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
             marker = MARKERS[place % len(MARKERS)]
             axes.plot(curve.num_labelled, curve.score, color=colour, marker=marker, markersize=5, linewidth=1.6, label=curve.name)
@@ -65,7 +61,7 @@ def save_label_efficiency(path: str | Path, panels: Mapping[str, Sequence[Curve]
         axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:.0f}" for tick in ticks]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _dress(axes, textwrap.fill(title, TITLE_LETTERS // num_columns), "labelled training cases", measure)
+        dress(axes, textwrap.fill(title, TITLE_LETTERS // num_columns), "labelled training cases", measure)
         if position == 1:
             axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
@@ -89,12 +85,8 @@ def save_patient_differences(path: str | Path, comparisons: Sequence[PatientDiff
         axes.axhline(one.mean, color=INK, linewidth=1.2, linestyle="--", label=_mean_text(one))
         axes.set_ylim(-reach, reach)
         num_better = int((values > 0).sum())
-        _dress(
-            axes,
-            textwrap.fill(one.name, TITLE_LETTERS // num_columns),
-            f"patients, sorted: {num_better} of {len(values)} better",
-            unit,
-        )
+        name = textwrap.fill(one.name, TITLE_LETTERS // num_columns)
+        dress(axes, name, f"patients, sorted: {num_better} of {len(values)} better", unit)
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.tight_layout()
     save_figure(figure, path)
@@ -103,13 +95,3 @@ def save_patient_differences(path: str | Path, comparisons: Sequence[PatientDiff
 def _mean_text(one: PatientDifferences) -> str:
     interval = "" if np.isnan(one.low) else f" ({one.low:+.3f} to {one.high:+.3f})"
     return f"mean {one.mean:+.3f}{interval}"
-
-
-def _dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(xlabel, fontsize=9)
-    axes.set_ylabel(ylabel, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

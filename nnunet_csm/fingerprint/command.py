@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_csm import nnunet
-from nnunet_csm.figures.fingerprint import State, save_fingerprint
+from nnunet_csm.figures.fingerprint import State, save_fingerprint_picture
 from nnunet_csm.fingerprint.extraction import example_slices, extract
 from nnunet_csm.fingerprint.record import (
     ALL_ZERO,
@@ -68,7 +68,7 @@ def take_fingerprint(
     fingerprint = extract(raw, dataset_json, series, folder / FILE_NAME, subsets, num_processes, strict)
     case, slices, aspect = example_slices(raw, dataset_json, fingerprint)
     states = {name: tuple(_state(record) for record in case.series.values()) for name, case in fingerprint.cases.items()}
-    save_fingerprint(folder / PICTURE_NAME, _title(fingerprint), series, states, slices, case, aspect)
+    save_fingerprint_picture(folder / PICTURE_NAME, _title(fingerprint), series, states, slices, case, aspect)
     return fingerprint
 
 

@@ -7,11 +7,8 @@ written in one piece at the end.
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -27,23 +24,22 @@ from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
-from nnunet_csm.fingerprint.measurement import Job, Volume, measure, nonzero_box, read_case
+from nnunet_csm.fingerprint.measurement import Job, measure, nonzero_box
 from nnunet_csm.fingerprint.originals import name_copies
+from nnunet_csm.fingerprint.reading import SeriesImage, read_case
 from nnunet_csm.fingerprint.record import (
     VERSION,
     CaseRecord,
     Fingerprint,
     Subset,
-    complete_cases,
     read_fingerprint,
     save_fingerprint,
     with_manifest,
 )
-from nnunet_csm.plans import from_dict
-from nnunet_csm.raw.writer import read_manifest
+from nnunet_csm.machine import in_processes
+from nnunet_csm.raw.manifest import read_manifest
+from nnunet_csm.schema import from_dict
 
-# Cases handed out but not yet measured, for each process: enough that none waits, and no more in memory than that.
-JOBS_PER_PROCESS = 4
 # Cases tried for one that a reader can read.
 EXAMPLES = 20
 
@@ -84,10 +80,14 @@ def extract(
         jobs = [Job(name, subset, keys[name], paths, tuple(series), reader) for (subset, name), paths in left.items()]
         _write_partial(partial, done)
         progress = tqdm(total=len(keys), initial=len(done), desc="fingerprint", unit="case", disable=None)
-        with partial.open("a", encoding="utf-8") as stream, progress, closing(_measured(jobs, num_processes)) as measured:
-            for name, record in measured:
-                done[name] = record
-                stream.write(_as_line(name, record))
+        with (
+            partial.open("a", encoding="utf-8") as stream,
+            progress,
+            closing(in_processes(measure, jobs, num_processes)) as measured,
+        ):
+            for job, record in measured:
+                done[job.name] = record
+                stream.write(_as_line(job.name, record))
                 stream.flush()
                 progress.update()
     cases = name_copies({name: done[name] for name in keys}, series)
@@ -175,29 +175,6 @@ def _write_partial(path: Path, records: Mapping[str, CaseRecord]) -> None:
     write_text(path, "".join(_as_line(name, record) for name, record in records.items()))
 
 
-def _measured(jobs: Sequence[Job], num_processes: int) -> Generator[tuple[str, CaseRecord]]:
-    """Cases as they are done. No more are under way than the processes need."""
-    if num_processes <= 1 or len(jobs) == 1:
-        yield from ((job.name, measure(job)) for job in jobs)
-        return
-    left, running = iter(jobs), dict[Future[CaseRecord], str]()
-    # not forked: the parent may have threads by now
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
-    try:
-        while True:
-            while len(running) < JOBS_PER_PROCESS * num_processes and (job := next(left, None)) is not None:
-                running[pool.submit(measure, job)] = job.name
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        msg = "a process was killed, most likely for lack of memory; run again with fewer processes (-np): what was done is kept"
-        raise UserError(msg) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _refuse_problems(fingerprint: Fingerprint) -> None:
     lines = [f"case {name}: {problem}" for name, case in fingerprint.cases.items() for problem in case.problems]
     lines += [
@@ -217,8 +194,7 @@ def example_slices(
 
     The first complete case, else the one with most series; the middle of what is not 0; turned to LPS where the file says how.
     """
-    complete = complete_cases(fingerprint)
-    name = complete[0] if complete else max(fingerprint.cases, key=lambda case: _num_readable(fingerprint.cases[case]))
+    name = max(fingerprint.cases, key=lambda name: _worth_showing(fingerprint.cases[name]))
     case = fingerprint.cases[name]
     files = case_files(raw_folder, case.subset, dataset_json, len(fingerprint.series))
     volumes, _, _ = read_case(files[name], fingerprint.series, find_reader(dataset_json, [files[name]]))
@@ -231,11 +207,14 @@ def example_slices(
     return name, slices, aspect
 
 
-def _num_readable(case: CaseRecord) -> int:
-    return sum(record.shape is not None for record in case.series.values())
+def _worth_showing(case: CaseRecord) -> tuple[bool, int]:
+    """Cases with every series, aligned and without a problem, before others; of these, those with most series."""
+    records = case.series.values()
+    whole = not case.problems and all(record.absent is None and record.shift_mm is None for record in records)
+    return whole, sum(record.shape is not None for record in records)
 
 
-def _upright(volume: Volume) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:
+def _upright(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:
     """Voxels and spacing in LPS order; as they are for readers that tell no direction."""
     if volume.affine is None:
         return volume.voxels, volume.spacing

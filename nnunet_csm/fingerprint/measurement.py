@@ -1,27 +1,23 @@
 """One case: read its files, measure every series, compare the series with each other. Runs in processes of its own."""
 
-import gzip
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import nibabel
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_csm.fingerprint.alignment import binned, coarse, shifted_series
+from nnunet_csm.fingerprint.reading import SeriesImage, grid_problems, groups_on_one_grid, read_case
 from nnunet_csm.fingerprint.record import (
     ALL_ZERO,
     CONSTANT,
-    NO_FILE,
     NOT_FINITE,
     PERCENTILES,
-    UNREADABLE,
     CaseRecord,
     Intensities,
     SeriesRecord,
@@ -55,29 +51,12 @@ class Job:
     reader: type[BaseReaderWriter]
 
 
-@dataclass(frozen=True)
-class Volume:
-    """A series as nnU-Net's reader gives it.
-
-    Attributes:
-        voxels: may hold NaN and infinite ones.
-        spacing: mm, (z, y, x).
-        affine: voxel (x, y, z) to mm, where the reader tells (NIfTI, NRRD, MHA).
-        num_zeroed: voxels of the file that are NaN or infinite, but 0 here.
-    """
-
-    voxels: Float[np.ndarray, "z y x"]
-    spacing: tuple[float, ...]
-    affine: Float[np.ndarray, "4 4"] | None
-    num_zeroed: int = 0
-
-
 def measure(job: Job) -> CaseRecord:
     """Read and measure a case; copies are found, but which volume is the original is for the whole dataset to say."""
     volumes, missing, problems = read_case(job.files, job.series, job.reader)
-    problems += _grid_problems(volumes)
-    records = {name: _absent_record(why) for name, why in missing.items()}
-    groups = _groups_on_one_grid(volumes)
+    problems += grid_problems(volumes)
+    records = {name: _record(why) for name, why in missing.items()}
+    groups = groups_on_one_grid(volumes)
     crop = tuple[int, ...]()
     for group in groups:
         box = nonzero_box([volume.voxels for volume in group.values()])
@@ -93,143 +72,6 @@ def measure(job: Job) -> CaseRecord:
         problems=tuple(problems),
         series={name: records[name] for name in job.series},
     )
-
-
-def read_case(
-    files: Mapping[int, Path], series: Sequence[str], reader: type[BaseReaderWriter]
-) -> tuple[dict[str, Volume], dict[str, str], list[str]]:
-    """Volumes by series; why others are missing; what is wrong with the files.
-
-    Files are read one by one: nnU-Net's readers refuse a case whose files disagree, and this is to say how they do.
-    A file may hold all channels, as 4-D images and colour pictures do.
-    """
-    volumes, missing, problems = dict[str, Volume](), dict.fromkeys(series, NO_FILE), list[str]()
-    for channel, path in files.items():
-        try:
-            channels, properties = reader().read_images((str(path),))
-            num_zeroed = _num_zeroed_in_nifti(path) if "sitk_stuff" in properties else 0
-        except MemoryError:
-            raise
-        except Exception as error:  # the readers' libraries raise whatever they like
-            lines = str(error).strip().splitlines()
-            problems.append(f"{path} cannot be read ({lines[-1].strip() if lines else type(error).__name__}); is it complete?")
-            missing[series[channel]] = UNREADABLE
-            continue
-        held = {0: len(series)}.get(channel, 1) if len(files) == 1 else 1
-        if len(channels) != held:
-            problems.append(f"{path} holds {len(channels)} volumes, expected {held}; give each series its own 3-D file")
-            missing[series[channel]] = UNREADABLE
-            continue
-        spacing = tuple(float(mm) for mm in properties["spacing"])
-        for name, voxels in zip(series[channel : channel + held], channels, strict=True):
-            volumes[name] = Volume(voxels, spacing, affine_of(properties), num_zeroed)
-            del missing[name]
-    absent = [name for name, why in missing.items() if why == NO_FILE]
-    if absent:
-        problems.append(f"no file of {', '.join(absent)}; for a series that the patient does not have, write zeros")
-    return volumes, missing, problems
-
-
-def _num_zeroed_in_nifti(path: Path) -> int:
-    """NaN and infinite voxels, which ITK reads as 0 from NIfTI: a second reading, where the type of the file has such values.
-
-    ITK also reads a gzip file that was cut off, with 0 for what is not there.
-
-    Raises:
-        OSError: the file was cut off.
-    """
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return 0
-    image = nibabel.Nifti1Image.from_filename(path)
-    header = image.header
-    size = int(header.get_data_offset()) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
-    if path.suffix == ".gz" and _size_told_by_gzip(path) != size % 2**32 and _size_in_gzip(path) < size:
-        raise OSError("the gzip file was cut off")
-    if not np.issubdtype(image.get_data_dtype(), np.floating):
-        return 0
-    voxels = np.asanyarray(image.dataobj)
-    return voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
-
-
-def _size_told_by_gzip(path: Path) -> int:
-    """Of the content, modulo 4 GiB: the last four bytes (RFC 1952). That of the last part only, where a file has several."""
-    with path.open("rb") as stream:
-        stream.seek(-4, os.SEEK_END)
-        return int.from_bytes(stream.read(4), "little")
-
-
-def _size_in_gzip(path: Path) -> int:
-    """Of the content, by reading it."""
-    size = 0
-    try:
-        with gzip.open(path) as stream:
-            while part := stream.read(2**24):
-                size += len(part)
-    except EOFError:
-        pass
-    return size
-
-
-def affine_of(properties: Mapping[str, Any]) -> Float[np.ndarray, "4 4"] | None:
-    """Voxel (x, y, z) to mm in ITK's LPS, from what nnU-Net's readers keep; None for other readers and for 2-D images."""
-    affine = np.eye(4)
-    if "sitk_stuff" in properties and len(properties["sitk_stuff"]["spacing"]) == 3:
-        kept = properties["sitk_stuff"]
-        affine[:3, :3] = np.reshape(kept["direction"], (3, 3)) * kept["spacing"]
-        affine[:3, 3] = kept["origin"]
-        return affine
-    for kept in properties.values():
-        if isinstance(kept, Mapping) and "original_affine" in kept:
-            # of the array as it was read; nibabel's axes are RAS, ITK's LPS
-            return np.diag((-1.0, -1.0, 1.0, 1.0)) @ np.asarray(
-                kept.get("reoriented_affine", kept["original_affine"]), dtype=float
-            )
-    return None
-
-
-def _groups_on_one_grid(volumes: Mapping[str, Volume]) -> list[dict[str, Volume]]:
-    """Series of one shape and spacing together: only these can be compared voxel by voxel."""
-    groups: list[dict[str, Volume]] = []
-    for name, volume in volumes.items():
-        for group in groups:
-            if _same_grid(volume, next(iter(group.values()))):
-                group[name] = volume
-                break
-        else:
-            groups.append({name: volume})
-    return groups
-
-
-def _same_grid(a: Volume, b: Volume) -> bool:
-    """As nnU-Net's readers, which refuse a case whose files differ in this."""
-    return a.voxels.shape == b.voxels.shape and np.allclose(a.spacing, b.spacing)
-
-
-def _grid_problems(volumes: Mapping[str, Volume]) -> list[str]:
-    """Series whose grid is not that of the first."""
-    found = []
-    for name, volume in volumes.items():
-        reference_name, reference = next(iter(volumes.items()))
-        shape, expected = volume.voxels.shape, reference.voxels.shape
-        if shape != expected:
-            found.append(f"{name} has the shape {shape}, {reference_name} has {expected}; resample them to one grid")
-        elif not _same_grid(volume, reference):
-            found.append(f"{name} has the spacing {volume.spacing}, {reference_name} has {reference.spacing}; resample them")
-        elif volume.affine is not None and reference.affine is not None:
-            apart = _apart(volume.affine, reference.affine, shape)
-            if apart > min(reference.spacing) / 2:
-                found.append(
-                    f"the header of {name} puts it up to {apart:.1f} mm from {reference_name}, "
-                    f"and nnU-Net reads them as if they overlapped; resample them to one grid"
-                )
-    return found
-
-
-def _apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
-    """The largest distance (mm) between where two affines put a corner of a volume of `shape` (z, y, x)."""
-    z, y, x = (size - 1 for size in shape)
-    corners = np.array([(i, j, k, 1) for i in (0, x) for j in (0, y) for k in (0, z)])
-    return float(np.linalg.norm(corners @ (first - second).T, axis=1).max())
 
 
 def nonzero_box(volumes: Sequence[Float[np.ndarray, "z y x"]]) -> Box:
@@ -265,7 +107,7 @@ class _Seen:
         return (self.here != 0) & (self.beside != 0)
 
 
-def measure_series(volumes: Mapping[str, Volume], box: Box) -> dict[str, SeriesRecord]:
+def measure_series(volumes: Mapping[str, SeriesImage], box: Box) -> dict[str, SeriesRecord]:
     """Records of series on one grid; `box` holds all that is not 0 in them."""
     shape = tuple(part.stop - part.start for part in box)
     places, spacing = _places(shape), next(iter(volumes.values())).spacing
@@ -289,7 +131,7 @@ def measure_series(volumes: Mapping[str, Volume], box: Box) -> dict[str, SeriesR
 
 
 def _measure_one(
-    volume: Volume, spacing: tuple[float, ...], box: Box, places: Int[np.ndarray, " n"]
+    volume: SeriesImage, spacing: tuple[float, ...], box: Box, places: Int[np.ndarray, " n"]
 ) -> tuple[SeriesRecord, _Seen | None]:
     """What the volume alone tells; nothing to compare where it shows nothing. `spacing` is that of its group."""
     voxels = np.ascontiguousarray(volume.voxels[box])
@@ -299,19 +141,7 @@ def _measure_one(
         voxels = np.where(finite, voxels, np.float32(0))
     values = voxels[voxels != 0]
     flat = _flat(values, num_invalid)
-    record = SeriesRecord(
-        absent=flat,
-        flat=flat,
-        twins={},
-        shape=volume.voxels.shape,
-        spacing=volume.spacing,
-        before=None,
-        num_invalid=num_invalid,
-        foreground=_rounded(values.size / volume.voxels.size),
-        intensities=None,
-        appearance=(),
-        shift_mm=None,
-    )
+    record = _record(flat, volume, num_invalid, values.size)
     if flat is not None:
         return record, None
     intensities = _intensities(values)
@@ -320,16 +150,17 @@ def _measure_one(
     return replace(record, intensities=intensities, appearance=_appearance(seen)), seen
 
 
-def _absent_record(why: str) -> SeriesRecord:
+def _record(flat: str | None, volume: SeriesImage | None = None, num_invalid: int = 0, num_foreground: int = 0) -> SeriesRecord:
+    """What is known of a series before its intensities are looked at."""
     return SeriesRecord(
-        absent=why,
-        flat=why,
+        absent=flat,
+        flat=flat,
         twins={},
-        shape=None,
-        spacing=None,
+        shape=volume.voxels.shape if volume else None,
+        spacing=volume.spacing if volume else None,
         before=None,
-        num_invalid=0,
-        foreground=0.0,
+        num_invalid=num_invalid,
+        foreground=_rounded(num_foreground / volume.voxels.size) if volume else 0.0,
         intensities=None,
         appearance=(),
         shift_mm=None,
@@ -384,7 +215,7 @@ def _appearance(seen: _Seen) -> tuple[float, ...]:
     return tuple(round(float(value), 4) for value in (*(scaled / np.maximum(inside, 1)).ravel(), step))
 
 
-def _same_image(a: Volume, b: Volume, seen_a: _Seen, seen_b: _Seen) -> Literal["identical", "almost"] | None:
+def _same_image(a: SeriesImage, b: SeriesImage, seen_a: _Seen, seen_b: _Seen) -> Literal["identical", "almost"] | None:
     """Whether two series show one acquisition: bit-identical, or rescaled, clipped or lossy."""
     if np.array_equal(seen_a.here, seen_b.here) and np.array_equal(a.voxels, b.voxels, equal_nan=True):
         return "identical"

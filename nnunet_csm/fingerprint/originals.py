@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
+from scipy.sparse.csgraph import connected_components
 
 from nnunet_csm.fingerprint.record import CaseRecord, SeriesRecord
 
@@ -52,15 +53,11 @@ def _absent(name: str, record: SeriesRecord, original: str | None) -> str | None
 
 def _groups(case: CaseRecord) -> list[tuple[str, ...]]:
     """Series that hold one image, by twins and twins of twins, in the order of the channels."""
-    groups, left = [], [name for name, record in case.series.items() if record.twins]
-    while left:
-        group, edge = set[str](), {left[0]}
-        while edge:
-            group |= edge
-            edge = {twin for name in edge for twin in case.series[name].twins} - group
-        groups.append(tuple(name for name in left if name in group))
-        left = [name for name in left if name not in group]
-    return groups
+    names = list(case.series)
+    twins = np.array([[name in record.twins for name in names] for record in case.series.values()])
+    num_groups, group_of = connected_components(twins)
+    groups = [tuple(names[i] for i in np.flatnonzero(group_of == group)) for group in range(num_groups)]
+    return [group for group in groups if len(group) > 1]
 
 
 def _features(record: SeriesRecord) -> list[float]:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
-from nnunet_csm.plans import from_dict
+from nnunet_csm.schema import from_dict
 
 FILE_NAME = "csm_fingerprint.json"
 VERSION = 1
@@ -122,12 +123,7 @@ class Fingerprint:
 def read_fingerprint(path: Path) -> Fingerprint:
     """Raises `UserError` where the file is not there, broken, or of another version."""
     remedy = "run `nnunet_csm fingerprint -d ID`"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); remove it and {remedy}") from None
+    data: Any = nnunet.read_json(path, remedy)
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
         raise UserError(f"{path}: version {version}, expected {VERSION}; {remedy}")
@@ -144,19 +140,13 @@ def cases_of(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> di
     return {name: case for name, case in fingerprint.cases.items() if subset in (None, case.subset)}
 
 
-def num_with_series(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> dict[str, int]:
-    """Series to the number of cases that have it."""
-    cases = cases_of(fingerprint, subset).values()
+def num_with_series(fingerprint: Fingerprint) -> dict[str, int]:
+    """Series to the number of cases of imagesTr that have it."""
+    cases = cases_of(fingerprint).values()
     return {name: sum(case.series[name].absent is None for case in cases) for name in fingerprint.series}
 
 
-def presence(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> dict[str, float]:
-    """Series to the share of cases that have it."""
-    num_cases = len(cases_of(fingerprint, subset))
-    return {name: count / max(1, num_cases) for name, count in num_with_series(fingerprint, subset).items()}
-
-
-def num_present(fingerprint: Fingerprint, subset: Subset | None = "imagesTr") -> Counter[int]:
+def num_present(fingerprint: Fingerprint, subset: Subset) -> Counter[int]:
     """How many cases have 0, 1, 2, ... series."""
     cases = cases_of(fingerprint, subset).values()
     return Counter(sum(record.absent is None for record in case.series.values()) for case in cases)
@@ -171,31 +161,13 @@ def absent_series(fingerprint: Fingerprint, subset: Subset | None = None) -> dic
     return {name: series for name, series in absent.items() if series}
 
 
-def copies(fingerprint: Fingerprint, subset: Subset | None = None) -> dict[str, tuple[str, ...]]:
-    """Case to its series that are there as a copy of another one only."""
-    found = {
-        name: tuple(series for series, record in case.series.items() if record.absent is not None and record.flat is None)
-        for name, case in cases_of(fingerprint, subset).items()
-    }
-    return {name: series for name, series in found.items() if series}
-
-
-def misaligned(fingerprint: Fingerprint, subset: Subset | None = None) -> dict[str, dict[str, Millimetres]]:
+def misaligned(fingerprint: Fingerprint) -> dict[str, dict[str, Millimetres]]:
     """Case to its series that do not lie on the others, and how far (z, y, x) in mm they lie from them."""
     found = {
         name: {series: record.shift_mm for series, record in case.series.items() if record.shift_mm is not None}
-        for name, case in cases_of(fingerprint, subset).items()
+        for name, case in fingerprint.cases.items()
     }
     return {name: shifts for name, shifts in found.items() if shifts}
-
-
-def complete_cases(fingerprint: Fingerprint) -> list[str]:
-    """Cases with every series, aligned and without a problem."""
-    return [
-        name
-        for name, case in fingerprint.cases.items()
-        if not case.problems and all(record.absent is None and record.shift_mm is None for record in case.series.values())
-    ]
 
 
 def problems(fingerprint: Fingerprint) -> list[str]:
@@ -271,23 +243,21 @@ def _pooled_percentile(of_cases: list[Intensities], percentile: float, minimum: 
 
 
 def with_manifest(fingerprint: Fingerprint, manifest: Mapping[str, Any]) -> Fingerprint:
-    """Put in each series' own grid, where the converter's manifest (`raw/writer.py`) has it; read as what may be anything."""
-    told = manifest.get("cases")
-    told = told if isinstance(told, Mapping) else {}
-    cases = {}
-    for name, case in fingerprint.cases.items():
-        series = {
-            series: dataclasses.replace(record, before=_before(told, name, series)) for series, record in case.series.items()
-        }
-        cases[name] = dataclasses.replace(case, series=series)
+    """Put in each series' own grid, where the converter's manifest (`raw/manifest.py`) has it; read as what may be anything."""
+    cases = {
+        name: dataclasses.replace(
+            case,
+            series={one: dataclasses.replace(record, before=_before(manifest, name, one)) for one, record in case.series.items()},
+        )
+        for name, case in fingerprint.cases.items()
+    }
     return dataclasses.replace(fingerprint, cases=cases)
 
 
-def _before(told: Mapping[str, Any], case: str, series: str) -> Before | None:
-    entry: Any = told
-    for key in (case, "series", series, "before"):
-        entry = entry.get(key) if isinstance(entry, Mapping) else None
-    if not isinstance(entry, Mapping) or not entry.get("size") or not entry.get("spacing"):
+def _before(manifest: Mapping[str, Any], case: str, series: str) -> Before | None:
+    try:
+        grid = manifest["cases"][case]["series"][series]["before"]
+        # (x, y, z) there
+        return Before(tuple(int(n) for n in grid["size"][::-1]), tuple(float(mm) for mm in grid["spacing"][::-1]))
+    except (KeyError, TypeError, ValueError):
         return None
-    # (x, y, z) there
-    return Before(tuple(int(n) for n in entry["size"][::-1]), tuple(float(mm) for mm in entry["spacing"][::-1]))

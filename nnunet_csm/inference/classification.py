@@ -1,6 +1,5 @@
 """`nnunet_csm classify`: raw images and masks to class probabilities, and maps of what every series adds to the decision."""
 
-import csv
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk
 from jaxtyping import Float
 from torch import Tensor
@@ -21,15 +21,15 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
-from nnunet_csm.files import whole
-from nnunet_csm.inference.ensemble import CaseFiles, Decision, Ensemble, decide, load_ensemble, prepare
+from nnunet_csm.files import whole, whole_folder
+from nnunet_csm.inference.ensemble import CaseToClassify, Decision, Ensemble, decide, load_ensemble, prepare
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.segmentation import complete_cases
+from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
-from nnunet_csm.raw.writer import whole_folder, write_image
 
 MAP_ENDING = ".nii.gz"
 # cases that are preprocessed while the networks look at another one, each by a thread; two were no faster than one
@@ -132,7 +132,7 @@ def write_maps(
     decision: Decision,
     maps: Float[Tensor, "s gz gy gx"],
     frame: Frame,
-    case: CaseFiles,
+    case: CaseToClassify,
     ensemble: Ensemble,
 ) -> None:
     """`NAME_SERIES.nii.gz` on the grid of the images for every series that is present, and `NAME.png`."""
@@ -193,16 +193,16 @@ def _first(left_out: Mapping[str, str]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
-def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseFiles]:
+def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseToClassify]:
     """All cases of a folder in which none lacks a channel."""
     ending, num_channels = dataset_json["file_ending"], len(nnunet.channel_names(dataset_json))
     first = f"_0000{ending}"
     names = sorted(f.name.removesuffix(first) for f in images.glob(f"*{first}") if not f.name.startswith("."))
     channels = [f"_{channel:04d}{ending}" for channel in range(num_channels)]
-    return [CaseFiles(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
+    return [CaseToClassify(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
 
 
-def _masks_without_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]:
+def _masks_without_images(folder: Path, cases: Sequence[CaseToClassify]) -> list[str]:
     """A line that says so: images may have another ending, or lie elsewhere."""
     files = {f.name for f in folder.iterdir() if f.name.endswith(READABLE_ENDINGS) and not f.name.startswith(".")}
     others = sorted(files - {case.mask.name for case in cases})
@@ -211,14 +211,15 @@ def _masks_without_images(folder: Path, cases: Sequence[CaseFiles]) -> list[str]
 
 def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
     """A row a sample: case, mask_label (empty for the whole mask), a probability for every class, the most probable class."""
+    samples = [decision.sample for decision in decisions]
+    table = pd.DataFrame({"case": [sample.case for sample in samples], "mask_label": [sample.mask_label for sample in samples]})
+    table["mask_label"] = table["mask_label"].astype("Int64")
+    for index, name in enumerate(classes):
+        table[f"p_{name}"] = [decision.probabilities[index] for decision in decisions]
+    table["predicted"] = [classes[decision.class_index] for decision in decisions]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["case", "mask_label", *(f"p_{name}" for name in classes), "predicted"])
-        for decision in decisions:
-            label = "" if decision.sample.mask_label is None else decision.sample.mask_label
-            numbers = [f"{probability:.6f}" for probability in decision.probabilities]
-            writer.writerow([decision.sample.case, label, *numbers, classes[decision.class_index]])
+    with whole(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6f")
 
 
 def _record(

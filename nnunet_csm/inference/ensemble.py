@@ -21,7 +21,7 @@ from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.model.attribution import series_shares, token_maps
 from nnunet_csm.model.classifier import CSMClassifier, build_classifier, probabilities
-from nnunet_csm.model.segmenter import series_present
+from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Configuration, read_configuration
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import CaseError, Volume
@@ -60,7 +60,7 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
-class CaseFiles:
+class CaseToClassify:
     """Where a case lies: `images` in the order of the channels, all of them there; the mask may be missing."""
 
     name: str
@@ -148,7 +148,7 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
     return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, labels, members, provenance, device)
 
 
-def prepare(case: CaseFiles, ensemble: Ensemble) -> tuple[list[Patch], dict[str, str]]:
+def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict[str, str]]:
     """Preprocess a case as nnU-Net does and cut the patch of each of its samples.
 
     Returns:
@@ -226,7 +226,7 @@ def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configurat
             raise UserError(f"{path}: {what} is {one}, plans.json of the model says {other}; train again, or restore the plans")
 
 
-def _look_at_mask(case: CaseFiles) -> tuple[str, list[int]]:
+def _look_at_mask(case: CaseToClassify) -> tuple[str, list[int]]:
     """Why a mask cannot be used (empty when it can), and the labels in it."""
     if not case.mask.is_file():
         return f"{case.mask}: no such mask", []

@@ -11,7 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.data.crops import Size
 from nnunet_csm.data.lesions import Placement
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.fingerprint.reading import affine_of
+from nnunet_csm.raw.grid import Grid, resampled
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,16 @@ class Frame:
         lengths = zip(self.grid.spacing, self.step[::-1], edges[::-1], strict=True)
         image.SetSpacing([spacing * step * edge for spacing, step, edge in lengths])
         image.SetDirection(self.grid.direction)
-        identity = sitk.Transform(3, sitk.sitkIdentity)
-        return sitk.Resample(image, grid.size, identity, sitk.sitkLinear, grid.origin, grid.spacing, grid.direction, 0.0)
+        return resampled(image, grid)
 
 
 def _grid_of_array(properties: Mapping[str, Any], size: Sequence[int]) -> Grid:
     """Geometry of the array that nnU-Net's readers made of a file, by what they note of it; `size` is (z, y, x)."""
-    shape = tuple(reversed(size))
-    if "sitk_stuff" in properties:
-        noted = properties["sitk_stuff"]
-        return Grid(shape, tuple(noted["spacing"]), tuple(noted["origin"]), tuple(noted["direction"]))
-    noted = properties["nibabel_stuff"]
-    # ITK's world has x and y reversed
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ noted.get("reoriented_affine", noted["original_affine"])
+    affine = affine_of(properties)
+    assert affine is not None, "an image without a geometry"
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = (affine[:3, :3] / spacing).flatten()
-    return Grid(shape, tuple(spacing.tolist()), tuple(affine[:3, 3].tolist()), tuple(direction.tolist()))
+    return Grid(tuple(reversed(size)), tuple(spacing.tolist()), tuple(affine[:3, 3].tolist()), tuple(direction.tolist()))
 
 
 def _triple(values: Sequence[Any]) -> tuple[Any, Any, Any]:

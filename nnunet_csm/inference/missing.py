@@ -10,13 +10,15 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.fingerprint.measurement import Volume as Voxels
+from nnunet_csm.files import whole_folder
 from nnunet_csm.fingerprint.measurement import measure_series, nonzero_box
+from nnunet_csm.fingerprint.reading import SeriesImage
 from nnunet_csm.fingerprint.record import ALL_ZERO, CONSTANT
+from nnunet_csm.raw.cases import write_image
+from nnunet_csm.raw.check import files_by_case, no_case
 from nnunet_csm.raw.grid import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume
-from nnunet_csm.raw.writer import whole_folder, write_image
 
 
 def fill_missing(
@@ -57,7 +59,9 @@ def fill_missing(
         )
     if inputs.resolve() == outputs.resolve():
         raise UserError(f"the input folder {inputs} is kept as it is; give -o another folder")
-    cases = _cases(inputs, channel_names, file_ending)
+    cases, problems = files_by_case(inputs, channel_names, file_ending)
+    if problems or not cases:
+        raise UserError(problems[0] if problems else no_case(inputs, file_ending))
     _refuse_other_files(outputs, file_ending, overwrite)
     lines = []
     with whole_folder(outputs, overwrite) as folder:
@@ -72,7 +76,7 @@ def fill_missing(
             for channel in range(len(channel_names)):
                 target = folder / f"{identifier}_{channel:04d}{file_ending}"
                 if channel not in files or channel in replaced:
-                    _write_zeros(target, files[min(files)])
+                    write_image(Grid.of(read_volume(Volume(files[min(files)]))).zeros(), target)
                 elif copy_files:
                     shutil.copyfile(files[channel], target)
                 else:
@@ -83,24 +87,6 @@ def fill_missing(
                 lines.append(f"{identifier}: zeros for {', '.join(reasons)}")
     complete = len(cases) - len(lines)
     return [*lines, f"{len(cases)} cases in {outputs}: {complete} complete, {len(lines)} filled with zeros"]
-
-
-def _cases(folder: Path, channel_names: Sequence[str], ending: str) -> dict[str, dict[int, Path]]:
-    """Case to channel to file, both in order."""
-    pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
-    cases: dict[str, dict[int, Path]] = {}
-    for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
-        match = pattern.fullmatch(path.name)
-        if match is None:
-            raise UserError(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
-        channel = int(match["channel"])
-        if channel >= len(channel_names):
-            names = ", ".join(f"{number:04d} {name}" for number, name in enumerate(channel_names))
-            raise UserError(f"{path} is of channel {channel}, which the model does not have ({names}); rename or remove it")
-        cases.setdefault(match["identifier"], {})[channel] = path
-    if not cases:
-        raise UserError(f"{folder} holds no image called CASE_0000{ending}; check -i and the file ending of the dataset")
-    return cases
 
 
 def _refuse_other_files(outputs: Path, ending: str, overwrite: bool) -> None:
@@ -127,7 +113,7 @@ def _without_a_series(
             raise UserError(f"{found}; resample all files of a case to one grid")
     spacing = images[first].GetSpacing()[::-1]
     volumes = {
-        names[channel]: Voxels(sitk.GetArrayFromImage(image).astype(np.float32), spacing, None)
+        names[channel]: SeriesImage(sitk.GetArrayFromImage(image).astype(np.float32), spacing, None)
         for channel, image in images.items()
     }
     records = measure_series(volumes, nonzero_box([volume.voxels for volume in volumes.values()]))
@@ -136,7 +122,3 @@ def _without_a_series(
         originals = [c for c in files if names[c] in records[names[channel]].twins and c not in replaced]
         replaced |= {c: f"a copy of {names[channel]}" for c in originals if channel not in replaced}
     return [channel for channel in files if records[names[channel]].flat == ALL_ZERO], dict(sorted(replaced.items()))
-
-
-def _write_zeros(path: Path, like: Path) -> None:
-    write_image(Grid.of(read_volume(Volume(like))).zeros(), path)

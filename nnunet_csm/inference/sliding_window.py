@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
-from nnunet_csm.model.segmenter import CSMSegmenter, series_present
+from nnunet_csm.model.planned import series_present
+from nnunet_csm.model.segmenter import CSMSegmenter
 
 MIB, GIB = 2**20, 2**30
 Tile = tuple[slice | int, ...]

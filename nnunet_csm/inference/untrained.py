@@ -10,22 +10,16 @@ from nnunet_csm import nnunet
 from nnunet_csm.model.segmenter import CSMSegmenter
 
 
-def predict_untrained(fold_folder: Path, inputs: Path, outputs: Path, seed: int = 0) -> None:
-    """Segment `inputs` as `nnUNetv2_predict -device cpu` would, with weights as drawn before training."""
+def main() -> None:
+    """`FOLD_FOLDER INPUTS OUTPUTS` on the command line: segment as `nnUNetv2_predict -device cpu` would."""
+    fold_folder, inputs, outputs = map(Path, sys.argv[1:])
     predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"))
     predictor.initialize_from_trained_model_folder(str(fold_folder.parent), (fold_folder.name.removeprefix("fold_"),))
-    manager = predictor.configuration_manager
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     network = CSMSegmenter(
         len(nnunet.channel_names(predictor.dataset_json)),
         predictor.label_manager.num_segmentation_heads,
-        **manager.network_arch_init_kwargs,
+        **predictor.configuration_manager.network_arch_init_kwargs,
     )
     predictor.list_of_parameters = [network.state_dict()]
     predictor.predict_from_files(str(inputs), str(outputs), num_processes_preprocessing=2, num_processes_segmentation_export=2)
-
-
-def main() -> None:
-    """`FOLD_FOLDER INPUTS OUTPUTS` on the command line."""
-    fold_folder, inputs, outputs = map(Path, sys.argv[1:])
-    predict_untrained(fold_folder, inputs, outputs)

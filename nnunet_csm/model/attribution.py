@@ -19,7 +19,7 @@ NUM_STEPS = 64
 
 
 def log_odds(logits: Float[Tensor, "b c"], class_index: int) -> Float[Tensor, " b"]:
-    """Of one class against all others."""
+    """Log odds of one class against all others."""
     others = [other for other in range(logits.shape[1]) if other != class_index]
     return logits[:, class_index] - logits[:, others].logsumexp(1)
 

@@ -2,17 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.model.segmenter import series_present
-from nnunet_csm.model.tokens import Size, all_tokens, coordinates, grid_size, join, select, to_tokens
-from nnunet_csm.plans import Configuration, to_dict
+from nnunet_csm.model.encoder import Features
+from nnunet_csm.model.planned import PlannedNetwork
+from nnunet_csm.plans import Configuration
+from nnunet_csm.schema import to_dict
 
 # all classes equally likely before the first step, and yet a gradient for the encoder
 HEAD_STD = 0.01
@@ -54,76 +54,34 @@ class AttentivePooling(nn.Module):
         return scores.flatten(1, 2).softmax(1).view_as(scores)
 
 
-class CSMClassifier(nn.Module):
+class CSMClassifier(PlannedNetwork):
     """Classify a patch from any subset of its series.
 
-    Args are nnU-Net's `input_channels`, the number of classes, the fields of `plans.Architecture` (of which `features`,
-    `decoder`, `stem` and `fusion` belong to the segmenter and have no effect here), and `pooling` of `plans.Classification`.
+    Args are nnU-Net's `input_channels`, the number of classes, `pooling` of `plans.Classification` and the fields of
+    `plans.Architecture` (of which `features`, `decoder`, `stem` and `fusion` belong to the segmenter and have no effect here).
 
     Raises:
         ValueError: channels that are not the planned series.
     """
 
     def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        series: Sequence[str],
-        channels: Sequence[int],
-        token_size: Sequence[int],
-        width: int,
-        depth: int,
-        num_heads: int,
-        features: int,
-        drop_path: float,
-        joint_tokens: bool = False,
-        decoder: str = "unetr",
-        stem: str = "full",
-        fusion: str = "mean",
-        pooling: Literal["attentive", "mean"] = "attentive",
+        self, input_channels: int, num_classes: int, pooling: Literal["attentive", "mean"] = "attentive", **arch_kwargs: Any
     ) -> None:
-        super().__init__()
-        if len(channels) != len(series) or input_channels <= max(channels):
-            raise ValueError(
-                f"{input_channels} input channels, but the plans have series {', '.join(series)} in channels "
-                f"{', '.join(map(str, channels))}; plan again with `nnunet_csm plan`"
-            )
-        self.input_channels, self.channels = input_channels, list(channels)
-        tz, ty, tx = token_size
-        self.token_size: Size = (tz, ty, tx)
-        self.encoder = Encoder(series, token_size, width, depth, num_heads, drop_path, joint_tokens)
-        self.pooling = AttentivePooling(width, num_heads) if pooling == "attentive" else MeanPooling()
+        super().__init__(input_channels, arch_kwargs)
+        width = self.encoder.width
+        self.pooling = AttentivePooling(width, self.architecture.num_heads) if pooling == "attentive" else MeanPooling()
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c"]:
         """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero."""
-        return self.classify(*self.forward_features(volume))
+        features = self.features(volume)
+        return self.classify(features.tokens, features.present)
 
-    def forward_features(self, volume: Float[Tensor, "b n z y x"]) -> tuple[Float[Tensor, "b s l e"], Bool[Tensor, "b s"]]:
-        """Features of all tokens, and which series are present: the features of an absent one mean nothing.
-
-        Joint tokens are those of one series (s = 1), which is present.
-        """
-        if volume.shape[1] != self.input_channels:
-            raise ValueError(
-                f"the input has {volume.shape[1]} channels, the network was planned for {self.input_channels} "
-                f"({', '.join(self.encoder.series)} are used); give an all-zero volume for a series a patient does not have"
-            )
-        volume = torch.stack([volume[:, channel] for channel in self.channels], dim=1)
-        present = series_present(volume)
-        b, s = present.shape
-        grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), self.token_size)
-        tokens = to_tokens(volume, self.token_size)
-        if self.encoder.joint_tokens:
-            tokens, present, s = join(tokens), present.any(1, keepdim=True), 1
-        index = all_tokens(s, grid, b, volume.device)
-        tokens = select(tokens, index)
-        # absent tokens are masked, not dropped, so that every sample of a batch has the same length
-        attend = present.repeat_interleave(math.prod(grid), dim=1) if s > 1 else None
-        features = self.encoder(tokens, coordinates(index, grid), attend)[-1]
-        return features.unflatten(1, (s, -1)), present
+    def features(self, volume: Float[Tensor, "b n z y x"]) -> Features:
+        """Features of all tokens, and which series are present."""
+        return self.encoder.levels(*self.present_series(volume))[-1]
 
     def classify(self, tokens: Float[Tensor, "b s l e"], present: Bool[Tensor, "b s"]) -> Float[Tensor, "b c"]:
         """Logits from the features of all tokens."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunet_csm.model.encoder import Encoder
+
 # layouts that one piece of code is compiled for: encoder and decoder, the first number of visible tokens, any other, with and
 # without masks and gradients. torch's own limit is 8, and what comes beyond is not compiled, without a word
 MAX_VARIANTS = 64
@@ -24,10 +26,10 @@ def compile_parts(network: Any) -> None:
 
 
 def parts(network: Any) -> Iterator[nn.Module]:
-    """The blocks of the encoder, and every other part as a whole."""
+    """The parts that encoders name, and every other part as a whole."""
     for child in network.children():
-        if child is network.encoder:
-            yield from child.blocks
+        if isinstance(child, Encoder):
+            yield from child.compiled_parts()
         elif isinstance(child, nn.ModuleList):
             yield from child
         else:

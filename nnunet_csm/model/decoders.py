@@ -1,4 +1,4 @@
-"""From features on the token grid to logits at full resolution: UNETR's decoder, and a light one.
+"""Decoders from features on the token grid to logits at full resolution: UNETR's decoder, and a light one.
 
 Level i has a resolution i halvings below the input; level n, where n = log2 of the longest token edge, is the token grid.
 A short token edge is halved at the coarse levels only, as nnU-Net treats thick slices.

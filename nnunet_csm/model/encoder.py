@@ -1,151 +1,120 @@
-"""The encoder: a ViT over the tokens of all series of a patch (paper III-B and IV-A, ViT-B/16)."""
+"""What an encoder is to the networks built on it, whatever is inside, and which kinds there are."""
 
-import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
-import torch
-from jaxtyping import Bool, Float, Int
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# the longest period of the position embedding is 128 tokens, beyond any grid in use
-LONGEST_HALF_PERIOD = 64.0
-# comparable to the position embedding from the start: with MAE's 0.02, series are told apart only after many steps
-SERIES_EMBEDDING_STD = 0.5
-WITH_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+from nnunet_csm.errors import UserError
+from nnunet_csm.model.tokens import Size
+from nnunet_csm.plans import Architecture
 
-
-def sine_cosine(coordinates: Int[Tensor, "b k 4"], width: int) -> Float[Tensor, "b k e"]:
-    """Fixed 3-D position embedding: a sixth of the width for the sine and the cosine of each of z, y and x.
-
-    Half periods rise geometrically from 1 to 64 tokens. (MAE's, made for sentences, rise to 31,416; on a grid of a few
-    tokens most of its entries are constant, and places hardly differ.) Left-over entries (width not a multiple of 6) are
-    zero. The series coordinate is not used here.
-    """
-    n = width // 6
-    half_period = LONGEST_HALF_PERIOD ** (torch.arange(n, device=coordinates.device, dtype=torch.float32) / n)
-    angle = coordinates[..., 1:].float()[..., None] * (math.pi / half_period)
-    embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
-    return nn.functional.pad(embedding, (0, width - 6 * n))
+# `encoder.kind` in the plans to its class, imported when it is asked for
+ENCODERS = {"vit": "nnunet_csm.model.vit.ViT", "joint_vit": "nnunet_csm.model.joint_vit.JointViT"}
 
 
-def of_series(embedding: Float[Tensor, "s e"], series: Int[Tensor, "b k"]) -> Float[Tensor, "b k e"]:
-    """The row of each token's series.
+@dataclass(frozen=True)
+class Features:
+    """What an encoder makes of a patch at one of its levels."""
 
-    As a product, since the gradient of indexing is summed in an order that changes from run to run.
-    """
-    return nn.functional.one_hot(series, len(embedding)).to(embedding.dtype) @ embedding
-
-
-def draw_weights(module: nn.Module) -> None:
-    """Initial weights: linear layers as in MAE, and keys equal to queries.
-
-    Then a token of a small network at first attends to tokens that resemble it, above all those of its own place in other
-    series, and need not learn to; at size B it hardly does. The gain makes the first score of a token with itself about 8
-    whatever the width of a head.
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    if isinstance(module, Attention):
-        with torch.no_grad():
-            query, key, _ = module.qkv.weight.chunk(3)
-            query *= 4.0 / module.head_dim**0.25
-            key.copy_(query)
+    tokens: Float[Tensor, "b m l e"]
+    """For each of m series that the encoder keeps apart, or for all in one (m = 1)."""
+    present: Bool[Tensor, "b m"]
+    """The features of an absent series mean nothing."""
+    grid: Size
+    """Places along (z, y, x)."""
+    series: tuple[int, ...] | None
+    """Numbers of the m series; None for all of them, or all in one."""
 
 
-class DropPath(nn.Module):
-    """Leave out a branch of some samples while training (stochastic depth), as timm's.
+@dataclass(frozen=True)
+class Transferred:
+    """What became of one tensor of the downstream encoder."""
 
-    The rate is a tensor, so that blocks with different rates are compiled as one.
+    name: str
+    shape: tuple[int, ...]
+    how: str
+
+
+class Encoder(nn.Module, ABC):
+    """Encodes patches of any subset of its series.
+
+    Args:
+        architecture: which series, and sizes.
+        drop_path: share of the samples in which a branch is left out while training, as far as the kind knows it.
+
+    Attributes:
+        series: names, in the order in which patches have them.
+        width: of the features of every level.
+        keeps_series_apart: whether there are features for each series.
     """
 
-    kept: Tensor
+    keeps_series_apart = True
+    series: tuple[str, ...]
+    width: int
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, architecture: Architecture, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.register_buffer("kept", torch.tensor(1.0 - rate), persistent=False)
+        self.series = architecture.series
 
-    def forward(self, x: Float[Tensor, "b k e"]) -> Float[Tensor, "b k e"]:
-        if not self.training:
-            return x
-        keeps = torch.rand(len(x), 1, 1, device=x.device) < self.kept
-        return x * (keeps / self.kept).to(x.dtype)
-
-
-def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0, kind: type[Block] = Block) -> nn.ModuleList:
-    """Pre-norm ViT blocks; the drop path rate rises linearly with depth."""
-    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    layers = [kind(width, num_heads, qkv_bias=True) for _ in rates]
-    for layer, rate in zip(layers, rates, strict=True):
-        if drop_path > 0:
-            layer.drop_path1, layer.drop_path2 = DropPath(rate), DropPath(rate)  # type: ignore[assignment]
-        # timm's other path adds a boolean mask as 0 and 1 to the scores
-        layer.attn.fused_attn = True  # type: ignore[misc]
-    return nn.ModuleList(layers)
-
-
-class Encoder(nn.Module):
-    """Encode any subset of the tokens of any subset of the series.
-
-    The token embedding is shared by all series; an embedding per series name tells them apart, so that the encoder can
-    be carried to other series, or another order, by name.
-
-    With `joint_tokens`, the series of a place are one token (see `tokens.join`): the embedding has columns for every series, and
-    the tokens are those of one series, number 0.
-    """
-
-    def __init__(
+    @abstractmethod
+    def levels(
         self,
-        series: Sequence[str],
-        token_size: Sequence[int],
-        width: int,
-        depth: int,
-        num_heads: int,
-        drop_path: float = 0.0,
-        joint_tokens: bool = False,
-    ) -> None:
-        super().__init__()
-        self.series = tuple(series)
-        self.width, self.depth = width, depth
-        self.joint_tokens = joint_tokens
-        num_joined, num_rows = (len(self.series), 1) if joint_tokens else (1, len(self.series))
-        self.embedding = nn.Linear(num_joined * math.prod(token_size), width)
-        self.series_embedding = nn.Parameter(torch.empty(num_rows, width))
-        self.blocks = blocks(width, depth, num_heads, drop_path)
-        self.norm = nn.LayerNorm(width)
-        self.apply(draw_weights)
-        nn.init.normal_(self.series_embedding, std=SERIES_EMBEDDING_STD)
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "b k v"],
-        coordinates: Int[Tensor, "b k 4"],
-        attend: Bool[Tensor, "b k"] | None = None,
-        taps: Sequence[int] = (),
-    ) -> list[Float[Tensor, "b k e"]]:
-        """Encode the given tokens.
+        volume: Float[Tensor, "b s z y x"],
+        present: Bool[Tensor, "b s"],
+        num_levels: int = 1,
+        shown: Sequence[int] | None = None,
+    ) -> list[Features]:
+        """Features of whole patches, at some levels, the last of which is the encoder's end.
 
         Args:
-            tokens: voxels of the visible tokens.
-            coordinates: (series, z, y, x) of each.
-            attend: False for tokens nobody may look at (those of absent series); None when all may be looked at.
-            taps: numbers of blocks after which features are returned; those after the last block are normalised.
-
-        Returns:
-            The features at `taps`, or only the last ones when `taps` is empty.
+            volume: patches; absent series are all zero.
+            present: series that each sample has.
+            num_levels: how many.
+            shown: numbers of the series that are present in every sample, when no sample has any other: the others are then
+                left out. When None, samples may differ, and nobody looks at absent series, which is the same up to rounding.
         """
-        x = self.embedding(tokens) + of_series(self.series_embedding, coordinates[..., 0]) + sine_cosine(coordinates, self.width)
-        mask = None if attend is None else attend[:, None, None, :]
-        features = []
-        # cuDNN's attention with a mask can give NaN in its backward pass (pytorch issue 196678)
-        with nullcontext() if mask is None else sdpa_kernel(WITH_MASK):
-            for number, block in enumerate(self.blocks, start=1):
-                x = block(x, attn_mask=mask)
-                if number in taps and number < self.depth:
-                    features.append(x)
-        return [*features, self.norm(x)]
+
+    @abstractmethod
+    def stages(self) -> list[list[nn.Parameter]]:
+        """Parameters from the input on, for learning rates that decay towards it; those that are not named belong to the last."""
+
+    @abstractmethod
+    def compiled_parts(self) -> Iterator[nn.Module]:
+        """What is compiled, see `compilation.py`."""
+
+    @classmethod
+    @abstractmethod
+    def num_series_in(cls, weights: Mapping[str, Tensor], architecture: Architecture) -> float:
+        """How many series some weights were made for."""
+
+    @classmethod
+    @abstractmethod
+    def carried(
+        cls, weights: Mapping[str, Tensor], source: Architecture, target: Architecture, origin: str
+    ) -> tuple[dict[str, Tensor], list[Transferred]]:
+        """Weights for other series or another order of them, by name, and a row for every piece that was placed by name.
+
+        Raises:
+            UserError: they cannot do for these series; `origin` is where they come from.
+        """
+
+
+def encoder_class(architecture: Architecture) -> type[Encoder]:
+    """The class of a kind of encoder. Raises UserError when there is no such kind."""
+    kind = architecture.encoder.kind
+    if kind not in ENCODERS:
+        raise UserError(
+            f"encoder.kind in arch_kwargs is {kind!r}, expected one of {', '.join(ENCODERS)}; correct it in the plans"
+        )
+    module, _, name = ENCODERS[kind].rpartition(".")
+    found: type[Encoder] = getattr(import_module(module), name)
+    return found
+
+
+def build_encoder(architecture: Architecture, drop_path: float = 0.0) -> Encoder:
+    """The encoder that the plans describe, as drawn."""
+    return encoder_class(architecture)(architecture, drop_path)

@@ -1,19 +1,47 @@
-"""From one feature per series and place to one per place."""
+"""One feature per place out of one per series and place, as a map; every way is a class here and a name in the plans."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-
-def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"]) -> Float[Tensor, "b l e"]:
-    """Average over the series that are present; those that are absent contribute nothing."""
-    weight = series_present / series_present.sum(1, keepdim=True)
-    return (features * weight[:, :, None, None].to(features.dtype)).sum(1)
+from nnunet_csm.errors import UserError
+from nnunet_csm.model.tokens import Size, to_map
 
 
-class SeriesProjections(nn.Module):
+class Fusion(nn.Module, ABC):
+    """One map of the features of all series; one of these for every level of the segmenter."""
+
+    @abstractmethod
+    def forward(
+        self,
+        features: Float[Tensor, "b m l e"],
+        present: Bool[Tensor, "b m"],
+        grid: Size,
+        series: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "b e gz gy gx"]:
+        """Fuse; series that are absent contribute nothing. For the arguments, see `encoder.Features`."""
+
+
+class MeanFusion(Fusion):
+    """The average over the series that are present."""
+
+    def __init__(self, num_series: int, width: int) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        features: Float[Tensor, "b m l e"],
+        present: Bool[Tensor, "b m"],
+        grid: Size,
+        series: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "b e gz gy gx"]:
+        return to_map(mean_over_present(features, present), grid)
+
+
+class ProjectedFusion(Fusion):
     """A linear layer for each series, then the average over those that are present; each begins as a rotation of its own.
 
     The average alone hardly tells a place that is bright in one series from one that is bright in another; with a layer for
@@ -28,10 +56,33 @@ class SeriesProjections(nn.Module):
             nn.init.orthogonal_(weight, gain=num_series**0.5)
 
     def forward(
-        self, features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"], series: Sequence[int] | None = None
-    ) -> Float[Tensor, "b l e"]:
-        """Fuse; `series` are the numbers of those given when these are not all."""
+        self,
+        features: Float[Tensor, "b m l e"],
+        present: Bool[Tensor, "b m"],
+        grid: Size,
+        series: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "b e gz gy gx"]:
         weight = self.weight if series is None else torch.stack([self.weight[number] for number in series])
-        share = series_present / series_present.sum(1, keepdim=True)
+        share = present / present.sum(1, keepdim=True)
         side_by_side = (features * share[:, :, None, None].to(features.dtype)).transpose(1, 2).flatten(2)
-        return side_by_side @ weight.flatten(0, 1)
+        return to_map(side_by_side @ weight.flatten(0, 1), grid)
+
+
+FUSIONS: dict[str, Callable[[int, int], Fusion]] = {"mean": MeanFusion, "projected": ProjectedFusion}
+
+
+def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"]) -> Float[Tensor, "b l e"]:
+    """Average over the series that are present; those that are absent contribute nothing."""
+    weight = series_present / series_present.sum(1, keepdim=True)
+    return (features * weight[:, :, None, None].to(features.dtype)).sum(1)
+
+
+def build_fusion(name: str, num_series: int, width: int) -> Fusion:
+    """The fusion that the plans name; with one map of all series there is nothing to fuse but that.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in FUSIONS:
+        raise UserError(f"fusion in arch_kwargs is {name!r}, expected one of {', '.join(FUSIONS)}; correct it in the plans")
+    return (FUSIONS[name] if num_series > 1 else MeanFusion)(num_series, width)

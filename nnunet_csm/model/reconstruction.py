@@ -6,8 +6,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from nnunet_csm.model.encoder import SERIES_EMBEDDING_STD, blocks, draw_weights, of_series, sine_cosine
 from nnunet_csm.model.tokens import Size, coordinates
+from nnunet_csm.model.vit import LinearBySeries, Positions, blocks, draw_weights, of_series
+from nnunet_csm.plans import EncoderSettings
+
+PLAIN = EncoderSettings()
 
 
 class VisibleBlock(Block):
@@ -35,10 +38,26 @@ class ReconstructionDecoder(nn.Module):
     Every token attends to the visible ones only: the others hold nothing that it does not know. So tokens of absent
     series, which are never visible, influence nothing, and a token's answer does not depend on which others are asked for.
 
-    `num_voxels` is that of a token; with joint tokens, which are those of one series, of all series.
+    Args:
+        num_series: that tokens are told apart by; 1 with joint tokens.
+        num_voxels: of a token; with joint tokens, of all series.
+        encoder_width: of the features of visible tokens.
+        width, depth, num_heads: of the decoder.
+        options: of the encoder, whose initial weights and positions the decoder shares.
+        head_by_series: a last layer for each series.
     """
 
-    def __init__(self, num_series: int, num_voxels: int, encoder_width: int, width: int, depth: int, num_heads: int) -> None:
+    def __init__(
+        self,
+        num_series: int,
+        num_voxels: int,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        options: EncoderSettings = PLAIN,
+        head_by_series: bool = False,
+    ) -> None:
         super().__init__()
         self.width = width
         self.embedding = nn.Linear(encoder_width, width)
@@ -46,10 +65,14 @@ class ReconstructionDecoder(nn.Module):
         self.series_embedding = nn.Parameter(torch.empty(num_series, width))
         self.blocks = blocks(width, depth, num_heads, kind=VisibleBlock)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_voxels)
-        self.apply(draw_weights)
+        self.head_by_series = head_by_series and num_series > 1
+        self.head: nn.Module = (
+            LinearBySeries(num_series, width, num_voxels) if self.head_by_series else nn.Linear(width, num_voxels)
+        )
+        self.positions = Positions(width, options.positions)
+        self.apply(lambda module: draw_weights(module, options.query_key_gain))
         nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.normal_(self.series_embedding, std=SERIES_EMBEDDING_STD)
+        nn.init.normal_(self.series_embedding, std=options.series_embedding_std)
 
     def forward(
         self, encoded: Float[Tensor, "b k e"], visible: Int[Tensor, "b k"], asked: Int[Tensor, "b m"], grid: Size
@@ -65,9 +88,10 @@ class ReconstructionDecoder(nn.Module):
         seen, num_visible = self.embedding(encoded), visible.shape[1]
         x = torch.cat([seen, self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)], dim=1)
         place = coordinates(torch.cat([visible, asked], dim=1), grid)
-        x = x + of_series(self.series_embedding, place[..., 0]) + sine_cosine(place, self.width)
+        x = x + of_series(self.series_embedding, place[..., 0]) + self.positions(place)
         for block in self.blocks[:-1]:
             x = block(x, num_visible, 0)
         # after the last one, nobody attends to the visible ones any more
         x = self.blocks[-1](x, num_visible, num_visible)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return self.head(x, place[:, num_visible:, 0]) if self.head_by_series else self.head(x)

@@ -27,9 +27,9 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.record import FILE_NAME as FINGERPRINT
 from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
 from nnunet_csm.raw.check import load_dataset_json
+from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.raw.subjects import CaseError, Volume
 from nnunet_csm.raw.volumes import read_volume
-from nnunet_csm.raw.writer import patients_of
 
 SPLITS = "splits_final.json"
 Extent = tuple[float, float, float]
@@ -128,58 +128,44 @@ def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: b
     print(f"written to {path}")
 
 
-def check_classification(dataset: str, strict: bool) -> None:
-    """`nnunet_csm classification_check`: counts by class, series and fold, and what is wrong.
+def check_classification(name: str) -> tuple[list[str], list[str]]:
+    """Count the classes of a raw dataset by series and fold.
+
+    Returns:
+        Lines to print, and what is wrong.
 
     Raises:
-        UserError: no class table, or with `strict` anything wrong or a case without a class.
+        UserError: a class table or splits that cannot be read.
     """
-    name = nnunet.dataset_name(dataset)
     raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
     dataset_json = load_dataset_json(raw)
-    path = raw / FILE_NAME
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; write case,class[,mask_label,patient], a row a case or a lesion")
-    known = set(training_cases(name))
-    everything = read_class_table(path, dataset_json.get("classes"))
-    test = set(test_cases(name))
-    wrong = [
-        f"{sample.case} has a class, but no mask in {raw / 'labelsTr'}"
-        for sample in everything.samples
-        if sample.case not in known | test
-    ]
+    known, test = set(training_cases(name)), set(test_cases(name))
+    everything = read_class_table(raw / FILE_NAME, dataset_json.get("classes"))
     table = everything.only(known)
-    both = {sample.patient for sample in table.samples} & {sample.patient for sample in everything.of(test - known)}
-    wrong += [f"patient {patient} has training cases and test cases" for patient in sorted(both)]
     counts = Counter(table.classes[sample.class_index] for sample in table.samples)
-    patients = len({sample.patient for sample in table.samples})
+    patients = {sample.patient for sample in table.samples}
     listed = ", ".join(f"{counts[one]} {one}" for one in table.classes)
-    print(f"{name}: {len(table.samples)} samples of {patients} patients: {listed} ({table.classes[-1]} counts as positive)")
-    without = sorted(known - {sample.case for sample in table.samples})
-    if without:
-        print(f"{len(without)} cases without a class, left out: {', '.join(without[:10])}{' ...' if len(without) > 10 else ''}")
+    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {listed} ({table.classes[-1]} counts as positive)"]
+    strangers = {sample.case: None for sample in everything.samples if sample.case not in known | test}
+    wrong = [f"{case} has a class, but no mask in {raw / 'labelsTr'}" for case in strangers]
+    both = patients & {sample.patient for sample in everything.of(test - known)}
+    wrong += [f"patient {patient} has training cases and test cases" for patient in sorted(both)]
+    if without := sorted(known - {sample.case for sample in table.samples}):
+        more = " ..." if len(without) > 10 else ""
+        wrong.append(f"{len(without)} cases without a class, left out: {', '.join(without[:10])}{more}")
     extents = mask_extents(raw, dataset_json, table)
     wrong += [f"{sample.name}: {extent}" for sample, extent in extents.items() if isinstance(extent, str)]
     if (folder / FINGERPRINT).is_file():
-        for line in series_lines(table, read_fingerprint(folder / FINGERPRINT)):
-            print(line)
+        lines += series_lines(table, read_fingerprint(folder / FINGERPRINT))
     else:
-        print(f"no {folder / FINGERPRINT} yet, which tells the series of each case: `nnunet_csm plan` writes it")
-    splits_file = folder / SPLITS
-    if splits_file.is_file():
-        splits = nnunet.read_splits(splits_file)
-        for line in fold_lines(table, splits):
-            print(line)
+        lines.append("which series they have: `nnunet_csm plan` counts it")
+    if (folder / SPLITS).is_file():
+        splits = nnunet.read_splits(folder / SPLITS)
+        lines += fold_lines(table, splits)
         wrong += [f"fold {number}: {problem}" for number, split in enumerate(splits) for problem in split_problems(table, split)]
     else:
-        print(f"no {splits_file} yet: `nnunet_csm plan` or `nnunet_csm split` writes it, by patient and class")
-    for line in wrong:
-        print(f"WRONG  {line}")
-    if strict:
-        wrong += [f"{case} has no class" for case in without]
-    if wrong and strict:
-        raise UserError(f"{path}: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
-    print("nothing wrong" if not wrong else f"{len(wrong)} to look at")
+        lines.append(f"no {folder / SPLITS} yet: `nnunet_csm plan` or `nnunet_csm split` writes it, by patient and class")
+    return lines, wrong
 
 
 def series_lines(table: ClassTable, fingerprint: Fingerprint) -> list[str]:

@@ -207,7 +207,7 @@ def planned_jointly(found: Sequence[Found], request: PlanRequest, wishes: Wishes
     most_classes = max(facts.num_classes for facts in all_facts)
     for one, base, facts in zip(found, bases, all_facts, strict=True):
         base["configurations"][request.configuration]["data_identifier"] = own_identifier(one, identifier)
-        note = "of these plans and all their datasets; nnunet_csm preprocess makes it"
+        note = "of these plans and all their datasets; made for them anew"
         facts = replace(facts, num_pretraining_cases=total, num_classes=most_classes, data_note=note)
         own = None if wishes.series is None else tuple(name for name in wishes.series if name in one.channels)
         plans, decisions = plan(base, request.configuration, facts, request.plans_name, replace(wishes, series=own))
@@ -238,7 +238,8 @@ def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Se
     missing = [s for s in read_configuration(plans, configuration, str(path)).csm.sources if not is_preprocessed(s)]
     if missing:
         ids = " ".join(dict.fromkeys(s.dataset for s in missing))
-        print(f"not preprocessed yet: nnunet_csm preprocess -d {ids} -c {configuration} -p {request.plans_name}")
+        flags = f"-d {ids} -c {configuration} -preprocess_only {request.plans_name}"
+        print(f"not preprocessed yet: nnunet_csm plan_and_preprocess {flags}")
 
 
 def as_table(decisions: Sequence[Decision]) -> str:

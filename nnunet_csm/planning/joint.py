@@ -73,7 +73,7 @@ def joint_base_plans(
 
 
 def median_shape(members: Sequence[Member], spacing: Sequence[float]) -> list[float]:
-    """Of all cases of all members, in voxels of the joint spacing, after each member's own transposition of axes."""
+    """Median shape of all cases of all members, in voxels of the joint spacing, after each member's own transposition of axes."""
     shapes = []
     for member in members:
         order = list(member.base_plans["transpose_forward"])

@@ -1,4 +1,4 @@
-"""From nnU-Net's plans and the fingerprint to CSM plans: every decision with its reason."""
+"""CSM plans from nnU-Net's plans and the fingerprint: every decision with its reason."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import Preset, paper_preset, read_preset
 from nnunet_csm.planning.schedules import length_text, schedule, schedule_reason
 from nnunet_csm.planning.sizes import (
@@ -28,17 +29,14 @@ from nnunet_csm.plans import (
     Architecture,
     Classification,
     Finetuning,
-    Masking,
     Recipe,
-    Reconstruction,
-    Size,
     Source,
     parse_configuration,
-    to_dict,
 )
 from nnunet_csm.pretext import memory
-from nnunet_csm.pretext.masking import num_visible
+from nnunet_csm.pretext.base import Pretext, Setup, read_pretext
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, GIB, Memory
+from nnunet_csm.schema import Size, to_dict
 
 # what "auto" chooses from, the first that fits; and how small a pretraining batch still counts as fitting
 AUTOMATIC, MIN_PRETRAINING_BATCH = ("B", "S"), 16
@@ -98,9 +96,7 @@ class Wishes:
 class MemoryModel(Protocol):
     """What predicts the GPU memory that a training takes: `pretext/memory.py`, or a stand-in."""
 
-    def pretraining_memory(
-        self, architecture: Architecture, reconstruction: Reconstruction, masking: Masking, patch_size: Size, batch_size: int
-    ) -> Memory: ...
+    def pretraining_memory(self, pretext: type[Pretext], setup: Setup, batch_size: int) -> Memory: ...
 
     def finetuning_memory(
         self, architecture: Architecture, num_classes: int, patch_size: Size, batch_size: int, num_channels: int | None
@@ -150,22 +146,15 @@ def plan(
     sized = sized_by(name)
     preset, decisions = sized.preset, [Decision("series", f"{len(series)}: {', '.join(series)}", why_series)]
     if len(sources) > 1 or sources[0].dataset != base_plans["dataset_name"]:
-        union = sized.pretraining_architecture.series
+        union = sized.setup.architecture.series
         drawn = ", ".join(f"{s.dataset}/{s.subset}" for s in sources)
         decisions.append(Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}"))
     decisions += sized.decisions
-    n = preset.network
+    n = sized.architecture
     decoder = f"UNETR features {n.features}" if n.decoder == "unetr" else "light decoder"
     text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; {decoder}"
     decisions.append(Decision("network", text, f"preset {name}: {preset.description}{why_network}"))
-    decisions += mask_decisions(preset, facts, len(sized.pretraining_architecture.series), sized.num_pretraining_tokens)
-    r = preset.reconstruction
-    target = "each token by its own mean and deviation" if r.normalize_targets else "z-scored voxels"
-    target += "" if preset.masking.background == "rebuilt" else ", background left out"
-    target += "" if r.rebuilt_share == 1.0 else f"; a step rebuilds {r.rebuilt_share:.0%} of the hidden tokens"
-    decisions.append(
-        Decision("reconstruction", f"decoder {r.width} x {r.depth}", f"light, thrown away afterwards; target: {target}")
-    )
+    decisions += [Decision(*line) for line in sized.pretext.described(sized.setup, facts.num_present)]
     pretraining = schedule(preset.pretraining, sized.pretraining_batch, facts.num_pretraining_cases)
     finetuning = schedule(preset.finetuning, sized.finetuning_batch, facts.num_cases)
     for stage, chosen, wanted, num_cases in (
@@ -186,20 +175,11 @@ def plan(
         preset=name,
         seed=12345,
         sources=sources,
-        pretraining_patch_size=sized.pretraining_patch,
-        masking=preset.masking,
-        reconstruction=preset.reconstruction,
+        pretraining_patch_size=sized.setup.patch_size,
+        pretext=preset.pretext,
         pretraining=pretraining,
         finetuning_schedule=finetuning,
-        finetuning=Finetuning(
-            preset.encoder,
-            preset.mirroring,
-            preset.frozen_share,
-            preset.stem_closed_share,
-            preset.transferred_blocks,
-            preset.ema,
-            preset.series_dropout,
-        ),
+        finetuning=Finetuning(**{field.name: getattr(preset, field.name) for field in dataclasses.fields(Finetuning)}),
         classification=classification,
         reasons={d.name: (d.value, d.reason) for d in decisions},
     )
@@ -256,17 +236,13 @@ class _Sized:
 
     preset: Preset
     architecture: Architecture
-    pretraining_architecture: Architecture
+    pretext: type[Pretext]
+    setup: Setup
     patch_size: Size
-    pretraining_patch: Size
     pretraining_batch: int
     finetuning_batch: int
     decisions: tuple[Decision, ...]
     squeezed: bool
-
-    @property
-    def num_pretraining_tokens(self) -> int:
-        return _num_tokens(self.pretraining_patch, self.architecture.token_size)
 
 
 def _sized(
@@ -285,7 +261,7 @@ def _sized(
     token, why_token = choose_token_size(preset, shape, spacing)
     if wishes.token_size is not None:
         token, why_token = wishes.token_size, wishes.why
-    architecture = Architecture(series, channels, token, **vars(preset.network))
+    architecture = preset.architecture(series, channels, token, f"preset {preset_name}")
     union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
     pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
 
@@ -293,9 +269,7 @@ def _sized(
         return predict.finetuning_memory(architecture, facts.num_classes, patch_size, batch_size, len(facts.channels))
 
     def pretraining(batch_size: int) -> Memory:
-        return predict.pretraining_memory(
-            pretraining_architecture, preset.reconstruction, preset.masking, pretraining_patch, batch_size
-        )
+        return predict.pretraining_memory(pretext, setup, batch_size)
 
     wanted = preset.finetuning.batch_size
     # of separate tokens also when they are joint: strategies are compared on one patch
@@ -307,9 +281,15 @@ def _sized(
         squeezed = True
         patch = squeeze(patch, token, spacing, lambda size: finetuning(size, wanted).total <= target)
         why_patch += ", shortened to fit into memory"
+    if any(p % t for p, t in zip(patch, token, strict=True)):
+        raise UserError(
+            f"patch_size {patch} is not a multiple of token_size {token}; choose others with -overwrite_patch_size and "
+            f"-overwrite_token_size"
+        )
     pretraining_patch, why_pretraining_patch = choose_pretraining_patch(preset, patch, token)
-    whole = all(p % t == 0 for p, t in zip(patch, token, strict=True))
-    if target is None or not whole:  # sizes by hand that do not fit each other are refused later, with a better message
+    pretext, settings = read_pretext(preset.pretext, pretraining_architecture, f"preset {preset_name}: pretext")
+    setup = Setup(pretraining_architecture, settings, pretraining_patch)
+    if target is None:
         pretraining_batch, why_pretraining = preset.pretraining.batch_size, "as in the preset"
         finetuning_batch, why_finetuning = wanted, "as in the preset"
     else:
@@ -327,18 +307,17 @@ def _sized(
         Decision("batch size, pretraining", str(pretraining_batch), why_pretraining),
         Decision("batch size, fine-tuning", str(finetuning_batch), why_finetuning),
     ]
-    if whole:
-        needs = {"pretraining": pretraining(pretraining_batch), "fine-tuning": finetuning(patch, finetuning_batch)}
-        decisions += memory_decisions(needs, target)
-        if target is not None:
-            squeezed |= max(need.total for need in needs.values()) > target
-            squeezed |= pretraining_batch < min(MIN_PRETRAINING_BATCH, preset.pretraining.batch_size)
+    needs = {"pretraining": pretraining(pretraining_batch), "fine-tuning": finetuning(patch, finetuning_batch)}
+    decisions += memory_decisions(needs, target)
+    if target is not None:
+        squeezed |= max(need.total for need in needs.values()) > target
+        squeezed |= pretraining_batch < min(MIN_PRETRAINING_BATCH, preset.pretraining.batch_size)
     return _Sized(
         preset,
         architecture,
-        pretraining_architecture,
+        pretext,
+        setup,
         patch,
-        pretraining_patch,
         pretraining_batch,
         finetuning_batch,
         tuple(decisions),
@@ -359,7 +338,8 @@ def memory_decisions(needs: Mapping[str, Memory], target: float | None) -> list[
 
 
 def tokens_text(architecture: Architecture, patch_size: Size) -> str:
-    of_which = f", each of all {len(architecture.series)} series" if architecture.joint_tokens else " a series"
+    apart = encoder_class(architecture).keeps_series_apart
+    of_which = " a series" if apart else f", each of all {len(architecture.series)} series"
     return f"{_num_tokens(patch_size, architecture.token_size)}{of_which}"
 
 
@@ -400,26 +380,6 @@ def knob_decisions(preset: Preset, num_series: int) -> list[Decision]:
         value = f"one or more, in {preset.series_dropout:.0%} of the training samples"
         told.append(Decision("series dropped", value, "the segmenter is to do without any; docs/planning.md"))
     return told
-
-
-def mask_decisions(preset: Preset, facts: Facts, num_series: int, num_tokens: int) -> list[Decision]:
-    masking = preset.masking
-    ratio, visible = masking.mask_ratio, num_visible(num_tokens, masking)
-    places = "each series at its own places" if masking.places == "independent" else "all series at the same places"
-    if preset.network.joint_tokens:
-        rows = [Decision("mask ratio", f"{ratio:g}", f"{visible} of {num_tokens} joint tokens stay visible")]
-        return [*rows, Decision("series hidden whole", "none", f"a joint token holds all {num_series} series")]
-    rows = [Decision("mask ratio", f"{ratio:g}", f"{visible} of {num_tokens} tokens of a series stay visible, {places}")]
-    if num_series == 1:
-        return [*rows, Decision("series hidden whole", "none", "there is one series")]
-    if masking.hidden_series == "none":
-        return [*rows, Decision("series hidden whole", "none", "set by the preset")]
-    rebuilt = "and rebuilt" if masking.hidden_series == "rebuilt" else "and not rebuilt"
-    why = f"of the present ones, each number as likely, {rebuilt}"
-    if len(facts.num_present) > 1:
-        counted = ", ".join(f"{n} have {p}" for p, n in sorted(facts.num_present.items()))
-        why += f"; of {facts.num_cases} cases {counted}, and each keeps at least one"
-    return [*rows, Decision("series hidden whole", f"1 to {num_series - 1}", why)]
 
 
 def plan_classification(preset: Preset, facts: Facts, sized: _Sized, spacing: Sequence[float]) -> tuple[Classification, str]:

@@ -1,4 +1,4 @@
-"""`nnunet_csm preprocess`: make the images that CSM plans name and that are not there."""
+"""Make the images that CSM plans name and that are not there."""
 
 from collections.abc import Sequence
 from pathlib import Path

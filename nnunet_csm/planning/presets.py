@@ -1,99 +1,91 @@
 """What a preset fixes; the planner decides the rest. The files are in `plans/`, installed as nnunet_csm.presets."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import partial
 from importlib.resources import files
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_type_hints
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.plans import Masking, Reconstruction, Size, from_dict
+from nnunet_csm.inheritance import read_inherited, shipped_names
+from nnunet_csm.plans import Architecture, ClassifierSettings, Finetuning, Optimization
+from nnunet_csm.pretext.base import pretext_class, read_pretext
+from nnunet_csm.schema import Size, from_dict
+
+FOLDER = files("nnunet_csm.presets")
 
 
 @dataclass(frozen=True)
-class PresetNetwork:
-    width: int
-    depth: int
-    num_heads: int
-    features: int
-    drop_path: float
-    joint_tokens: bool = False
-    decoder: Literal["unetr", "light"] = "unetr"
-    stem: Literal["full", "gated", "none"] = "full"
-    fusion: Literal["mean", "projected"] = "mean"
-
-
-@dataclass(frozen=True)
-class PresetSchedule:
-    """As `plans.Schedule`, but for its length: see `schedules.num_crops`; null is no limit."""
+class PresetSchedule(Optimization):
+    """An optimisation whose length follows from the data: see `schedules.num_crops`; null is no limit."""
 
     num_crops: int | None
     passes: int | None
     min_steps: int
-    iterations_per_epoch: int
-    val_iterations_per_epoch: int
-    batch_size: int
-    learning_rate: float
-    warmup: float
-    weight_decay: float
-    betas: tuple[float, float]
-    layer_decay: float
 
 
-@dataclass(frozen=True)
-class PresetClassification:
-    """As `plans.Classification`; a patch size that is null is left to the planner."""
+@dataclass(frozen=True, kw_only=True)
+class PresetClassification(ClassifierSettings):
+    """A classifier; a patch size that is null is left to the planner."""
 
     patch_size: Size | None
-    margin: float
-    pooling: Literal["attentive", "mean"]
-    freeze_encoder: bool
-    label_smoothing: float
-    class_weights: bool
-    encoder: str
     schedule: PresetSchedule
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Sizes that are null are left to the planner.
+@dataclass(frozen=True, kw_only=True)
+class Preset(Finetuning):
+    """What the planner starts from, beside the fields of `plans.Finetuning`; sizes that are null are left to it.
 
-    `series`: those of the dataset this preset was made for, or null. `token_edge`: of a token where spacing is finest.
-    `pretraining_grid`: tokens of a patch in pretraining, when it is not to be the patch of fine-tuning. The last fields, from
-    `encoder` on, are those of `plans.Finetuning`.
+    Attributes:
+        series: those of the dataset this preset was made for, or null.
+        network: fields of `plans.Architecture`, without those that follow from the dataset.
+        token_edge: of a token where spacing is finest.
+        pretraining_grid: tokens of a patch in pretraining, when it is not to be the patch of fine-tuning.
+        pretext: what pretraining learns from, by name, with its settings.
     """
 
     description: str
     series: tuple[str, ...] | None
-    network: PresetNetwork
+    network: dict[str, Any]
     token_edge: int
     patch_size: Size | None
     pretraining_grid: Size | None
     token_size: Size | None
     max_patch_voxels: int
-    masking: Masking
-    reconstruction: Reconstruction
+    pretext: dict[str, Any]
     pretraining: PresetSchedule
     finetuning: PresetSchedule
     classification: PresetClassification
-    encoder: str
-    mirroring: bool
-    frozen_share: float = 0.0
-    stem_closed_share: float = 0.0
-    transferred_blocks: int | None = None
-    ema: float = 0.0
-    series_dropout: float = 0.0
+
+    def architecture(
+        self, series: Sequence[str], channels: Sequence[int], token_size: Size, where: str = "preset"
+    ) -> Architecture:
+        """The network for some series."""
+        of_dataset = {"series": series, "channels": channels, "token_size": token_size}
+        return from_dict(Architecture, self.network | of_dataset, f"{where}: network")
+
+
+# what stood at the top of preset files before it stood in `pretext`
+MOVED = frozenset({"masking", "reconstruction"})
 
 
 def preset_names() -> list[str]:
     """Presets that come with the package."""
-    return sorted(f.name.removesuffix(".json") for f in files("nnunet_csm.presets").iterdir() if f.name.endswith(".json"))
+    return shipped_names(FOLDER)
 
 
 def read_preset(name: str) -> Preset:
     """A shipped preset by name, or a preset file by path."""
-    preset = from_dict(Preset, _read(name), f"preset {name}")
+    content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), ["auto", "paper"])
+    if moved := sorted(MOVED & content.keys()):
+        raise UserError(f'preset {name}: {", ".join(moved)} belong into "pretext": {{"name": "csm", ...}}; move them there')
+    if content.get("network", {}).get("joint_tokens") is not None:
+        raise UserError(
+            f'preset {name}: network.joint_tokens is no more; write "network": {{"encoder": {{"kind": "joint_vit"}}}} and '
+            f'"pretext": {{"name": "mae3d", ...}}, as plans/mae3d.json has them'
+        )
+    preset = from_dict(Preset, content, f"preset {name}")
+    read_pretext(preset.pretext, preset.architecture(("T1w",), (0,), (16, 16, 16), f"preset {name}"), f"preset {name}: pretext")
     lengths = {
         "pretraining": preset.pretraining,
         "finetuning": preset.finetuning,
@@ -105,45 +97,34 @@ def read_preset(name: str) -> Preset:
     return preset
 
 
-def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".json") else None
-    if path is not None:
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
-    else:
-        text = (files("nnunet_csm.presets") / f"{name}.json").read_text(encoding="utf-8") if name in preset_names() else None
-    if text is None:
-        by_dataset = "" if children else "auto, paper, "
-        child = f"preset {children[-1]}: inherits_from: " if children else ""
-        raise UserError(
-            f"{child}no preset {name!r}; expected {by_dataset}one of {', '.join(preset_names())}, or the path of a JSON file"
-        )
-    try:
-        data: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"preset {name}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"preset {name}: expected a JSON object, found {type(data).__name__}")
-    parent = data.pop("inherits_from", None)
-    if parent is None:
-        return data
-    if not isinstance(parent, str):
-        raise UserError(
-            f"preset {name}: inherits_from is {parent!r}; expected the name of another preset or the path of its file"
-        )
-    if path is not None and parent.endswith(".json"):
-        parent = str(path.parent / parent)
-    if parent in (name, *children):
-        raise UserError(f"preset {name}: inherits from {parent}, which inherits from it; leave inherits_from out in one of them")
-    return merged(_read(parent, (*children, name)), data)
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """`base` with `changes`, objects merged key by key; another pretext takes over what it knows of the settings of the first.
 
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, objects merged key by key."""
+    Raises:
+        UserError: no such pretext; `where` is what the message names.
+    """
     result = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if both else value
+        there = result.get(key)
+        if not (isinstance(value, Mapping) and isinstance(there, Mapping)):
+            result[key] = value
+            continue
+        name = value.get("name")
+        # what is no name at all is refused when the outcome is read
+        if key == "pretext" and isinstance(name, str) and name != there.get("name"):
+            there = {"name": name, **known_to(pretext_class(name, f"{where}pretext").Settings, there)}
+        result[key] = merged(there, value)
     return result
+
+
+def known_to(settings: type, block: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an object that a dataclass has fields for."""
+    hints = get_type_hints(settings)
+    return {
+        key: known_to(hints[key], value) if is_dataclass(hints[key]) and isinstance(value, Mapping) else value
+        for key, value in block.items()
+        if key in hints
+    }
 
 
 def paper_preset(series: Sequence[str]) -> str:

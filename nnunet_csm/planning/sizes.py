@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from nnunet_csm.planning.presets import Preset
-from nnunet_csm.plans import Size
+from nnunet_csm.schema import Size
 
 # a shorter patch leaves a token too little context
 MIN_TOKENS_PER_AXIS = 4

@@ -63,7 +63,7 @@ def image_files(raw: Path, subset: Subset, dataset_json: Mapping[str, Any]) -> d
         if len(files) != num_channels:
             raise UserError(
                 f"{raw / subset}: case {name} has {len(files)} files, expected {num_channels} channels; "
-                f"write zeros for missing series with `nnunet_csm fill_missing`"
+                f"write zeros for missing series with `nnunet_csm predict --fill_missing_only`"
             )
     return {name: [str(files[channel]) for channel in sorted(files)] for name, files in cases.items()}
 

@@ -1,101 +1,112 @@
 """Cross-series masked pretraining: encode what is visible, rebuild what is hidden (paper III-B, Eq. 1 and 2)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.data.draws import Draws
+from nnunet_csm.errors import UserError
+from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
-from nnunet_csm.model.tokens import Size, coordinates, grid_size, select, to_tokens
-from nnunet_csm.plans import Architecture, Reconstruction
-from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.model.tokens import Size, coordinates, select
+from nnunet_csm.model.vit import ViT
+from nnunet_csm.plans import Architecture
+from nnunet_csm.pretext.base import Setup
+from nnunet_csm.pretext.masking import Mask, Masking, ask_some, draw_mask, num_visible, shown_series_weights, without_background
+from nnunet_csm.pretext.rebuilding import Rebuilding, Reconstruction, TokenError, check_ratio, own_moments
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """What the decoder made of a batch."""
+class Settings:
+    """What is hidden, and what rebuilds it."""
 
-    error: Float[Tensor, "b s l"]
-    """Mean squared error of every token that was asked for; 0 elsewhere."""
-    tokens: Float[Tensor, "b s l v"]
-    """Voxels in the units of the input: rebuilt where they were asked for, else as they are."""
-
-    @staticmethod
-    def of(tokens: Float[Tensor, "b s l v"], asked: Int[Tensor, "b m"], error: Tensor, rebuilt: Tensor) -> "Rebuilt":
-        """Put the errors and voxels of the asked tokens in their places."""
-        flat = tokens.float().flatten(1, 2)
-        filled = flat.scatter(1, asked[..., None].expand_as(rebuilt), rebuilt)
-        errors = flat.new_zeros(flat.shape[:2]).scatter(1, asked, error)
-        return Rebuilt(errors.view(tokens.shape[:3]), filled.view_as(tokens))
+    masking: Masking
+    reconstruction: Reconstruction
 
 
-class TokenError(nn.Module):
-    """Mean squared error of each token, in full precision; a module so that it is compiled as the others are."""
-
-    def forward(self, predicted: Float[Tensor, "b m v"], target: Float[Tensor, "b m v"]) -> Float[Tensor, "b m"]:
-        return (predicted.float() - target).square().mean(-1)
-
-
-class CSM(nn.Module):
+class CSM(Rebuilding):
     """Encoder and decoder of pretraining."""
 
-    def __init__(self, architecture: Architecture, reconstruction: Reconstruction) -> None:
-        super().__init__()
-        a, r = architecture, reconstruction
-        self.token_size = a.token_size
-        self.normalize_targets = r.normalize_targets
+    Settings = Settings
+    encoder: ViT
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        a, r = setup.architecture, setup.settings.reconstruction
         # no drop path: the decoder is to tell what is visible, and ranks learn what one process would
-        self.encoder = Encoder(a.series, a.token_size, a.width, a.depth, a.num_heads)
-        self.decoder = ReconstructionDecoder(len(a.series), math.prod(a.token_size), a.width, r.width, r.depth, r.num_heads)
+        self.encoder = build_encoder(a)  # type: ignore[assignment]
+        self.decoder = ReconstructionDecoder(
+            len(a.series),
+            math.prod(a.token_size),
+            a.width,
+            r.width,
+            r.depth,
+            r.num_heads,
+            a.encoder,
+            head_by_series=r.head == "by_series",
+        )
         self.error = TokenError()
 
-    def forward(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Float[Tensor, "b m"]:
-        """Rebuild the tokens that the mask asks for from the visible ones, and compare: the mean squared error of each.
+    @classmethod
+    def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
+        super().check(settings, architecture, where)
+        check_ratio(settings.masking.mask_ratio, f"{where}.masking")
+        if settings.masking.fewest_hidden < 0:
+            raise UserError(f"{where}.masking.fewest_hidden is {settings.masking.fewest_hidden}, expected 0, 1 or more series")
+        if architecture.encoder.kind != "vit":
+            raise UserError(
+                f"{where}: series are hidden one by one, but encoder.kind in arch_kwargs is {architecture.encoder.kind!r}; set "
+                f"it to 'vit', or the name of the pretext to 'mae3d'"
+            )
 
-        The target is the voxels as in the paper's Eq. 2 or, as an option, each token normalised by its own mean and
-        deviation (MAE's).
-        """
-        tokens = to_tokens(volume, self.token_size)
-        _, _, target = self.targets(tokens, mask)
-        return self.error(self.predicted(tokens, mask, grid_of(volume, self.token_size)), target)
+    @classmethod
+    def described(cls, setup: Setup, num_present: Mapping[int, int]) -> list[tuple[str, str, str]]:
+        masking, num_series = setup.settings.masking, setup.num_series
+        visible = num_visible(setup.num_tokens, masking.mask_ratio)
+        places = "each series at its own places" if masking.places == "independent" else "all series at the same places"
+        shown = f"{visible} of {setup.num_tokens} tokens of a series stay visible, {places}"
+        hidden = "series hidden whole", "none", "there is one series" if num_series == 1 else "set by the preset"
+        if num_series > 1 and masking.hidden_series != "none":
+            rebuilt = "and rebuilt" if masking.hidden_series == "rebuilt" else "and not rebuilt"
+            why = f"of the present ones, each number as likely, {rebuilt}"
+            if len(num_present) > 1:
+                counted = ", ".join(f"{n} have {p}" for p, n in sorted(num_present.items()))
+                why += f"; of {sum(num_present.values())} cases {counted}, and each keeps at least one"
+            hidden = hidden[0], f"{min(masking.fewest_hidden, num_series - 1)} to {num_series - 1}", why
+        what, value, why = setup.settings.reconstruction.told
+        why += "" if masking.background == "rebuilt" else "; background left out"
+        return [("mask ratio", f"{masking.mask_ratio:g}", shown), hidden, (what, value, why)]
 
-    def rebuild(self, volume: Float[Tensor, "b s z y x"], mask: Mask) -> Rebuilt:
-        """The same with the rebuilt voxels, to be looked at and scored."""
-        tokens = to_tokens(volume, self.token_size)
-        mean, scale, target = self.targets(tokens, mask)
-        predicted = self.predicted(tokens, mask, grid_of(volume, self.token_size))
-        return Rebuilt.of(tokens, mask.asked, self.error(predicted, target), predicted.float() * scale + mean)
+    def variants(self, present: Bool[Tensor, "c s"]) -> Float[Tensor, "c n"]:
+        """Kinds of batches by the number of series that stay visible in part, less one."""
+        return shown_series_weights(present, self.settings.masking).double()
+
+    def draw(self, draws: Draws, present: Bool[Tensor, "b s"], variant: int, volumes: tuple[Tensor, ...], training: bool) -> Mask:
+        masking = self.settings.masking
+        mask = draw_mask(draws, present, variant + 1, self.setup.num_tokens, masking)
+        if masking.background == "ignored":
+            mask = without_background(mask, volumes[0], self.setup.architecture.token_size)
+        return ask_some(mask, draws, self.settings.reconstruction.rebuilt_share) if training else mask
 
     def predicted(self, tokens: Float[Tensor, "b s l v"], mask: Mask, grid: Size) -> Float[Tensor, "b m v"]:
-        """What the decoder makes of the asked tokens."""
         # volumes come as fp16
         encoded = self.encoder(select(tokens, mask.visible).float(), coordinates(mask.visible, grid))[-1]
         return self.decoder(encoded, mask.visible, mask.asked, grid)
 
-    def targets(
-        self, tokens: Float[Tensor, "b s l v"], mask: Mask
-    ) -> tuple[Tensor | float, Tensor | float, Float[Tensor, "b m v"]]:
-        """What is subtracted from the voxels of each asked token, what they are divided by, and the outcome."""
-        truth = select(tokens, mask.asked).float()
-        if not self.normalize_targets:
-            return 0.0, 1.0, truth
-        mean, scale = truth.mean(-1, keepdim=True), (truth.var(-1, keepdim=True) + 1e-6).sqrt()
-        return mean, scale, (truth - mean) / scale
+    def moments(self, tokens: Float[Tensor, "b n l v"], present: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
+        """Each token's own."""
+        return own_moments(tokens)
 
+    @property
+    def learns_whole_series(self) -> bool:
+        return self.settings.masking.hidden_series == "rebuilt"
 
-def grid_of(volume: Float[Tensor, "b s z y x"], token_size: Size) -> Size:
-    """Tokens along (z, y, x) of a patch."""
-    _, _, z, y, x = volume.shape
-    return grid_size((z, y, x), token_size)
-
-
-def masked_mean(error: Float[Tensor, "b m"], mask: Mask) -> Float[Tensor, ""]:
-    """Mean over the tokens to be rebuilt; 0 when there are none (one series, nothing hidden)."""
-    return summed_error(error, mask) / mask.rebuilt.sum().clamp(min=1)
-
-
-def summed_error(error: Float[Tensor, "b m"], mask: Mask) -> Float[Tensor, ""]:
-    """Sum over the tokens to be rebuilt: the numerator of the loss, which ranks and parts of a batch add up."""
-    return (error * mask.weight).sum()
+    def seen_tokens(self, present: Bool[Tensor, "c s"]) -> float:
+        weights = self.variants(present)
+        shown = (weights * torch.arange(1, weights.shape[1] + 1)).sum(1).mean()
+        return float(shown) * num_visible(self.setup.num_tokens, self.settings.masking.mask_ratio)

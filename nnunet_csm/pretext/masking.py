@@ -1,6 +1,7 @@
 """Cross-series masking: what is hidden of each sample (paper III-B, figure 3)."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,15 +9,36 @@ from torch import Tensor
 
 from nnunet_csm.data.crops import MIN_SPAN
 from nnunet_csm.data.draws import Draws, What
-from nnunet_csm.model.tokens import Size, to_tokens
-from nnunet_csm.plans import Masking
+from nnunet_csm.model.tokens import to_tokens
+from nnunet_csm.pretext.base import Drawn
+from nnunet_csm.schema import Size
 
 # beyond every drawn integer
 LAST = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Mask:
+class Masking:
+    """What pretraining hides (paper III-B, tables VII and VIII).
+
+    Attributes:
+        mask_ratio: share of the tokens hidden in a series that is not hidden whole.
+        places: each series at its own places, or all at the same.
+        hidden_series: whether series are hidden whole, and whether those are rebuilt.
+        background: whether hidden tokens in which nothing varies are rebuilt or stay out of the loss.
+        fewest_hidden: of the series hidden whole, the fewest: 1 as in the paper, or 0 (UniME's range); at least one stays
+            visible.
+    """
+
+    mask_ratio: float
+    places: Literal["independent", "shared"]
+    hidden_series: Literal["rebuilt", "ignored", "none"]
+    background: Literal["rebuilt", "ignored"] = "rebuilt"
+    fewest_hidden: int = 1
+
+
+@dataclass(frozen=True)
+class Mask(Drawn):
     """A drawn mask. True means hidden from the encoder."""
 
     hidden: Bool[Tensor, "b s l"]
@@ -27,11 +49,6 @@ class Mask:
     """Numbers of the visible tokens in the patch, in rising order."""
     asked: Int[Tensor, "b m"]
     """Numbers of the hidden tokens that the decoder is asked for: all of them, or some, see `ask_some`."""
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Hidden, rebuilt, visible and asked."""
-        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def series_hidden(self) -> Bool[Tensor, "b s"]:
@@ -48,21 +65,10 @@ class Mask:
         counted = self.rebuilt.flatten(1).gather(1, self.asked).float()
         return counted * (self.rebuilt.flatten(1).sum(1) / counted.sum(1).clamp(min=1))[:, None]
 
-    def pin_memory(self) -> "Mask":
-        """Called by torch's `DataLoader`."""
-        return Mask(*(tensor.pin_memory() for tensor in self.tensors))
 
-    def __getitem__(self, samples: slice) -> "Mask":
-        """That of some samples."""
-        return Mask(*(tensor[samples] for tensor in self.tensors))
-
-    def to(self, device: torch.device) -> "Mask":
-        return Mask(*(tensor.to(device, non_blocking=True) for tensor in self.tensors))
-
-
-def num_visible(num_tokens: int, masking: Masking) -> int:
+def num_visible(num_tokens: int, mask_ratio: float) -> int:
     """Visible tokens of a series that is not hidden whole: 27 of 216 at the paper's 87.5 %."""
-    return max(1, round((1.0 - masking.mask_ratio) * num_tokens))
+    return max(1, round((1.0 - mask_ratio) * num_tokens))
 
 
 def num_asked(num_hidden: int, share: float) -> int:
@@ -73,8 +79,8 @@ def num_asked(num_hidden: int, share: float) -> int:
 def shown_series_weights(series_present: Bool[Tensor, "c s"], masking: Masking) -> Tensor:
     """Probability, for each case c, that 1, 2, ..., s of its series stay visible.
 
-    With p series present, k in [1, p - 1] are hidden whole, each k as likely as the others; none when p = 1 or when no
-    series is to be hidden.
+    With p series present, k in [1, p - 1] are hidden whole (or from `fewest_hidden` on), each k as likely as the others; none
+    when p = 1 or when no series is to be hidden.
 
     Returns:
         Float tensor (c, s); entry (c, u - 1) is the probability of u visible series.
@@ -84,7 +90,7 @@ def shown_series_weights(series_present: Bool[Tensor, "c s"], masking: Masking) 
     if masking.hidden_series == "none":
         allowed = shown == num_present
     else:
-        allowed = (shown < num_present) | ((num_present == 1) & (shown == 1))
+        allowed = shown <= (num_present - masking.fewest_hidden).clamp(min=1)
     return allowed / allowed.sum(1, keepdim=True)
 
 
@@ -101,11 +107,7 @@ def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_shown: int,
         masking: ratio, and whether series share places.
     """
     b, s = series_present.shape
-    # looking at it would wait for a GPU
-    assert series_present.is_cuda or int(series_present.sum(1).min()) >= num_shown, (
-        "a sample has fewer series than are to be shown"
-    )
-    count = num_visible(num_tokens, masking)
+    count = num_visible(num_tokens, masking.mask_ratio)
 
     preference = draws.integers(What.SERIES, s).masked_fill(~series_present, LAST)
     shown = smallest(preference, num_shown)

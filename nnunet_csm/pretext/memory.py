@@ -34,10 +34,10 @@ from torch.utils._pytree import tree_leaves
 
 from nnunet_csm.model.compilation import parts
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.plans import Architecture, Masking, Reconstruction, Size, to_dict
-from nnunet_csm.pretext.csm import CSM, masked_mean
-from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import Mask, num_asked, num_visible
+from nnunet_csm.plans import Architecture
+from nnunet_csm.pretext.base import Pretext, Setup
+from nnunet_csm.pretext.rebuilding import Rebuilding, masked_mean
+from nnunet_csm.schema import Size, to_dict
 
 MIB, GIB = 2**20, 2**30
 
@@ -75,6 +75,7 @@ REDUCTIONS = {aten.native_layer_norm, aten.native_batch_norm, aten.pow}
 SUMS = {aten.add}
 
 Batch = TypeVar("Batch")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -121,51 +122,31 @@ class Memory:
 
 
 @lru_cache
-def pretraining_memory(
-    architecture: Architecture,
-    reconstruction: Reconstruction,
-    masking: Masking,
-    patch_size: Size,
-    batch_size: int,
-    backend: Backend = TRAINING,
-) -> Memory:
-    """Peak of a pretraining step with as many visible tokens as there ever are: one series hidden whole, or none.
+def pretraining_memory(pretext: type[Pretext], setup: Setup, batch_size: int, backend: Backend = TRAINING) -> Memory:
+    """Peak of a pretraining step on the kind of batch that takes most: the last that samples with every series can be in.
 
     Args:
-        architecture: the encoder, with the series of pretraining.
-        reconstruction: the decoder.
-        masking: decides how many tokens are visible.
-        patch_size: that of pretraining, a multiple of the token size.
+        pretext: what is learned from.
+        setup: what it is built from.
         batch_size: samples.
         backend: how the step is run.
     """
-    num_series = len(architecture.series)
-    num_tokens = math.prod(p // t for p, t in zip(patch_size, architecture.token_size, strict=True))
-    num_shown = 1 if architecture.joint_tokens else max_shown_series(num_series, masking)
-    num_visible_tokens = num_shown * num_visible(num_tokens, masking)
-    # of joint tokens, those of one series
-    num_hidden_tokens = (1 if architecture.joint_tokens else num_series) * num_tokens - num_visible_tokens
-    asked = num_asked(num_hidden_tokens, reconstruction.rebuilt_share) * (num_series if architecture.joint_tokens else 1)
-    pretext = MAE3D if architecture.joint_tokens else CSM
+    with torch.device("meta"):
+        drawn_for = pretext(setup)
+    variants = drawn_for.variants(torch.ones(1, setup.num_series, dtype=torch.bool))[0]
+    last = int(variants.nonzero().max())
 
-    def make_batch() -> tuple[Tensor, Mask]:
-        hidden, rebuilt = torch.empty(2, batch_size, num_series, num_tokens, dtype=torch.bool)
-        visible, chosen = (torch.empty(batch_size, num, dtype=torch.long) for num in (num_visible_tokens, asked))
-        mask = Mask(hidden, rebuilt, visible, chosen)
-        return torch.empty(batch_size, num_series, *patch_size), mask
-
-    def loss(network: nn.Module, batch: tuple[Tensor, Mask], ledger: "Ledger") -> Tensor:
-        error = network(*batch)
+    def loss(network: nn.Module, batch: Any, ledger: "Ledger") -> Tensor:
+        if not isinstance(network, Rebuilding):
+            value: Tensor = network(*batch.args)
+            return value
+        volume, mask = batch.args
+        error = network.errors(volume, mask)
         # what a compiled network returns is in memory
         ledger.write(error)
-        return masked_mean(error, batch[1])
+        return masked_mean(error, mask)
 
-    return _step(lambda: pretext(architecture, reconstruction), make_batch, loss, backend)
-
-
-def max_shown_series(num_series: int, masking: Masking) -> int:
-    """Series of which some tokens are visible, at most: the p - k of `masking.shown_series_weights` for the smallest k."""
-    return num_series if masking.hidden_series == "none" else max(1, num_series - 1)
+    return _step(lambda: pretext(setup), lambda network: network.example(batch_size, last), loss, backend)
 
 
 @lru_cache
@@ -192,7 +173,7 @@ def finetuning_memory(
         {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
     )
 
-    def make_batch() -> tuple[Tensor, Tensor]:
+    def make_batch(network: nn.Module) -> tuple[Tensor, Tensor]:
         target = torch.empty(batch_size, 1, *patch_size, dtype=torch.int16)
         return torch.empty(batch_size, input_channels, *patch_size), target
 
@@ -211,9 +192,9 @@ def finetuning_memory(
 
 
 def _step(
-    build: Callable[[], nn.Module],
-    make_batch: Callable[[], Batch],
-    loss: Callable[[nn.Module, Batch, "Ledger"], Tensor],
+    build: Callable[[], Network],
+    make_batch: Callable[[Network], Batch],
+    loss: Callable[[Network, Batch, "Ledger"], Tensor],
     backend: Backend,
 ) -> Memory:
     """Run one training step on fake tensors and read the books."""
@@ -221,7 +202,7 @@ def _step(
     with FakeTensorMode(), ledger:
         network = build()
         weights = ledger.live
-        batch = make_batch()
+        batch = make_batch(network)
         ledger.peak = ledger.live
         if backend.compiled:
             for part in parts(network):
@@ -273,12 +254,12 @@ class Ledger(TorchDispatchMode):
         return result
 
     def enter_compiled(self, part: nn.Module, inputs: Any) -> None:
-        """Before the forward pass of a part that is compiled; what it is given is in memory."""
+        """Note what comes before the forward pass of a part that is compiled; what it is given is in memory."""
         self.write(*_tensors(inputs))
         self.fuse = True
 
     def leave_compiled(self, part: nn.Module, inputs: Any, outputs: Any) -> None:
-        """After it; what it gives is in memory."""
+        """Note what comes after it; what it gives is in memory."""
         self.write(*_tensors(outputs))
         self.fuse = False
 

@@ -1,6 +1,5 @@
 """Is every file there and does it fit? From headers only, in seconds, before hours of preprocessing or half a prediction."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,24 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.nnunet import channel_names, read_json
+from nnunet_csm.raw.subjects import CaseError
+from nnunet_csm.raw.volumes import NIFTI_ENDINGS, read_header, read_nifti
 
 # What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
 HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
-
-UNREADABLE_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    nibabel.filebasedimages.ImageFileError,
-    nibabel.spatialimages.HeaderDataError,
-    nibabel.wrapstruct.WrapStructError,
-)
 
 ABSENT_SERIES_REMEDY = (
     "for a series the patient does not have, write an all-zero volume with the same geometry: nnunet_csm treats it as absent"
@@ -36,26 +26,16 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     """`dataset.json` of a raw dataset folder, with the keys that nnU-Net needs. Raises `UserError`."""
     path = folder / "dataset.json"
     if not folder.is_dir():
-        msg = f"{folder} is not a folder; check nnUNet_raw and the dataset's ID"
-        raise UserError(msg)
-    if not path.is_file():
-        msg = f"{path} is missing; it names the channels, the labels and the file ending"
-        raise UserError(msg)
-    try:
-        dataset_json = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        msg = f"{path} is not valid JSON: {error}"
-        raise UserError(msg) from error
+        raise UserError(f"{folder} is not a folder; check nnUNet_raw and the dataset's ID")
+    dataset_json: Any = read_json(path, "it names the channels, the labels and the file ending")
     if not isinstance(dataset_json, dict):
-        msg = f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending"
-        raise UserError(msg)
+        raise UserError(f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending")
     if "modality" in dataset_json and "channel_names" not in dataset_json:
         msg = f"{path} is of the decathlon's form ('modality'); convert the folder with nnUNetv2_convert_MSD_dataset -i {folder}"
         raise UserError(msg)
     for key in ("channel_names", "labels", "file_ending"):
         if key not in dataset_json:
-            msg = f"{path} has no {key!r}, only {sorted(dataset_json)}; add it"
-            raise UserError(msg)
+            raise UserError(f"{path} has no {key!r}, only {sorted(dataset_json)}; add it")
     return dataset_json
 
 
@@ -72,31 +52,27 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     """
     if dataset_json is None:
         dataset_json = load_dataset_json(folder)
-    names, ending = _names(dataset_json["channel_names"]), dataset_json["file_ending"]
+    names, ending = channel_names(dataset_json), dataset_json["file_ending"]
     if "dataset" in dataset_json:
         return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending)
     if not (folder / "imagesTr").is_dir():
-        msg = f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json"
-        raise UserError(msg)
+        raise UserError(f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json")
     if not has_labels(dataset_json):
         return [*check_inputs(folder / "imagesTr", names, ending), "no labels in dataset.json: images to pretrain on"]
     if not (folder / "labelsTr").is_dir():
-        msg = f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json'
-        raise UserError(msg)
-    cases, problems = _found_cases(folder / "imagesTr", len(names), ending, labels=folder / "labelsTr")
+        raise UserError(f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json')
+    cases, problems = _found_cases(folder / "imagesTr", names, ending, labels=folder / "labelsTr")
     lines = _checked(folder / "imagesTr", cases, problems, names, ending)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
         lines.append(f"numTraining is {dataset_json['numTraining']} in dataset.json, but imagesTr holds {len(cases)} cases")
     return lines
 
 
-def check_inputs(folder: Path, channel_names: Mapping[str, str] | Sequence[str], file_ending: str) -> list[str]:
+def check_inputs(folder: Path, names: Sequence[str], file_ending: str) -> list[str]:
     """Check a folder of images to be predicted (`case_0000.nii.gz`, ...): as `check_dataset`, without labels."""
     if not folder.is_dir():
-        msg = f"the input folder {folder} does not exist; give -i the folder with the images"
-        raise UserError(msg)
-    names = _names(channel_names)
-    cases, problems = _found_cases(folder, len(names), file_ending, labels=None)
+        raise UserError(f"the input folder {folder} does not exist; give -i the folder with the images")
+    cases, problems = _found_cases(folder, names, file_ending, labels=None)
     return _checked(folder, cases, problems, names, file_ending)
 
 
@@ -121,7 +97,7 @@ class _Header:
 def _checked(folder: Path, cases: Sequence[_Case], problems: Sequence[str], names: Sequence[str], ending: str) -> list[str]:
     """Lines to print, or `UserError` with the first problem and the number of further ones."""
     if not (cases or problems):
-        raise UserError(_no_case(folder, ending))
+        raise UserError(no_case(folder, ending))
     problems, notes = list(problems), list[str]()
     for case in cases:
         problems += _missing_files(case, names)
@@ -139,31 +115,33 @@ def _first(messages: Sequence[str]) -> str:
     return messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else "")
 
 
-def _names(channel_names: Mapping[str, str] | Sequence[str]) -> list[str]:
-    if isinstance(channel_names, Mapping):
-        return [str(channel_names[key]) for key in sorted(channel_names, key=int)]
-    return list(channel_names)
-
-
-def _found_cases(folder: Path, num_channels: int, ending: str, labels: Path | None) -> tuple[list[_Case], list[str]]:
-    """Cases by file name, and the files that nnU-Net would take for something else than they are."""
+def files_by_case(folder: Path, names: Sequence[str], ending: str) -> tuple[dict[str, dict[int, Path]], list[str]]:
+    """Case to channel to file, both in order, and the files that nnU-Net would take for something else than they are."""
     pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
-    identifiers, problems = set(), []
+    cases, problems = dict[str, dict[int, Path]](), list[str]()
     for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
         match = pattern.fullmatch(path.name)
         if match is None:
             problems.append(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
             continue
-        if int(match["channel"]) >= num_channels:
-            problems.append(f"{path} is of channel {int(match['channel'])}, but the dataset has {num_channels}; remove the file")
-        identifiers.add(match["identifier"])
+        channel = int(match["channel"])
+        if channel >= len(names):
+            known = ", ".join(f"{number:04d} {name}" for number, name in enumerate(names))
+            problems.append(f"{path} is of channel {channel}, but there are {known}; rename or remove it")
+        cases.setdefault(match["identifier"], {})[channel] = path
+    return dict(sorted(cases.items())), problems
+
+
+def _found_cases(folder: Path, names: Sequence[str], ending: str, labels: Path | None) -> tuple[list[_Case], list[str]]:
+    """Cases by file name, and what is wrong with names of files."""
+    found, problems = files_by_case(folder, names, ending)
     cases = [
         _Case(
             identifier,
-            tuple(folder / f"{identifier}_{channel:04d}{ending}" for channel in range(num_channels)),
+            tuple(folder / f"{identifier}_{channel:04d}{ending}" for channel in range(len(names))),
             None if labels is None else labels / f"{identifier}{ending}",
         )
-        for identifier in sorted(identifiers)
+        for identifier in found
     ]
     return cases, problems
 
@@ -206,8 +184,8 @@ def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
             continue
         try:
             header = _read_header(path)
-        except UNREADABLE_ERRORS as error:
-            problems.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]}); is the copy complete?")
+        except CaseError as error:
+            problems.append(str(error))
             continue
         if len(header.shape) == 3:
             headers[path] = header
@@ -239,21 +217,19 @@ def _shifted_files(headers: Mapping[Path, _Header]) -> Iterator[str]:
 
 
 def _read_header(path: Path) -> _Header:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        if not path.name.endswith((".nii", ".nii.gz")):
+        header = read_header(path)
+    except CaseError:
+        if not path.name.endswith(NIFTI_ENDINGS):
             raise
         # ITK refuses directions that are not orthonormal; nnU-Net then reads with nibabel
-        image = nibabel.Nifti1Image.from_filename(path)
+        image = read_nifti(path)
         spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[::-1])
         return _Header(image.shape[::-1], spacing, tuple(image.affine[:3, 3] * (-1.0, -1.0, 1.0)))  # ITK's axes
-    return _Header(reader.GetSize()[::-1], reader.GetSpacing()[::-1], reader.GetOrigin())
+    return _Header(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin())
 
 
-def _no_case(folder: Path, ending: str) -> str:
+def no_case(folder: Path, ending: str) -> str:
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     listing = f"found {len(found)} other entries, such as {found[0]}" if found else "the folder is empty"
     return f"{folder} holds no image called CASE_0000{ending}; {listing}"

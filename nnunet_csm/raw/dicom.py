@@ -1,50 +1,31 @@
 """A folder of DICOM files as one volume, and the name of its series from the attributes."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_csm.errors import reason
 from nnunet_csm.raw.series import alias_table
 from nnunet_csm.raw.subjects import CaseError
+from nnunet_csm.raw.volumes import read_header
 
-TAGS = {
-    "ImageType": "0008|0008",
-    "Modality": "0008|0060",
-    "SeriesDescription": "0008|103e",
-    "ContrastBolusAgent": "0018|0010",
-    "ScanningSequence": "0018|0020",
-    "RepetitionTime": "0018|0080",
-    "EchoTime": "0018|0081",
-    "InversionTime": "0018|0082",
-    "ProtocolName": "0018|1030",
-    "DiffusionBValue": "0018|9087",
-    "ImagePositionPatient": "0020|0032",
-    "ImageOrientationPatient": "0020|0037",
-}
-
-# Words of descriptions that the alias table, which is about names of channels, does not have.
-DESCRIPTION_WORDS = {
-    "diff": "DWI",
-    "bravo": "T1w",
-    "fspgr": "T1w",
-    "tirm": "",  # a FLAIR or a STIR: the inversion time decides
-    "t1 flair": "T1w",  # inversion recovery with the weighting of T1
-    "t1 tirm": "T1w",
-    "flash t2": "T2starw",
-    "t2 gre": "T2starw",
-    "t2 fl2d": "T2starw",
-}
+_TABLE = json.loads(resources.files("nnunet_csm.raw").joinpath("dicom_words.json").read_text(encoding="utf-8"))
+TAGS: dict[str, str] = _TABLE["tags"]
+# Words of descriptions that the alias table, which is about names of channels, does not have. "tirm" is a FLAIR or a STIR: the
+# inversion time decides; with "t1" it is inversion recovery with the weighting of T1.
+DESCRIPTION_WORDS: dict[str, str] = _TABLE["descriptions"]
 # No series of their own: planning images, and images computed from others.
-OTHER_WORDS = {"localizer", "localiser", "scout", "survey", "subtraction", "sub", "mip", "fa", "eadc", "exponential"}
-CONTRAST_WORDS = {"gd", "gad", "gado", "ce", "post", "km", "contrast", "kontrast", "+c", "c+", "+gd", "+gad", "gadolinium"}
-NO_CONTRAST_WORDS = {"pre", "native", "nativ", "nocontrast", "precontrast", "without", "ohne"}
+OTHER_WORDS = frozenset(_TABLE["other"])
+CONTRAST_WORDS, NO_CONTRAST_WORDS = frozenset(_TABLE["contrast"]), frozenset(_TABLE["no_contrast"])
 # Names that say more than others where a description has several of equal length: "t2 flair" is a FLAIR.
-SPECIFIC_FIRST = ("ADC", "DWI", "PWI", "DCE", "SWI", "T2starw", "FLAIR", "STIR", "T1ce", "PDw", "T1w", "T2w")
+SPECIFIC_FIRST: list[str] = _TABLE["specific_first"]
 
 
 def read_dicom_series(folder: Path) -> sitk.Image:
@@ -60,14 +41,12 @@ def read_dicom_series(folder: Path) -> sitk.Image:
     try:
         image = sitk.ReadImage([str(file) for file in files]) if len(files) > 1 else sitk.ReadImage(str(files[0]))
     except RuntimeError as error:
-        msg = f"{folder} cannot be read as a DICOM series ({_last_line(error)}); is the copy complete?"
-        raise CaseError(msg) from error
+        raise CaseError(f"{folder} cannot be read as a DICOM series ({reason(error)}); is the copy complete?") from error
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         msg = f"{folder} holds colour or {image.GetDimension()}-D images; give a folder with one 3-D series of grey values"
         raise CaseError(msg)
     if image.GetSize()[2] < 2:
-        msg = f"{folder} holds a single slice ({files[0].name}); give the folder with all slices of the series"
-        raise CaseError(msg)
+        raise CaseError(f"{folder} holds a single slice ({files[0].name}); give the folder with all slices of the series")
     return image
 
 
@@ -171,23 +150,19 @@ def _number(text: str) -> float | None:
 def _only_series(folder: Path) -> list[Path]:
     """Files of the only series in `folder` itself (not its subfolders), in the order of the slices."""
     if not folder.is_dir():
-        msg = f"{folder} is not a folder; give the folder that holds the DICOM files of one series"
-        raise CaseError(msg)
+        raise CaseError(f"{folder} is not a folder; give the folder that holds the DICOM files of one series")
     if not os.access(folder, os.R_OK | os.X_OK):
-        msg = f"{folder} may not be read by this user; change its permission (chmod -R u+rX)"
-        raise CaseError(msg)
+        raise CaseError(f"{folder} may not be read by this user; change its permission (chmod -R u+rX)")
     reader = sitk.ImageSeriesReader()
     with _quiet():
         series = {uid: reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))}
     if not series:
         entries = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
         found = f"found {', '.join(entries[:3])}{' ...' if len(entries) > 3 else ''}" if entries else "it is empty"
-        msg = f"{folder} holds no DICOM image; {found}; give the folder in which the files of one series lie"
-        raise CaseError(msg)
+        raise CaseError(f"{folder} holds no DICOM image; {found}; give the folder in which the files of one series lie")
     if len(series) > 1:
         listing = "; ".join(_described(Path(files[0]), len(files)) for files in series.values())
-        msg = f"{folder} holds {len(series)} series, not one: {listing}; move each to a folder of its own"
-        raise CaseError(msg)
+        raise CaseError(f"{folder} holds {len(series)} series, not one: {listing}; move each to a folder of its own")
     return [Path(file) for file in next(iter(series.values()))]
 
 
@@ -197,18 +172,7 @@ def _described(first: Path, num_files: int) -> str:
 
 
 def _attributes(file: Path) -> dict[str, str]:
-    return {keyword: text for keyword, tag in TAGS.items() if (text := _tag(_header(file), tag))}
-
-
-def _header(file: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        msg = f"{file} cannot be read as DICOM ({_last_line(error)}); is the copy complete?"
-        raise CaseError(msg) from error
-    return reader
+    return {keyword: text for keyword, tag in TAGS.items() if (text := _tag(read_header(file), tag))}
 
 
 def _tag(header: sitk.ImageFileReader, tag: str) -> str:
@@ -219,7 +183,7 @@ def _tag(header: sitk.ImageFileReader, tag: str) -> str:
 
 def _check_stack(folder: Path, files: Sequence[Path]) -> None:
     """Raise `CaseError` unless the files are slices of one shape, parallel, and at equal distances along their normal."""
-    headers = [_header(file) for file in files]
+    headers = [read_header(file) for file in files]
     shapes = {header.GetSize()[:2] for header in headers}
     if len(shapes) > 1:
         msg = f"{folder} mixes slices of the shapes {sorted(shapes)} (x, y) in one series; keep those of one acquisition"
@@ -234,8 +198,7 @@ def _check_stack(folder: Path, files: Sequence[Path]) -> None:
     in_plane = positions - np.outer(positions @ normal, normal)
     shift = float(np.linalg.norm(in_plane - in_plane[0], axis=1).max())
     if shift > 1.0:
-        msg = f"{folder} has slices that are shifted by up to {shift:.1f} mm in their plane; is it one acquisition?"
-        raise CaseError(msg)
+        raise CaseError(f"{folder} has slices that are shifted by up to {shift:.1f} mm in their plane; is it one acquisition?")
 
 
 def _check_distances(folder: Path, files: Sequence[Path], along: np.ndarray) -> None:
@@ -245,20 +208,18 @@ def _check_distances(folder: Path, files: Sequence[Path], along: np.ndarray) -> 
     if (gaps < 1e-3).any():
         at = int(np.argmin(gaps))
         pair = " and ".join(files[order[index]].name for index in (at, at + 1))
-        msg = (
+        raise CaseError(
             f"{folder} holds {int((gaps < 1e-3).sum())} slices at places where another one is, such as {pair}; a series with "
             "several volumes (b-values, phases, echoes) must be split, each to a folder of its own"
         )
-        raise CaseError(msg)
     # scanners round positions; a missing slice doubles the distance
     odd = np.flatnonzero(np.abs(gaps - usual) > 0.02 * usual + 0.01)
     if odd.size:
         at = int(odd[0])
-        msg = (
+        raise CaseError(
             f"{folder} has slices at unequal distances: {gaps[at]:.2f} mm between {files[order[at]].name} and "
             f"{files[order[at + 1]].name}, {usual:.2f} mm elsewhere; is a slice missing?"
         )
-        raise CaseError(msg)
 
 
 def _numbers(header: sitk.ImageFileReader, keyword: str, count: int, file: Path) -> list[float]:
@@ -268,8 +229,7 @@ def _numbers(header: sitk.ImageFileReader, keyword: str, count: int, file: Path)
     except ValueError:
         numbers = []
     if len(numbers) != count:
-        msg = f"{file} has the {keyword} {text!r}, not {count} numbers; its place in the patient is unknown"
-        raise CaseError(msg)
+        raise CaseError(f"{file} has the {keyword} {text!r}, not {count} numbers; its place in the patient is unknown")
     return numbers
 
 
@@ -282,7 +242,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
+from nnunet_csm.errors import reason
 from nnunet_csm.raw.subjects import CaseError, Mask
 from nnunet_csm.raw.volumes import described
 
@@ -109,10 +110,9 @@ def reference_series(grids: Mapping[str, Grid], reference: str) -> str:
         smallest = min(grid.voxel_volume for grid in grids.values())
         return next(name for name, grid in grids.items() if grid.voxel_volume <= smallest * (1 + 1e-3))
     if reference not in grids:
-        msg = (
+        raise CaseError(
             f"the reference series {reference} is missing, found {', '.join(grids)}; -reference {FINEST} takes the finest series"
         )
-        raise CaseError(msg)
     return reference
 
 
@@ -149,17 +149,8 @@ def resampled(image: sitk.Image, grid: Grid, nearest: bool = False, transform: s
         same = sitk.Image(image)
         grid.put_on(same)
         return same
-    return sitk.Resample(
-        image,
-        grid.size,
-        transform or sitk.Transform(3, sitk.sitkIdentity),
-        sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear,
-        grid.origin,
-        grid.spacing,
-        grid.direction,
-        0.0,
-        image.GetPixelID() if nearest else sitk.sitkFloat32,
-    )
+    interpolator, kind = (sitk.sitkNearestNeighbor, image.GetPixelID()) if nearest else (sitk.sitkLinear, sitk.sitkFloat32)
+    return sitk.Resample(image, grid.zeros(), transform or sitk.Transform(3, sitk.sitkIdentity), interpolator, 0.0, kind)
 
 
 # --- masks -------------------------------------------------------------------------------------------------------------------
@@ -181,13 +172,8 @@ def labels_of(image: sitk.Image, mask: Mask) -> sitk.Image:
         allowed = ", ".join(map(str, sorted({0, *mask.values})))
         msg = f"{what}: the mask has the value {unknown[0]}, expected one of {allowed}; correct the mask, or say what it means"
         raise CaseError(msg)
-    labels = np.zeros(voxels.shape, dtype=np.uint8)
-    for value, label in mask.values.items():
-        if value != 0:
-            labels[voxels == value] = label
-    painted = sitk.GetImageFromArray(labels)
-    Grid.of(image).put_on(painted)
-    return painted
+    labels = {value: label for value, label in mask.values.items() if value != 0}
+    return sitk.Cast(sitk.ChangeLabel(sitk.Cast(image, sitk.sitkInt32), labels), sitk.sitkUInt8)
 
 
 def refuse_loss(before: sitk.Image, after: sitk.Image, what: str) -> None:
@@ -275,7 +261,7 @@ def register_rigidly(moving: sitk.Image, fixed: sitk.Image) -> Registration:
         seen = _covered(coarse_fixed, coarse_moving, by_header) * _covered(coarse_fixed, coarse_moving, transform)
         before, after = (_mutual_information(coarse_fixed, coarse_moving, t, seen) for t in (by_header, transform))
     except RuntimeError as error:  # such as no sample left in the moving series
-        return Registration(transform, 0.0, 0.0, f"it failed ({str(error).strip().splitlines()[-1].strip()})")
+        return Registration(transform, 0.0, 0.0, f"it failed ({reason(error)})")
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(num_threads)
     return Registration(transform, before, after, _refusal(Registration(transform, before, after, refused="")))

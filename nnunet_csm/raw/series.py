@@ -19,16 +19,16 @@ class SeriesMatch:
     known: bool
 
 
-def canonical_series(
-    channel_names: Mapping[str, str] | Sequence[str], extra_aliases: Mapping[str, str] | None = None
-) -> list[SeriesMatch]:
-    """One match a channel, in channel order.
+def canonical_series(given: Sequence[str], extra_aliases: Mapping[str, str] | None = None) -> list[SeriesMatch]:
+    """One match a channel, in channel order, from the dataset's own names (`nnunet.channel_names`).
 
-    `channel_names` is that of `dataset.json` ({"0": "FLAIR", ...}) or the names in channel order. `extra_aliases` maps names of
-    the dataset to series names and wins over the table; one that is spelled exactly as a channel applies to that channel only.
-    Raises `UserError` when two channels get the same series name, or an extra alias fits no channel.
+    `extra_aliases` maps names of the dataset to series names and wins over the table; one that is spelled exactly as a channel
+    applies to that channel only. Raises `UserError` when a channel has no name, two channels get the same series name, or an
+    extra alias fits no channel.
     """
-    given = _in_channel_order(channel_names)
+    for channel, name in enumerate(given):
+        if not isinstance(name, str) or not _spelling(name):
+            raise UserError(f"channel_names has {name!r} for channel {channel}; give the series a name in dataset.json")
     extra = dict(extra_aliases or {})
     _refuse_unused_aliases(extra, given)
     matches = [_match(name, given, extra) for name in given]
@@ -45,8 +45,7 @@ def parse_aliases(flags: Sequence[str]) -> dict[str, str]:
             msg = f"-series_alias {flag!r} is not of the form GIVEN=NAME; write for example -series_alias 'T1 axial=T1w'"
             raise UserError(msg)
         if aliases.get(given, name) != name:
-            msg = f"-series_alias names {given!r} twice: {aliases[given]!r} and {name!r}; keep one of them"
-            raise UserError(msg)
+            raise UserError(f"-series_alias names {given!r} twice: {aliases[given]!r} and {name!r}; keep one of them")
         aliases[given] = name
     return aliases
 
@@ -66,26 +65,6 @@ def _canonical_by_spelling() -> dict[str, str]:
 def _spelling(name: str) -> str:
     """What is compared: case, spaces, underscores and hyphens do not count."""
     return re.sub(r"[\s_\-]+", "", name.casefold())
-
-
-def _in_channel_order(channel_names: Mapping[str, str] | Sequence[str]) -> list[str]:
-    if isinstance(channel_names, Mapping):
-        by_channel = {str(channel): name for channel, name in channel_names.items()}
-        expected = [str(channel) for channel in range(len(by_channel))]
-        if set(by_channel) != set(expected):
-            msg = f"channel_names has the keys {sorted(by_channel)}, not {expected}; number the channels from 0 in dataset.json"
-            raise UserError(msg)
-        names = [by_channel[channel] for channel in expected]
-    else:
-        names = list(channel_names)
-    if not names:
-        msg = "channel_names is empty; name at least one series in dataset.json"
-        raise UserError(msg)
-    for channel, name in enumerate(names):
-        if not isinstance(name, str) or not _spelling(name):
-            msg = f"channel_names has {name!r} for channel {channel}; give the series a name in dataset.json"
-            raise UserError(msg)
-    return names
 
 
 def _match(name: str, given: Sequence[str], extra: Mapping[str, str]) -> SeriesMatch:
@@ -116,7 +95,5 @@ def _refuse_duplicates(matches: Sequence[SeriesMatch]) -> None:
         other = matches[first].given
         clash = f"channels {first} ({other!r}) and {channel} ({match.given!r}) are both the series {match.canonical!r}"
         if other == match.given:
-            msg = f"{clash}; give each channel its own name under channel_names in dataset.json"
-        else:
-            msg = f"{clash}; tell them apart with -series_alias '{match.given}=NAME', where NAME is a name of your own"
-        raise UserError(msg)
+            raise UserError(f"{clash}; give each channel its own name under channel_names in dataset.json")
+        raise UserError(f"{clash}; tell them apart with -series_alias '{match.given}=NAME', where NAME is a name of your own")

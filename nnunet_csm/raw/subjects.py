@@ -80,7 +80,7 @@ class Dataset:
 
 
 class CaseError(UserError):
-    """A case that cannot be used: it is left out with a report, or ends the conversion with `-strict`."""
+    """A case that cannot be used: it is left out with a report, or ends the conversion with `--strict`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Release:
         dataset: what `dataset.json` will say.
         cases: those that can be used, as far as the reader can tell without reading every voxel.
         left_out: identifiers of those that cannot, and why.
-        doubts: lines about what the release leaves open and how it was decided; errors with `-strict`.
+        doubts: lines about what the release leaves open and how it was decided; errors with `--strict`.
         notes: further lines to print: what was counted, renamed, ignored.
     """
 

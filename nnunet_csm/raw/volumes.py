@@ -15,9 +15,11 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
-from nibabel.nifti1 import Nifti1Image
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
+from nnunet_csm.errors import reason
 from nnunet_csm.raw.subjects import CaseError, Volume
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
@@ -26,6 +28,9 @@ READABLE_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", *DETACHED_ENDINGS)
 
 # A header whose axes are not quite at right angles is taken as if they were when no voxel moves by more than this many voxels.
 MAX_SNAP = 0.25
+
+# what nibabel and gzip raise for a damaged file
+UNREADABLE_ERRORS = (OSError, EOFError, ValueError, zlib.error, HeaderDataError, ImageFileError, WrapStructError)
 
 _CHUNK = 1 << 22  # bytes
 
@@ -53,6 +58,17 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
             images[volume] = _selected(whole, volume)
             _refuse_non_finite(images[volume], volume)
     return [images[volume] for volume in volumes]
+
+
+def read_header(path: Path) -> sitk.ImageFileReader:
+    """Size, geometry and entries of a file. Raises `CaseError`."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
+    return reader
 
 
 def is_empty(image: sitk.Image) -> bool:
@@ -95,8 +111,7 @@ def _read(path: Path) -> sitk.Image:
 
         return _scalar_image(read_dicom_series(path), path)
     if not path.name.endswith(READABLE_ENDINGS):
-        msg = f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series"
-        raise CaseError(msg)
+        raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
         raise CaseError(f"{path} is empty (0 bytes); copy it again, or leave this series out")
     if path.name.endswith(NIFTI_ENDINGS):
@@ -110,7 +125,7 @@ def _read_file(path: Path) -> sitk.Image:
     except RuntimeError as error:
         if path.name.endswith(NIFTI_ENDINGS) and "orthonormal" in str(error):
             return _read_sheared(path)
-        raise CaseError(f"{path} cannot be read ({_reason(error)}); is the copy complete?") from error
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
 
 
 def _scalar_image(image: sitk.Image, path: Path) -> sitk.Image:
@@ -154,20 +169,26 @@ def _refuse_non_finite(image: sitk.Image, volume: Volume) -> None:
         raise CaseError(msg + "replace them (such as by 0) where the file was made")
 
 
-def _check_nifti(path: Path) -> None:
-    """Raise `CaseError` when voxels are missing at the end, or the geometry in the header cannot be inverted."""
+def refuse_truncated(path: Path) -> Nifti1Header:
+    """The header of a NIfTI file, after a reading to the end. Raises `CaseError` when voxels are missing there."""
+    kind = type(read_nifti(path).header)
     try:
-        kind = type(_nifti(path).header)
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
             header = kind(file.read(kind.sizeof_hdr), check=False)  # unchecked: nibabel would repair a spacing of zero
             expected = int(header["vox_offset"]) + int(np.prod(header.get_data_shape())) * int(header["bitpix"]) // 8
             found = file.tell()
             while chunk := file.read(_CHUNK):  # to the end: only there gzip notices a truncated or damaged file
                 found += len(chunk)
-    except (OSError, EOFError, zlib.error, ValueError, HeaderDataError, ImageFileError) as error:
-        raise CaseError(f"{path} cannot be read ({_reason(error)}); is the copy complete?") from error
+    except UNREADABLE_ERRORS as error:
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     if found < expected:
         raise CaseError(f"{path} is truncated: {found} bytes of {expected}, uncompressed; copy it again")
+    return header
+
+
+def _check_nifti(path: Path) -> None:
+    """Raise `CaseError` when voxels are missing at the end, or the geometry in the header cannot be inverted."""
+    header = refuse_truncated(path)
     spacing = tuple(float(edge) for edge in header["pixdim"][1:4])
     if not (np.isfinite(spacing).all() and min(map(abs, spacing)) > 0):
         raise CaseError(
@@ -181,7 +202,7 @@ def _check_nifti(path: Path) -> None:
 
 def _read_sheared(path: Path) -> sitk.Image:
     """A NIfTI file whose axes are not at right angles, when rounding can be the reason."""
-    nifti = _nifti(path)
+    nifti = read_nifti(path)
     matrix = np.diag([-1.0, -1.0, 1.0]) @ nifti.affine[:3, :3]  # ITK's world has x and y reversed
     spacing = np.linalg.norm(matrix, axis=0)
     left, _, right = np.linalg.svd(matrix / spacing)
@@ -205,18 +226,17 @@ def _read_sheared(path: Path) -> sitk.Image:
     return image
 
 
-def _nifti(path: Path) -> Nifti1Image:
-    """Of version 1 or 2; its voxels are not read. Raises `ImageFileError`."""
-    image = nibabel.load(path)
-    if not isinstance(image, Nifti1Image):
-        raise ImageFileError(f"a {type(image).__name__}, not NIfTI")
+def read_nifti(path: Path) -> Nifti1Image:
+    """Of version 1 or 2; its voxels are not read. Raises `CaseError`."""
+    try:
+        image = nibabel.load(path)
+        if not isinstance(image, Nifti1Image):
+            raise ImageFileError(f"a {type(image).__name__}, not NIfTI")
+    except UNREADABLE_ERRORS as error:
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     return image
 
 
 def _sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
+from nnunet_csm.evaluation.regions import BRATS_REGIONS
+from nnunet_csm.evaluation.repeats import read_predictions
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.runs import ALL, CLASSIFIER, Row, Run
 
@@ -54,10 +55,7 @@ def collect_predictions(name: str, rows: Sequence[Row], runs: Mapping[str, Run])
         run = runs[row.run]
         path = run.folder / "test" / "predictions.csv"
         if run.trainer == CLASSIFIER and path.is_file():
-            columns = {"case": str, "patient": str, "class": str, "mask_label": str}
-            predictions = pd.read_csv(path, dtype=columns, keep_default_na=False)
-            tested = row.finetuned
-            found.append(predictions.assign(**named(name, row), tested=tested))
+            found.append(read_predictions(path).assign(**named(name, row), tested=row.finetuned))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 

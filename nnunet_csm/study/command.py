@@ -13,7 +13,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.command import names_to_draw
 from nnunet_csm.files import write_text
-from nnunet_csm.plans import to_dict
+from nnunet_csm.schema import to_dict
 from nnunet_csm.study.collection import collect_costs, collect_predictions, collect_results
 from nnunet_csm.study.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
 from nnunet_csm.study.dataset import Dataset
@@ -181,12 +181,12 @@ def announcement(runs: Runs, records: Mapping[str, Any], study: Study, dataset: 
 
 
 def cost_of(run: Run, plans: Mapping[str, Any], study: Study, dataset: Dataset) -> Cost | None:
-    """Of our own trainings."""
+    """Cost of a training of ours; None for stock nnU-Net."""
     if "csm_yardstick" in plans:
         return None
     settings = dataset.settings(plans)
     if run.kind == "pretraining":
-        return pretraining_cost(settings, run.visible_tokens)
+        return pretraining_cost(settings, dataset.presence(settings.pretraining_architecture.series))
     classifies = study.task == "classification"
     num_classes = len(dataset.classes.classes) if classifies else dataset.num_classes
     return finetuning_cost(settings, len(dataset.series), num_classes, classifies)

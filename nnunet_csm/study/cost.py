@@ -4,14 +4,15 @@ import time
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.plans import Configuration, to_dict
-from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.mae3d import MAE3D
-from nnunet_csm.pretext.masking import Mask, num_asked
+from nnunet_csm.plans import Configuration
+from nnunet_csm.pretext.base import setup_of
+from nnunet_csm.schema import to_dict
 
 # of the speed of large matrix products that whole training steps reach (docs/performance.md)
 SHARE_OF_PEAK = 0.5
@@ -30,24 +31,21 @@ class Cost:
         return self.num_crops * self.operations_per_crop / (SHARE_OF_PEAK * speed)
 
 
-def pretraining_cost(settings: Configuration, visible_tokens: float) -> Cost:
-    """Of a pretraining that shows the encoder so many tokens of a crop on average."""
-    csm, a = settings.csm, settings.pretraining_architecture
-    grid = settings.pretraining_grid
-    num_tokens, num_series = grid[0] * grid[1] * grid[2], len(a.series)
+def pretraining_cost(settings: Configuration, present: Bool[Tensor, "c s"]) -> Cost:
+    """Operations of a pretraining on cases with these series, on average over the kinds of its batches."""
+    pretext, setup = setup_of(settings)
+    schedule, operations = settings.csm.pretraining, 0.0
     with torch.device("meta"):
-        network = (MAE3D if a.joint_tokens else CSM)(a, csm.reconstruction)
-        volume = torch.empty(1, num_series, *csm.pretraining_patch_size)
-        hidden = torch.empty(1, num_series, num_tokens, dtype=torch.bool)
-        visible, joined = round(visible_tokens), num_series if a.joint_tokens else 1
-        asked = num_asked(num_series // joined * num_tokens - visible, csm.reconstruction.rebuilt_share) * joined
-        mask = Mask(hidden, hidden, *(torch.empty(1, num, dtype=torch.long) for num in (visible, asked)))
-        operations = counted(network, volume, mask)
-    return Cost(csm.pretraining.num_iterations * csm.pretraining.batch_size, operations)
+        network = pretext(setup)
+    for variant, share in enumerate(network.variants(present).mean(0).tolist()):
+        if share > 0:
+            with torch.device("meta"):
+                operations += share * counted(network, *network.example(1, variant).args)
+    return Cost(schedule.num_iterations * schedule.batch_size, operations)
 
 
 def finetuning_cost(settings: Configuration, num_channels: int, num_classes: int, classifies: bool) -> Cost:
-    """Of a fine-tuning on patches of all planned series."""
+    """Operations of a fine-tuning on patches of all planned series."""
     classification = settings.csm.classification
     schedule = classification.schedule if classifies else settings.csm.finetuning_schedule
     with torch.device("meta"):

@@ -4,13 +4,16 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable
@@ -20,7 +23,7 @@ from nnunet_csm.planning.command import Found, look_at, planned
 from nnunet_csm.planning.planner import Wishes
 from nnunet_csm.planning.request import PlanRequest
 from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, parse_configuration
-from nnunet_csm.raw.writer import patients_of
+from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.study.divisions import everybody
 
 # between the series of a subset
@@ -101,6 +104,11 @@ class Dataset:
     @property
     def series(self) -> tuple[str, ...]:
         return tuple(self.found.channels)
+
+    def presence(self, series: Sequence[str]) -> Bool[Tensor, "c s"]:
+        """Which of some series the cases have; cases with none of them are left out."""
+        has = torch.tensor([[name in names for name in series] for names in self.present.values()])
+        return has[has.any(1)]
 
     @property
     def num_classes(self) -> int:

@@ -21,10 +21,10 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.files import write_text
+from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_cores
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
-from nnunet_csm.training import encoder_share
 from nnunet_csm.training.yardstick import SECONDS_FILE
 
 RECORD = "record.json"
@@ -137,7 +137,7 @@ def test(run: Run, one: Evaluation, folder: Path, place: Place) -> pd.DataFrame:
 
 
 def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Place) -> None:
-    """Into a folder that gets its name when it is whole: a killed export leaves files that read as images."""
+    """Write into a folder that gets its name when it is whole: a killed export leaves files that read as images."""
     begun = predictions.with_name(f".{predictions.name}.tmp")
     done = folder / f"predict_{predictions.name}.json"
     for path in (begun, done):

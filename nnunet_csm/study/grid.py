@@ -1,41 +1,37 @@
 """A table as it is read: Markdown, LaTeX with booktabs, and for the page."""
 
+import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
 
 from nnunet_csm.figures.page import Table
 
 SHOWN, HIDDEN = "●", "○"
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    # after a line's end they would be its options
-    "[": "{[}",
-    "*": "{*}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "−": "$-$",
-    "–": "--",
-    SHOWN: r"$\bullet$",
-    HIDDEN: r"$\circ$",
-}
-
-# characters that the space between two columns is as wide as
-GAP = 2
-# of a row, which fit between the margins of an article
-MOST_CHARACTERS = 72
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        # after a line's end they would be its options
+        "[": "{[}",
+        "*": "{*}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "−": "$-$",
+        "–": "--",
+        SHOWN: r"$\bullet$",
+        HIDDEN: r"$\circ$",
+        **{character: "\\" + character for character in "&%$#_{}"},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -45,114 +41,72 @@ class Grid:
     Attributes:
         table: the study's table that it belongs to; empty for costs, which are of the whole study.
         name: of this part of it; both together are unique.
-        rows: text; a block of rows, such as one share of labels, is ruled off from the next.
+        cells: text; a block of rows, such as one share of labels, is ruled off from the next.
         num_text: leading columns that hold names, not numbers.
-        best: (row, column) of the best values, drawn bold.
+        best: cells that are drawn bold.
         blocks: first row of every block.
-        details: columns that a reader is told of in the caption where every row says the same.
     """
 
     table: str
     name: str
     caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    cells: pd.DataFrame
     num_text: int
-    best: frozenset[tuple[int, int]] = frozenset()
+    best: Bool[np.ndarray, "row column"]
     blocks: tuple[int, ...] = (0,)
-    details: frozenset[str] = frozenset()
 
-    def brief(self) -> "Grid":
-        """The table without the details that all of several rows share; its caption ends with them."""
-        columns = range(len(self.header))
-        shared = {c for c in columns if self.header[c] in self.details and len({row[c] for row in self.rows}) == 1}
-        if not shared or len(self.rows) <= 1:
+    def brief(self, *details: str) -> "Grid":
+        """Leave out the columns of `details` in which several rows say the same; the caption ends with what they say."""
+        shared = np.array([name in details and len({*cells}) == 1 < len(cells) for name, cells in self.cells.items()])
+        if not shared.any():
             return self
-        kept = [c for c in columns if c not in shared]
-        told = "; ".join(f"{self.header[c]}: {self.rows[0][c]}" for c in sorted(shared))
-        return replace(
-            self,
-            caption=f"{self.caption}. {told}",
-            header=tuple(self.header[c] for c in kept),
-            rows=tuple(tuple(row[c] for c in kept) for row in self.rows),
-            num_text=sum(c < self.num_text for c in kept),
-            best=frozenset((row, kept.index(c)) for row, c in self.best if c in kept),
-        )
+        told = "; ".join(f"{name}: {cells.iloc[0]}" for name, cells in self.cells.loc[:, shared].items())
+        kept, num_text = self.cells.loc[:, ~shared], int((~shared[: self.num_text]).sum())
+        return replace(self, caption=f"{self.caption}. {told}", cells=kept, num_text=num_text, best=self.best[:, ~shared])
 
     def to_markdown(self) -> str:
         """A pipe table with columns of equal width under its caption."""
-        return self.brief()._to_markdown()
+        cells = self._marked("**{}**", lambda cell: cell.replace("|", r"\|"))
+        sides = ["left" if column < self.num_text else "right" for column in range(cells.shape[1])]
+        return f"**{self.caption}**\n\n{cells.to_markdown(index=False, disable_numparse=True, colalign=sides)}\n"
 
     def to_latex(self) -> str:
-        """A `table` of booktabs; one too wide for an article is scaled down by graphicx."""
-        return self.brief()._to_latex()
+        """A `table` of booktabs; one too wide for an article is scaled down by adjustbox."""
+        cells = self._marked(r"\textbf{{{}}}", latex)
+        rules = list(self.blocks[1:])
+        cells.iloc[rules, 0] = "\\midrule\n" + cells.iloc[rules, 0]
+        sides = ["l" if column < self.num_text else "r" for column in range(cells.shape[1])]
+        cells.columns = [_stacked(name, texts, side) for (name, texts), side in zip(self.cells.items(), sides, strict=True)]
+        text = cells.style.hide(axis="index").to_latex(
+            column_format="".join(sides),
+            position_float="centering",
+            hrules=True,
+            label="tab:" + re.sub(r"[\W_]", "-", f"{self.table} {self.name}").strip("-").lower(),
+            caption=latex(self.caption),
+        )
+        text = text.replace(r"\begin{tabular}", r"\begin{adjustbox}{max width=\linewidth}" + "\n" + r"\begin{tabular}")
+        return text.replace(r"\end{tabular}", r"\end{tabular}" + "\n" + r"\end{adjustbox}")
 
     def to_page(self) -> Table:
-        brief = self.brief()
-        rows = [[*row[: brief.num_text], *map(_unbroken, row[brief.num_text :])] for row in brief.rows]
-        return Table(brief.header, rows, brief.caption, brief.best)
+        """Numbers stay on one line; words may wrap."""
+        numbers = self.cells.iloc[:, self.num_text :]
+        numbers = numbers.map(lambda cell: cell if cell[:1].isalpha() else cell.replace(" ", "\u00a0"))
+        cells = pd.concat([self.cells.iloc[:, : self.num_text], numbers], axis=1)
+        return Table(cells, self.caption, self.best)
 
-    def _to_markdown(self) -> str:
-        rows = [self.header, *(self._marked(row, "**{}**".format) for row in range(len(self.rows)))]
-        escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-        widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(self.header))]
-        ruler = [":" + "-" * (w - 1) if c < self.num_text else "-" * (w - 1) + ":" for c, w in enumerate(widths)]
-        lines = [
-            "| " + " | ".join(self._aligned(cell, column, widths[column]) for column, cell in enumerate(row)) + " |"
-            for row in (escaped[0], ruler, *escaped[1:])
-        ]
-        return "\n".join([f"**{self.caption}**", "", *lines]) + "\n"
-
-    def _aligned(self, cell: str, column: int, width: int) -> str:
-        return cell.ljust(width) if column < self.num_text else cell.rjust(width)
-
-    def _to_latex(self) -> str:
-        columns = range(len(self.header))
-        longest = [max(map(len, (*name.split(), *(row[c] for row in self.rows)))) for c, name in enumerate(self.header)]
-        header = [_stacked(self.header[c], longest[c], c < self.num_text) for c in columns]
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{latex(self.caption)}}}",
-            rf"\label{{tab:{_label(f'{self.table} {self.name}')}}}",
-        ]
-        is_wide = sum(longest) + GAP * len(longest) > MOST_CHARACTERS
-        alignment = "l" * self.num_text + "r" * (len(self.header) - self.num_text)
-        lines.append((r"\resizebox{\linewidth}{!}{" if is_wide else "") + rf"\begin{{tabular}}{{{alignment}}}")
-        lines += [r"\toprule", _latex_row(header), r"\midrule"]
-        for row in range(len(self.rows)):
-            if row and row in self.blocks:
-                lines.append(r"\midrule")
-            lines.append(_latex_row(self._marked(row, r"\textbf{{{}}}".format, latex)))
-        lines += [r"\bottomrule", r"\end{tabular}" + ("}" if is_wide else ""), r"\end{table}"]
-        return "\n".join(lines) + "\n"
-
-    def _marked(self, row: int, mark: Callable[[str], str], escape: Callable[[str], str] = str) -> tuple[str, ...]:
-        cells = [escape(cell) for cell in self.rows[row]]
-        return tuple(mark(cell) if (row, column) in self.best else cell for column, cell in enumerate(cells))
+    def _marked(self, mark: str, escape: Callable[[str], str]) -> pd.DataFrame:
+        """Cells and headings escaped, the best of them marked."""
+        cells = self.cells.map(escape)
+        return pd.DataFrame(np.where(self.best, cells.map(mark.format), cells), columns=[*map(escape, cells.columns)])
 
 
 def latex(text: str) -> str:
     """Text as LaTeX prints it."""
-    return "".join(LATEX.get(character, character) for character in text)
+    return text.translate(LATEX)
 
 
-def _stacked(name: str, width: int, is_text: bool) -> str:
-    """A heading in lines no longer than `width`, or than its longest word."""
-    lines = textwrap.wrap(name, max(width, *map(len, name.split())), break_on_hyphens=False)
-    if len(lines) == 1:
-        return latex(name)
-    return rf"\shortstack[{'l' if is_text else 'r'}]{{" + r"\\".join(map(latex, lines)) + "}"
-
-
-def _latex_row(cells: Iterator[str] | Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
-
-
-def _unbroken(cell: str) -> str:
-    """Numbers stay on one line; words may wrap."""
-    return cell if cell[:1].isalpha() else cell.replace(" ", "\u00a0")
-
-
-def _label(name: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in name).strip("-").lower()
+def _stacked(name: str, cells: pd.Series, side: str) -> str:
+    """A heading in lines no longer than the longest cell below it, or than its own longest word."""
+    longest = max(map(len, (*name.split(), *cells)))
+    lines = map(latex, textwrap.wrap(name, longest, break_on_hyphens=False))
+    return latex(name) if len(name) <= longest else rf"\shortstack[{side}]{{" + r"\\".join(lines) + "}"

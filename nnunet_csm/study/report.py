@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nnunet_csm.evaluation.bootstrap import CONFIDENCE
 from nnunet_csm.figures.overlays import save_methods_of_case
 from nnunet_csm.figures.page import Page
 from nnunet_csm.figures.studies import Curve, PatientDifferences, save_label_efficiency, save_patient_differences
@@ -15,19 +16,18 @@ from nnunet_csm.study.statistics import (
     ALL_SERIES,
     AUC,
     AVERAGE,
-    CONFIDENCE,
     NUM_RESAMPLES,
     SINGLE_MEAN,
     Contrast,
     contrasts_of,
+    crossed_interval,
     differences,
     divisions,
-    interval,
     pairs,
     scores,
     with_single_mean,
 )
-from nnunet_csm.study.tables import arms_of, make_tables, share_of_labels
+from nnunet_csm.study.tables import arms_of, make_tables, percent, series_name, share_of_labels, versus
 
 MOST_PANELS = 12
 MOST_CASES = 4
@@ -125,7 +125,7 @@ def draw_label_efficiency(figures: Path, summary: pd.DataFrame, results: pd.Data
         measure = AUC if list(panels) == [AUC] else "Dice"
         path = figures / f"labels_{len(drawn) + 1}.png"
         save_label_efficiency(path, panels, measure)
-        drawn.append((path, f"{table}, {_series(series)}: {measure} over the number of labelled training cases"))
+        drawn.append((path, f"{table}, {series_name(series)}: {measure} over the number of labelled training cases"))
     return drawn
 
 
@@ -142,7 +142,7 @@ def _bounds(row: pd.Series, results: pd.DataFrame) -> tuple[float, float]:
     names = ["table", "arm", "labels", "finetuned", "tested"]
     group = results[(results[names] == [row[name] for name in names]).all(axis=1)]
     matrix = scores(group)[row["structure"]]
-    return interval(matrix.to_numpy(), divisions(group, matrix.columns))
+    return crossed_interval(matrix.to_numpy(), divisions(group, matrix.columns))
 
 
 def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[Contrast]) -> list[tuple[Path, str]]:
@@ -158,7 +158,7 @@ def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[C
         if matrix.empty:
             continue
         values = matrix.mean(axis=1).to_numpy()
-        low, high = interval(matrix.to_numpy(), divisions(pair.arm, matrix.columns))
+        low, high = crossed_interval(matrix.to_numpy(), divisions(pair.arm, matrix.columns))
         name = _pair_name(pair.names, len({*results["tested"]}) > 1)
         panels.setdefault(str(pair.names["table"]), []).append(PatientDifferences(name, values, values.mean(), low, high))
     drawn: list[tuple[Path, str]] = []
@@ -171,13 +171,8 @@ def draw_differences(figures: Path, results: pd.DataFrame, contrasts: Sequence[C
 
 
 def _pair_name(names: Mapping[str, Any], with_series: bool) -> str:
-    other = "" if names["labels"] == names["baseline_labels"] else f" with {100 * names['baseline_labels']:g} %"
-    series = f", {_series(names['tested'])}" if with_series else ""
-    return f"{names['arm']} − {names['baseline']}{other}, {100 * names['labels']:g} % of labels{series}"
-
-
-def _series(tested: str) -> str:
-    return "all series" if tested == ALL_SERIES else tested
+    series = f", {series_name(names['tested'])}" if with_series else ""
+    return f"{versus(names)}, {percent(names['labels'])} of labels{series}"
 
 
 def draw_cases(folder: Path, results: pd.DataFrame, cases: CaseFiles) -> list[tuple[Path, str]]:

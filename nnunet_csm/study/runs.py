@@ -1,4 +1,4 @@
-"""From a study to its runs: what is to be trained, with which plans and patients, and which rows of the table it serves."""
+"""The runs of a study: what is to be trained, with which plans and patients, and which rows of the table it serves."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import split_problems
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import merged
 from nnunet_csm.plans import PLANS_NAME, Configuration
-from nnunet_csm.pretext.masking import num_visible, shown_series_weights
+from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.divisions import SEED, divide, labelled, taken_away
 from nnunet_csm.study.spec import Arm, Study, pretraining_changes
@@ -199,7 +202,8 @@ class Expansion:
         schedule = settings.csm.classification.schedule if classifies else settings.csm.finetuning_schedule
         patch = settings.csm.classification.patch_size if classifies else settings.patch_size
         network = settings.architecture
-        num_tokens = np.prod(patch) // np.prod(network.token_size) * (1 if network.joint_tokens else len(network.series))
+        kept_apart = len(network.series) if encoder_class(network).keeps_series_apart else 1
+        num_tokens = np.prod(patch) // np.prod(network.token_size) * kept_apart
         return self.add(
             "fine-tuning",
             plans,
@@ -226,7 +230,7 @@ class Expansion:
             PRETRAINER,
             fold,
             num_crops=schedule.num_iterations * schedule.batch_size,
-            visible_tokens=mean_visible_tokens(settings, self.dataset.present, wanted),
+            visible_tokens=mean_seen_tokens(settings, self.dataset.presence(wanted)),
         )
 
     def pretraining_series(self, arm: Arm) -> tuple[str, ...]:
@@ -368,12 +372,9 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def mean_visible_tokens(settings: Configuration, present: Mapping[str, Sequence[str]], series: Sequence[str]) -> float:
-    """Of a pretraining crop, over cases and draws."""
-    num_tokens, masking = int(np.prod(settings.pretraining_grid)), settings.csm.masking
-    if settings.architecture.joint_tokens:
-        return float(num_visible(num_tokens, masking))
-    has = torch.tensor([[name in names for name in series] for names in present.values()])
-    weights = shown_series_weights(has[has.any(1)], masking).double()
-    shown = (weights * torch.arange(1, len(series) + 1)).sum(1).mean()
-    return float(shown) * num_visible(num_tokens, masking)
+def mean_seen_tokens(settings: Configuration, present: Bool[Tensor, "c s"]) -> float:
+    """Tokens of a pretraining crop that the encoder sees, over cases and draws."""
+    pretext, setup = setup_of(settings)
+    with torch.device("meta"):
+        network = pretext(setup)
+    return network.seen_tokens(present)

@@ -1,15 +1,17 @@
 """What a study compares: a JSON file that names arms, label shares and repeats. The files are in `plans/studies/`."""
 
-import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.plans import from_dict
+from nnunet_csm.inheritance import read_inherited, shipped_names
+from nnunet_csm.schema import from_dict
+
+FOLDER = files("nnunet_csm.presets") / "studies"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Incomplete:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class StockArm:
     """Stock nnU-Net for the time that another arm took.
 
     Attributes:
@@ -70,7 +72,7 @@ class Arm:
     pretrained: bool = True
     pretraining_series: tuple[str, ...] | int | None = None
     incomplete: Incomplete | None = None
-    nnunet: Yardstick | None = None
+    nnunet: StockArm | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,7 @@ class Study:
 
 def study_names() -> list[str]:
     """Studies that come with the package."""
-    folder = files("nnunet_csm.presets") / "studies"
-    return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
+    return shipped_names(FOLDER)
 
 
 def read_study(name: str) -> Study:
@@ -125,35 +126,12 @@ def read_study(name: str) -> Study:
     Raises:
         UserError: no such file, not JSON, unknown keys, or settings that contradict each other.
     """
-    return parse_study(_read(name), f"study {name}")
-
-
-def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".json") else None
-    if path is None and name in study_names():
-        text = (files("nnunet_csm.presets") / "studies" / f"{name}.json").read_text(encoding="utf-8")
-    elif path is not None and path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise UserError(f"no study {name!r}; expected one of {', '.join(study_names())}, or the path of a JSON file")
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"study {name}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"study {name}: expected a JSON object, found {type(data).__name__}")
-    parent = data.pop("inherits_from", None)
-    if parent is None:
-        return data
-    if not isinstance(parent, str) or name in children:
-        raise UserError(f"study {name}: inherits_from is {parent!r}; expected the name of another study or the path of its file")
-    beside = path is not None and parent.endswith(".json")
     # key by key; arms are replaced as a whole
-    return {**_read(str(path.parent / parent) if beside and path else parent, (*children, name)), **data}
+    return parse_study(read_inherited("study", name, FOLDER, operator.or_), f"study {name}")
 
 
 def parse_study(data: Mapping[str, Any], where: str) -> Study:
-    """As `read_study`, for what stands in the file."""
+    """Do as `read_study`, for what stands in the file."""
     arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in data.get("arms") or []]
     study = from_dict(Study, {"changes": {}, **data, "arms": arms}, where)
     _check(study, where)
@@ -211,7 +189,7 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
 
 # of a preset: what the pretrained weights depend on; within `network`, the rest belongs to the segmenter
 PRETRAINING_KEYS = frozenset(
-    {"pretraining", "pretraining_grid", "masking", "reconstruction", "token_edge", "token_size", "patch_size", "max_patch_voxels"}
+    {"pretraining", "pretraining_grid", "pretext", "token_edge", "token_size", "patch_size", "max_patch_voxels"}
 )
 # what the trainer of the one task does not read of a preset
 OTHER_TASKS_KEYS = {
@@ -220,7 +198,7 @@ OTHER_TASKS_KEYS = {
     ),
     "segmentation": frozenset({"classification"}),
 }
-ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "joint_tokens"})
+ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "encoder"})
 
 
 def pretraining_changes(changes: Mapping[str, Any]) -> dict[str, Any]:

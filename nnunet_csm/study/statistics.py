@@ -5,7 +5,7 @@ path. Predictions of classes have a row a sample: `SETTING`, num_labelled, repea
 `finetuned` and `tested` name series: "all", "FLAIR", "T1w+T2w"; `labels` is the share of training patients that are labelled.
 
 A setting is what one row of a paper's table is about. A repeat is a training with a split, a seed or a fold of its
-own; it may test all patients or some. Dice is NaN where it is not defined (evaluation/segmentation.py) and then counts nowhere.
+own; it may test all patients or some. Dice is NaN where it is not defined (evaluation/scores.py) and then counts nowhere.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Float, Int
 from scipy.stats import wilcoxon
+
+from nnunet_csm.evaluation.bootstrap import SEED, drawn, drawn_within, interval, mean_of_defined, ratio, two_sided_p
+from nnunet_csm.evaluation.class_metrics import auc
+from nnunet_csm.evaluation.repeats import labels_and_probabilities
 
 SETTING = ["table", "arm", "labels", "finetuned", "tested"]
 ALL_SERIES, JOIN = "all", "+"
@@ -23,49 +27,14 @@ ALL_SERIES, JOIN = "all", "+"
 SINGLE_MEAN = "mean of single series"
 AVERAGE = "Average"
 AUC = "AUC"
-PROBABILITY = "p_"
 
 # Dice below which a structure counts as missed
 FAILURE = 0.1
 NUM_RESAMPLES = 5000
-CONFIDENCE = 0.95
-SEED = 12345
 
-SUMMARY = [
-    *SETTING,
-    "num_labelled_min",
-    "num_labelled_max",
-    "structure",
-    "mean",
-    "sd",
-    "num_repeats",
-    "num_cases",
-    "num_patients",
-    "median",
-    "share_failed",
-]
-COMPARISONS = [
-    "table",
-    "arm",
-    "baseline",
-    "labels",
-    "baseline_labels",
-    "finetuned",
-    "tested",
-    "structure",
-    "num_patients",
-    "num_repeats",
-    "num_pairs",
-    "num_unpaired",
-    "difference",
-    "low",
-    "high",
-    "test",
-    "p_value",
-    "p_holm",
-    "note",
-]
+COMPARED = ["table", "arm", "baseline", "labels", "baseline_labels", "finetuned", "tested"]
 PAIR = ["patient", "case", "repeat"]
+RUN = ["table", "arm", "labels", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +50,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Pair:
-    """Rows of two arms to be compared; `names` holds the first columns of a comparison, up to `tested`."""
+    """Rows of two arms to be compared; `names` are `COMPARED`."""
 
     names: Mapping[str, Any]
     arm: pd.DataFrame
@@ -89,34 +58,34 @@ class Pair:
 
 
 def with_single_mean(results: pd.DataFrame) -> pd.DataFrame:
-    """Add, where networks were fine-tuned and tested on one series each, their mean over the series as a setting of its own.
-
-    Only runs that have all single series of their table: means over different series are not to be compared.
-    """
-    single = _single(results)
-    run = ["table", "arm", "labels", "repeat"]
-    num_series = single.groupby("table")["tested"].nunique()
-    complete = single.groupby(run)["tested"].transform("nunique") == single["table"].map(num_series)
-    single = single[complete & (single["table"].map(num_series) > 1)]
+    """Add, where networks were fine-tuned and tested on one series each, their mean over the series as a setting of its own."""
+    single = _of_single_series(results)
     if single.empty:
         return results
-    keys = [*run, *(["division"] if "division" in single else []), "num_labelled", "case", "patient", "structure"]
+    keys = [*RUN, *(["division"] if "division" in single else []), "num_labelled", "case", "patient", "structure"]
     mean = single.groupby(keys, sort=False)["dice"].mean().reset_index().assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
     return pd.concat([results, mean], ignore_index=True)
 
 
-def _single(table: pd.DataFrame) -> pd.DataFrame:
+def _of_single_series(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of networks of one series, of runs that have all single series of their table, where there are several.
+
+    Means over different series are not to be compared.
+    """
     one = ~table["tested"].str.contains(JOIN, regex=False) & (table["tested"] != ALL_SERIES)
-    return table[one & (table["tested"] == table["finetuned"])]
+    single = table[one & (table["tested"] == table["finetuned"])]
+    num_series = single["table"].map(single.groupby("table")["tested"].nunique())
+    return single[(num_series > 1) & (single.groupby(RUN)["tested"].transform("nunique") == num_series)]
 
 
 def summarize(results: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting and structure, and the average over structures where there are several: `SUMMARY`.
+    """A row a setting and structure, and the average over structures where there are several.
 
-    mean and sd (n - 1): over repeats, of the mean over cases within each, as the paper's tables have them. The average is the
-    mean over structures of these means; a repeat in which a structure is nowhere defined has none. median: over patients, of a
-    patient's mean over repeats. share_failed: of tested cases, those with Dice below 0.1. For the latter two, a case's average is
-    over the structures defined in it. num_cases counts tested cases, the same one in two repeats twice.
+    Columns are `SETTING`, num_labelled_min, num_labelled_max, structure and these. mean and sd (n - 1): over repeats, of the
+    mean over cases within each, as the paper's tables have them. The average is the mean over structures of these means; a
+    repeat in which a structure is nowhere defined has none. num_cases counts tested cases, the same one in two repeats twice.
+    median: over patients, of a patient's mean over repeats. share_failed: of tested cases, those with Dice below 0.1. For the
+    latter two, a case's average is over the structures defined in it.
     """
     structures = list(dict.fromkeys(results["structure"]))
     rows: list[dict[str, Any]] = []
@@ -128,25 +97,27 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
             by_case.insert(0, AVERAGE, by_case.mean(axis=1))
         for structure in by_repeat:
             dice = by_case[structure].dropna()
-            rows.append(
-                {
-                    **dict(zip(SETTING, setting, strict=True)),
-                    **_labelled(group),
-                    "structure": structure,
-                    "mean": by_repeat[structure].mean(),
-                    "sd": by_repeat[structure].std(),
-                    "num_repeats": int(by_repeat[structure].count()),
-                    "num_cases": len(dice),
-                    "num_patients": dice.index.get_level_values("patient").nunique(),
-                    "median": dice.groupby("patient").mean().median(),
-                    "share_failed": (dice < FAILURE).mean() if len(dice) else np.nan,
-                }
-            )
-    return pd.DataFrame(rows, columns=SUMMARY)
+            tested = {
+                "num_cases": len(dice),
+                "num_patients": dice.index.get_level_values("patient").nunique(),
+                "median": dice.groupby("patient").mean().median(),
+                "share_failed": (dice < FAILURE).mean() if len(dice) else np.nan,
+            }
+            rows.append({**_over_repeats(setting, group, structure, by_repeat[structure]), **tested})
+    return pd.DataFrame(rows)
 
 
-def _labelled(group: pd.DataFrame) -> dict[str, int]:
-    return {"num_labelled_min": int(group["num_labelled"].min()), "num_labelled_max": int(group["num_labelled"].max())}
+def _over_repeats(setting: tuple[Any, ...], group: pd.DataFrame, structure: str, by_repeat: pd.Series) -> dict[str, Any]:
+    """The first columns of a summary, up to num_repeats."""
+    return {
+        **dict(zip(SETTING, setting, strict=True)),
+        "num_labelled_min": int(group["num_labelled"].min()),
+        "num_labelled_max": int(group["num_labelled"].max()),
+        "structure": structure,
+        "mean": by_repeat.mean(),
+        "sd": by_repeat.std(),
+        "num_repeats": int(by_repeat.count()),
+    }
 
 
 def _wide(group: pd.DataFrame, structures: Sequence[str]) -> pd.DataFrame:
@@ -173,7 +144,7 @@ def pairs(table: pd.DataFrame, contrasts: Sequence[Contrast]) -> Iterator[Pair]:
                 first, second = arm[arm["labels"] == share], baseline[baseline["labels"] == other]
                 if len(first) and len(second):
                     names = (name, contrast.arm, contrast.baseline, share, other, finetuned, tested)
-                    yield Pair(dict(zip(COMPARISONS, names, strict=False)), first, second)
+                    yield Pair(dict(zip(COMPARED, names, strict=True)), first, second)
 
 
 def differences(pair: Pair) -> dict[str, pd.DataFrame]:
@@ -186,7 +157,7 @@ def differences(pair: Pair) -> dict[str, pd.DataFrame]:
 
 
 def scores(group: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Structure to Dice of one setting, as `differences` has it. `interval` of its transpose is that of a mean over repeats."""
+    """Structure to Dice of one setting, as `differences` has it."""
     return _by_patient(_wide(group, list(dict.fromkeys(group["structure"]))))
 
 
@@ -197,19 +168,20 @@ def _by_patient(by_case: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFrame:
-    """A row a pair of settings and structure: `COMPARISONS`, differences being arm - baseline on the same (case, repeat).
+    """A row a pair of settings and structure, differences being arm - baseline on the same (case, repeat).
 
-    difference: mean over patients of a patient's mean over repeats. low, high: `interval` over patients and repeats. p_value:
-    Wilcoxon's signed-rank test over patients' means. p_holm: corrected for all comparisons of the table, those with a
-    part of the series at test time being a table of their own. num_unpaired counts
-    (case, repeat) that one arm lacks: not tested, or Dice not defined, as of a structure that is neither there nor predicted.
+    Columns are `COMPARED`, structure, num_patients, num_repeats, num_pairs and these. difference: mean over patients of a
+    patient's mean over repeats. low, high: `crossed_interval` over patients and repeats. p_value: Wilcoxon's signed-rank test
+    over patients' means. p_holm: corrected for all comparisons of the table, those with a part of the series at test time being
+    a table of their own. num_unpaired counts (case, repeat) that one arm lacks: not tested, or Dice not defined, as of a
+    structure that is neither there nor predicted.
     """
     rows = []
     for pair in pairs(results, contrasts):
         num_unpaired = _num_unpaired(pair)
         for structure, matrix in differences(pair).items():
             found, of_division = matrix.to_numpy(), divisions(pair.arm, matrix.columns)
-            low, high = interval(found, of_division)
+            low, high = crossed_interval(found, of_division)
             there = (~np.isnan(found)).any(0)
             rows.append(
                 {
@@ -219,11 +191,12 @@ def compare(results: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFram
                     "num_repeats": int(there.sum()),
                     "num_pairs": int((~np.isnan(found)).sum()),
                     "num_unpaired": num_unpaired[structure],
-                    "difference": _mean_of_means(found),
+                    "difference": mean_of_defined(found, axis=1).mean() if len(found) else np.nan,
                     "low": low,
                     "high": high,
                     "test": "Wilcoxon",
-                    "p_value": signed_rank(_means(found)),
+                    "p_value": signed_rank(mean_of_defined(found, axis=1)),
+                    "p_holm": np.nan,
                     "note": _note(len(found), int(there.sum()), len({*of_division[there]})),
                 }
             )
@@ -258,13 +231,13 @@ def _note(num_patients: int, num_repeats: int, num_divisions: int) -> str:
 
 
 def _with_holm(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows, columns=COMPARISONS)
+    table = pd.DataFrame(rows, columns=None if rows else COMPARED)
     for _, group in table.groupby(["table", table["tested"] != table["finetuned"]], sort=False):
         table.loc[group.index, "p_holm"] = holm(group["p_value"].to_numpy(np.float64))
     return table
 
 
-def interval(
+def crossed_interval(
     values: Float[np.ndarray, "p r"],
     divisions: Int[np.ndarray, " r"] | None = None,
     num_resamples: int = NUM_RESAMPLES,
@@ -282,50 +255,12 @@ def interval(
     rng = np.random.default_rng(seed)
     exists = ~np.isnan(values)
     num_rows, num_columns = values.shape
-    rows = _draws(rng, num_rows, num_resamples)
-    columns = _draws_of_repeats(rng, np.arange(num_columns) if divisions is None else divisions, num_resamples)
+    rows = drawn(rng, num_rows, num_resamples)
+    columns = drawn_within(rng, np.arange(num_columns) if divisions is None else divisions, num_resamples)
     weight = columns @ exists.T
-    means = np.nan_to_num(_ratio(columns @ np.where(exists, values, 0).T, weight))
-    return _percentiles(_ratio((rows * means).sum(1), (rows * (weight > 0)).sum(1)))
-
-
-def _draws_of_repeats(rng: np.random.Generator, divisions: Int[np.ndarray, " r"], num_resamples: int) -> Float[np.ndarray, "n r"]:
-    """How often each repeat is in each resample: divisions are drawn, then as many repeats of each as it has."""
-    names, member = np.unique(divisions, return_inverse=True)
-    drawn = _draws(rng, len(names), num_resamples)
-    counts = np.zeros((num_resamples, len(divisions)))
-    for number in range(len(names)):
-        repeats = np.flatnonzero(member == number)
-        num_drawn = (drawn[:, number] * len(repeats)).astype(np.int64)
-        counts[:, repeats] = rng.multinomial(num_drawn, np.full(len(repeats), 1 / len(repeats)))
-    return counts
-
-
-def _draws(rng: np.random.Generator, size: int, num_resamples: int) -> Float[np.ndarray, "n size"]:
-    """How often each of `size` is in each resample."""
-    return rng.multinomial(size, np.full(size, 1 / size), size=num_resamples).astype(np.float64)
-
-
-def _percentiles(resampled: Float[np.ndarray, " n"]) -> tuple[float, float]:
-    """NaN where fewer than half of the resamples are defined."""
-    defined = resampled[~np.isnan(resampled)]
-    if defined.size < resampled.size / 2:
-        return np.nan, np.nan
-    low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    means = np.nan_to_num(ratio(columns @ np.where(exists, values, 0).T, weight))
+    low, high = interval(ratio((rows * means).sum(1), (rows * (weight > 0)).sum(1)))
     return float(low), float(high)
-
-
-def _ratio(numerator: Float[np.ndarray, "..."], denominator: Real[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator != 0)
-
-
-def _means(values: Float[np.ndarray, "p r"]) -> Float[np.ndarray, " p"]:
-    return np.nansum(values, axis=1) / (~np.isnan(values)).sum(axis=1)
-
-
-def _mean_of_means(values: Float[np.ndarray, "p r"]) -> float:
-    return float(_means(values).mean()) if len(values) else np.nan
 
 
 def signed_rank(values: Float[np.ndarray, " p"]) -> float:
@@ -348,46 +283,15 @@ def summarize_classes(predictions: pd.DataFrame) -> pd.DataFrame:
 
     With several classes the AUC is the mean of each against all others. There is no median and no share of failures.
     """
-    areas = [
-        {
-            **dict(zip(SETTING, setting[:-1], strict=True)),
-            "repeat": setting[-1],
-            "auc": _areas(group, np.ones((1, len(group))))[0],
-        }
-        for setting, group in predictions.groupby([*SETTING, "repeat"], sort=False)
-    ]
-    by_repeat = pd.concat([pd.DataFrame(areas), _single_mean_of_areas(pd.DataFrame(areas))], ignore_index=True)
+    known = predictions.assign(series=predictions["tested"])
+    single = _of_single_series(known).assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
     rows = []
-    for setting, group in by_repeat.groupby(SETTING, sort=False):
-        names = dict(zip(SETTING, setting, strict=True))
-        is_mean = names["tested"] == SINGLE_MEAN
-        settings = SETTING[:3] if is_mean else SETTING
-        among = _single(predictions) if is_mean else predictions
-        tested = among[(among[settings] == [names[name] for name in settings]).all(axis=1)]
-        rows.append(
-            {
-                **names,
-                **_labelled(tested),
-                "structure": AUC,
-                "mean": group["auc"].mean(),
-                "sd": group["auc"].std(),
-                "num_repeats": int(group["auc"].count()),
-                "num_cases": tested.drop_duplicates(["repeat", "case", "mask_label"]).shape[0],
-                "num_patients": tested["patient"].nunique(),
-                "median": np.nan,
-                "share_failed": np.nan,
-            }
-        )
-    return pd.DataFrame(rows, columns=SUMMARY)
-
-
-def _single_mean_of_areas(areas: pd.DataFrame) -> pd.DataFrame:
-    """Of runs that have all single series of their table, where there are several."""
-    single = _single(areas)
-    num_series = single["table"].map(single.groupby("table")["tested"].nunique())
-    run = ["table", "arm", "labels", "repeat"]
-    complete = single[(num_series > 1) & (single.groupby(run)["tested"].transform("size") == num_series)]
-    return complete.groupby(run, sort=False)["auc"].mean().reset_index().assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
+    for setting, group in pd.concat([known, single]).groupby(SETTING, sort=False):
+        by_repeat = group.groupby(["repeat", "series"])[list(group)].apply(_auc).groupby("repeat").mean()
+        num_cases = len(group.drop_duplicates(["repeat", "case", "mask_label"]))
+        tested = {"num_cases": num_cases, "num_patients": group["patient"].nunique(), "median": np.nan, "share_failed": np.nan}
+        rows.append({**_over_repeats(setting, group, AUC, by_repeat), **tested})
+    return pd.DataFrame(rows)
 
 
 def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFrame:
@@ -401,8 +305,8 @@ def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) ->
         runs = _common_runs(pair)
         num_samples = sum(len(arm) for arm, _ in runs)
         num_patients = len({patient for arm, _ in runs for patient in arm["patient"]})
-        resampled = _area_differences(runs, NUM_RESAMPLES) if num_patients > 1 else np.full(1, np.nan)
-        low, high = _percentiles(resampled)
+        resampled = _differences_of_auc(runs, NUM_RESAMPLES) if num_patients > 1 else np.full(1, np.nan)
+        low, high = interval(resampled)
         rows.append(
             {
                 **pair.names,
@@ -411,11 +315,12 @@ def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) ->
                 "num_repeats": len(runs),
                 "num_pairs": num_samples,
                 "num_unpaired": len(pair.arm) + len(pair.baseline) - 2 * num_samples,
-                "difference": float(_area_differences(runs, 0)[0]),
+                "difference": _differences_of_auc(runs, 0)[0] if runs else np.nan,
                 "low": low,
                 "high": high,
                 "test": "bootstrap",
-                "p_value": _two_sided(resampled),
+                "p_value": two_sided_p(resampled),
+                "p_holm": np.nan,
                 "note": _note(num_patients, len(runs), len({*divisions(pair.arm, pair.arm["repeat"].unique())})),
             }
         )
@@ -431,48 +336,22 @@ def _common_runs(pair: Pair) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     return [(rows, baseline.loc[rows.index]) for _, rows in arm.groupby("repeat", sort=False)]
 
 
-def _area_differences(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_resamples: int) -> Float[np.ndarray, " n"]:
+def _differences_of_auc(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_resamples: int) -> Float[np.ndarray, " n"]:
     """Arm - baseline, mean over repeats in which both are defined: of resamples, or, of 0 resamples, the value itself."""
-    if not runs:
-        return np.full(max(num_resamples, 1), np.nan)
-    patients = sorted({patient for arm, _ in runs for patient in arm["patient"]})
-    rng = np.random.default_rng(SEED)
-    drawn, repeats = np.ones((1, len(patients))), np.ones((1, len(runs)))
+    patient = np.unique(np.concatenate([arm["patient"] for arm, _ in runs]), return_inverse=True)[1]
+    times, repeats = np.ones((1, patient.max() + 1)), np.ones((1, len(runs)))
     if num_resamples:
-        of = np.concatenate([divisions(arm, [arm["repeat"].iloc[0]]) for arm, _ in runs])
-        drawn, repeats = _draws(rng, len(patients), num_resamples), _draws_of_repeats(rng, of, num_resamples)
-    found = []
-    for arm, baseline in runs:
-        weights = drawn[:, np.searchsorted(patients, arm["patient"])]
-        found.append(_areas(arm, weights) - _areas(baseline, weights))
-    of_repeats = np.stack(found, axis=1)
-    return _ratio((repeats * np.nan_to_num(of_repeats)).sum(1), np.where(np.isnan(of_repeats), 0, repeats).sum(1))
+        rng = np.random.default_rng(SEED)
+        times = drawn(rng, times.shape[1], num_resamples)
+        repeats = drawn_within(rng, np.concatenate([divisions(arm, arm["repeat"][:1]) for arm, _ in runs]), num_resamples)
+    weights = np.split(times[:, patient], np.cumsum([len(arm) for arm, _ in runs])[:-1], axis=1)
+    found = [
+        auc(*labels_and_probabilities(arm), drawn_here) - auc(*labels_and_probabilities(baseline), drawn_here)
+        for (arm, baseline), drawn_here in zip(runs, weights, strict=True)
+    ]
+    by_repeat = np.stack(found, axis=1)
+    return ratio((repeats * np.nan_to_num(by_repeat)).sum(1), np.where(np.isnan(by_repeat), 0, repeats).sum(1))
 
 
-def _areas(samples: pd.DataFrame, weights: Float[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
-    """AUC of weighted samples of one network: of the last of two classes, or the mean of each against all others."""
-    classes = [name.removeprefix(PROBABILITY) for name in samples if name.startswith(PROBABILITY)]
-    counted = classes[1:] if len(classes) == 2 else classes
-    label = np.array([classes.index(name) for name in samples["class"]])
-    areas = [_area(label == classes.index(name), samples[PROBABILITY + name].to_numpy(), weights) for name in counted]
-    lacks = ((weights @ np.eye(len(classes))[label])[:, np.unique(label)] == 0).any(1)
-    return np.where(lacks, np.nan, _ratio(np.nansum(areas, axis=0), (~np.isnan(areas)).sum(0)))
-
-
-def _area(
-    is_positive: Bool[np.ndarray, " n"], score: Float[np.ndarray, " n"], weights: Float[np.ndarray, "r n"]
-) -> Float[np.ndarray, " r"]:
-    """Share of pairs of a positive and a negative that are in order, ties counting half (Mann, Whitney); NaN without a pair."""
-    gap = score[is_positive, None] - score[None, ~is_positive]
-    true, false = weights[:, is_positive], weights[:, ~is_positive]
-    in_order = ((true @ ((np.sign(gap) + 1) / 2)) * false).sum(1)
-    return _ratio(in_order, true.sum(1) * false.sum(1))
-
-
-def _two_sided(resampled: Float[np.ndarray, " n"]) -> float:
-    """Twice the smaller share on one side of 0, never below 2 / (n + 1); NaN where fewer than half of the resamples are."""
-    defined = resampled[~np.isnan(resampled)]
-    if defined.size < resampled.size / 2:
-        return np.nan
-    fewer = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
-    return min(1.0, 2 * (fewer + 1) / (len(defined) + 1))
+def _auc(samples: pd.DataFrame) -> float:
+    return float(auc(*labels_and_probabilities(samples), np.ones((1, len(samples))))[0])

@@ -3,18 +3,20 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
-from nnunet_csm.evaluation.segmentation import BRATS_REGIONS
+from nnunet_csm.evaluation.bootstrap import CONFIDENCE
+from nnunet_csm.evaluation.regions import short_name
 from nnunet_csm.files import write_text
 from nnunet_csm.study.grid import HIDDEN, SHOWN, Grid
 from nnunet_csm.study.statistics import (
     ALL_SERIES,
     AUC,
     AVERAGE,
-    CONFIDENCE,
     JOIN,
     SINGLE_MEAN,
     Contrast,
@@ -27,6 +29,7 @@ from nnunet_csm.study.statistics import (
 )
 
 UNDEFINED = "–"
+LABELS = "Labels (cases)"
 # more choices of series than these stand below each other
 MOST_COLUMNS = 5
 
@@ -51,7 +54,7 @@ class Tables:
         return "\n".join(grid.to_markdown() for grid in self.grids)
 
     def to_latex(self) -> str:
-        needed = "% needs \\usepackage{booktabs}, and \\usepackage{graphicx} for wide tables"
+        needed = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}"
         return "\n".join([needed, *(grid.to_latex() for grid in self.grids)])
 
     def save(self, folder: Path) -> None:
@@ -119,7 +122,7 @@ def _grids_of(name: str, summary: pd.DataFrame, comparisons: pd.DataFrame) -> It
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """By series, then by share of labels, each in order of appearance."""
+    """Sort by series, then by share of labels, each in order of appearance."""
     ranks = {column: table[column].map(list(dict.fromkeys(table[column])).index) for column in ("finetuned", "tested", "labels")}
     return table.loc[pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index]
 
@@ -145,11 +148,6 @@ def costs_by_arm(costs: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def _short(structure: str) -> str:
-    """As the paper's tables name it."""
-    return BRATS_REGIONS[structure][0] if structure in BRATS_REGIONS else structure
-
-
 def _series_of(summary: pd.DataFrame) -> list[str]:
     """Every single series that was tested alone or among others, in order of appearance."""
     tested = [
@@ -164,61 +162,67 @@ def _is_subset(table: pd.DataFrame) -> pd.Series:
 
 
 def mean_and_sd(mean: float, sd: float) -> str:
-    """As in the paper: 0.8345 ± 0.007. Of one repeat there is no deviation."""
+    """Write as in the paper: 0.8345 ± 0.007. Of one repeat there is no deviation."""
     if np.isnan(mean):
         return UNDEFINED
     return f"{mean:.4f}" if np.isnan(sd) else f"{mean:.4f} ± {sd:.3f}"
 
 
 def share_of_labels(share: float, least: int, most: int) -> str:
-    """With the number of cases, which differs between folds of different sizes."""
+    """Write a share with the number of cases, which differs between folds of different sizes."""
     return f"{100 * share:g} % ({least if least == most else f'{least}–{most}'})"
 
 
-def _series_name(tested: str, finetuned: str) -> str:
-    if tested == finetuned:
-        return "all series" if tested == ALL_SERIES else tested
-    return f"{tested}, of {finetuned}"
+def _series_names(table: pd.DataFrame) -> list[str]:
+    """The series given at test time, and those of the fine-tuning where they are others."""
+    names = zip(table["tested"], table["finetuned"], strict=True)
+    return [f"{tested}, of {finetuned}" if tested != finetuned else series_name(tested) for tested, finetuned in names]
+
+
+def series_name(tested: str) -> str:
+    return "all series" if tested == ALL_SERIES else tested
 
 
 def _main_grids(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
     """Arms by structures, as tables I, II and V; one structure and few choices of series: arms by series, as III and IV."""
     whole = summary[~_is_subset(summary)]
-    if whole.empty:
-        return
+    whole = whole.assign(Method=whole["arm"], Series=_series_names(whole))
     for is_auc, part in whole.groupby(whole["structure"] == AUC, sort=True):
-        measure = "AUC" if is_auc else "Dice"
-        structures, settings = (list(dict.fromkeys(part[column])) for column in ("structure", "tested"))
+        measure, part = "AUC" if is_auc else "Dice", part.copy()
+        structures, settings = part["structure"].unique(), part["Series"].unique()
         by_series = len(structures) == 1 and 1 < len(settings) <= MOST_COLUMNS
-        columns = [_series_name(tested, tested) for tested in settings] if by_series else structures
-        part = part.assign(column=part["tested"].map(lambda t: _series_name(t, t)) if by_series else part["structure"])
-        keys = ["labels"] if by_series else ["finetuned", "labels"]
         with_series = not by_series and len(settings) > 1
-        with_labels = part["labels"].nunique() > 1
-        blocks: list[int] = []
-        best: set[tuple[int, int]] = set()
-        rows: list[tuple[str, ...]] = []
-        cells: dict[tuple[int, int], tuple[float, float]] = {}
-        for _, block in part.groupby(keys, sort=False):
-            blocks.append(len(rows))
-            for arm, of_arm in block.groupby("arm", sort=False):
-                one = of_arm.iloc[0]
-                labels = share_of_labels(one["labels"], of_arm["num_labelled_min"].min(), of_arm["num_labelled_max"].max())
-                series = _series_name(one["tested"], one["finetuned"])
-                names = (arm, *([series] if with_series else []), labels)
-                found = {row["column"]: (row["mean"], row["sd"]) for _, row in of_arm.iterrows()}
-                for position, column in enumerate(columns):
-                    cells[len(rows), position] = found.get(column, (np.nan, np.nan))
-                rows.append((*names, *(mean_and_sd(*cells[len(rows), position]) for position in range(len(columns)))))
-            best |= _best(cells, range(blocks[-1], len(rows)), len(columns), 3 if with_series else 2)
-        header = ("Method", *(["Series"] if with_series else []), "Labels (cases)", *map(_short, columns))
-        sizes = f"{_range(part['num_repeats'])} repeats, {part['num_patients'].max()} patients tested"
-        only = f", {_series_name(settings[0], settings[0])}" if len(settings) == 1 else ""
-        caption = f"{name}: {measure}{only}, mean ± standard deviation over {sizes}"
+        part["block"] = part.groupby(["labels"] if by_series else ["finetuned", "labels"], sort=False).ngroup()
+        row = part.groupby(["block", "arm"])
+        least, most = row["num_labelled_min"].transform("min"), row["num_labelled_max"].transform("max")
+        part[LABELS] = list(map(share_of_labels, part["labels"], least, most))
+        part["column"] = part["Series"] if by_series else part["structure"].map(short_name)
+
+        names = ["Method", *(["Series"] if with_series else []), LABELS]
+        texts, means = _wide(part.sort_values("block", kind="stable"), ["block", *names], part["column"].unique())
+        num_in_block = means.groupby("block").transform("size").to_numpy()
+        best = (means == means.groupby("block").transform("max")).to_numpy() & (num_in_block > 1)[:, None]
+        cells = texts.reset_index()
+        starts = tuple(np.flatnonzero(cells.pop("block").diff() != 0).tolist())
         # shares of labels of one arm read better as one block
-        blocks = [0] if with_labels and part["arm"].nunique() == 1 and not with_series else blocks
-        num_text, details = len(header) - len(columns), frozenset({"Labels (cases)"})
-        yield Grid(name, measure, caption, header, tuple(rows), num_text, frozenset(best), tuple(blocks), details)
+        blocks = (0,) if part["arm"].nunique() == 1 and not with_series else starts
+        sizes = f"{_range(part['num_repeats'])} repeats, {part['num_patients'].max()} patients tested"
+        only = f", {settings[0]}" if len(settings) == 1 else ""
+        caption = f"{name}: {measure}{only}, mean ± standard deviation over {sizes}"
+        yield Grid(name, measure, caption, cells, len(names), _beside(names, best), blocks).brief(LABELS)
+
+
+def _wide(part: pd.DataFrame, names: Sequence[Any], columns: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Mean ± deviation as text, and means as printed, a row each of `names` in order of appearance, by `column`."""
+    texts = part.assign(text=list(map(mean_and_sd, part["mean"], part["sd"])), mean=part["mean"].round(4))
+    wide = texts.pivot(index=names, columns="column", values=["text", "mean"])
+    wide = wide.reindex(pd.MultiIndex.from_frame(part[names].drop_duplicates()))
+    return wide["text"][columns].fillna(UNDEFINED), wide["mean"][columns].astype(float)
+
+
+def _beside(names: Sequence[Any], best: Bool[np.ndarray, "row value"]) -> Bool[np.ndarray, "row column"]:
+    """The best of a table whose first columns are names."""
+    return np.pad(best, [(0, 0), (len(names), 0)])
 
 
 def _range(numbers: pd.Series) -> str:
@@ -226,57 +230,34 @@ def _range(numbers: pd.Series) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
-def _best(
-    cells: Mapping[tuple[int, int], tuple[float, float]], rows: range, num_columns: int, offset: int
-) -> set[tuple[int, int]]:
-    """The highest mean of each column within a block of two rows or more, as printed: ties share it."""
-    best = set()
-    for column in range(num_columns if len(rows) > 1 else 0):
-        values = {row: round(cells[row, column][0], 4) for row in rows if not np.isnan(cells[row, column][0])}
-        best |= {(row, column + offset) for row, value in values.items() if value == max(values.values())}
-    return best
-
-
 def _subset_grids(name: str, summary: pd.DataFrame, series: Sequence[str]) -> Iterator[Grid]:
     """Series given at test time by arms, a table a structure, for networks that were tested without some of their series."""
     partly = summary[_is_subset(summary)][["finetuned", "labels"]].drop_duplicates()
     for finetuned, share in partly.itertuples(index=False):
         part = summary[(summary["finetuned"] == finetuned) & (summary["labels"] == share)]
-        arms = list(dict.fromkeys(part["arm"]))
         known = list(series) if finetuned == ALL_SERIES else finetuned.split(JOIN)
+        arms, places = part["arm"].unique(), list(range(len(known)))
         for structure, of_structure in part.groupby("structure", sort=False):
-            by_subset = {
-                tuple(one in (known if tested in (ALL_SERIES, finetuned) else tested.split(JOIN)) for one in known): rows
-                for tested, rows in of_structure.groupby("tested", sort=False)
-            }
-            rows: list[tuple[str, ...]] = []
-            cells: dict[tuple[int, int], tuple[float, float]] = {}
-            for subset in sorted(by_subset, key=lambda shown: (sum(shown), tuple(not one for one in shown))):
-                found = {row["arm"]: (row["mean"], row["sd"]) for _, row in by_subset[subset].iterrows()}
-                for position, arm in enumerate(arms):
-                    cells[len(rows), position] = found.get(arm, (np.nan, np.nan))
-                values = (mean_and_sd(*cells[len(rows), position]) for position in range(len(arms)))
-                rows.append((*(SHOWN if one else HIDDEN for one in subset), *values))
-            means = [float(np.mean([cells[row, position][0] for row in range(len(rows))])) for position in range(len(arms))]
-            rows.append((*("mean", *[""] * (len(known) - 1)), *(mean_and_sd(mean, np.nan) for mean in means)))
+            given = [known if tested in (ALL_SERIES, finetuned) else tested.split(JOIN) for tested in of_structure["tested"]]
+            dots = pd.DataFrame([[SHOWN if one in names else HIDDEN for one in known] for names in given], of_structure.index)
+            rows = of_structure.assign(column=of_structure["arm"], num_shown=(dots == SHOWN).sum(axis=1)).join(dots)
+            rows = rows.drop_duplicates([*places, "column"], keep="last")
+            # few series first, the first of them before the others
+            texts, means = _wide(rows.sort_values(["num_shown", *places], ascending=[True, *[False] * len(places)]), places, arms)
+            over_all = rows.pivot(index=places, columns="column", values="mean")[arms].mean(skipna=False)
+            last = ["mean", *[""] * (len(known) - 1), *(mean_and_sd(mean, np.nan) for mean in over_all)]
+            cells = pd.DataFrame([*texts.reset_index().to_numpy(), last], columns=[*known, *arms])
+            printed = np.vstack([means, over_all.round(4)])
+            best = (printed == np.fmax.reduce(printed, axis=1, keepdims=True)) & (len(arms) > 1)
             one = of_structure.iloc[0]
             labels = share_of_labels(share, one["num_labelled_min"], of_structure["num_labelled_max"].max())
-            measure = "AUC" if structure == AUC else ("average Dice" if structure == AVERAGE else f"Dice of {_short(structure)}")
+            measure = {AUC: "AUC", AVERAGE: "average Dice"}.get(structure, f"Dice of {short_name(structure)}")
             caption = (
                 f"{name}: {measure} with a part of the series at test time ({SHOWN} given, {HIDDEN} missing), "
                 f"one network for all parts, labels {labels}"
             )
-            best = _best_of_rows(cells, len(rows) - 1, len(arms), len(known))
-            best |= {(len(rows) - 1, len(known) + p) for p in range(len(arms)) if len(arms) > 1 and means[p] == np.nanmax(means)}
             grid_name = f"subsets {structure} {100 * share:g}"
-            yield Grid(name, grid_name, caption, (*known, *arms), tuple(rows), len(known), frozenset(best), (0, len(rows) - 1))
-
-
-def _best_of_rows(
-    cells: Mapping[tuple[int, int], tuple[float, float]], num_rows: int, num_columns: int, offset: int
-) -> set[tuple[int, int]]:
-    turned = {(column, row): cells[row, column] for row in range(num_rows) for column in range(num_columns)}
-    return {(row, column + offset) for column, row in _best(turned, range(num_columns), num_rows, 0)}
+            yield Grid(name, grid_name, caption, cells, len(known), _beside(known, best), (0, len(cells) - 1))
 
 
 def _robust_grid(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
@@ -285,84 +266,70 @@ def _robust_grid(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
     part = part[part["structure"] == AVERAGE] if (part["structure"] == AVERAGE).any() else part
     if part.empty:
         return
-    rows = tuple(
-        (
-            row["arm"],
-            _series_name(row["tested"], row["finetuned"]),
-            share_of_labels(row["labels"], row["num_labelled_min"], row["num_labelled_max"]),
-            _short(row["structure"]),
-            _number(row["median"]),
-            UNDEFINED if np.isnan(row["share_failed"]) else f"{100 * row['share_failed']:.1f} %",
-            f"{row['num_cases']} ({row['num_patients']})",
-        )
-        for _, row in part.iterrows()
-    )
-    header = ("Method", "Series", "Labels (cases)", "Structure", "Median", "Dice < 0.1", "Tested (patients)")
+    names = {
+        "Method": part["arm"],
+        "Series": _series_names(part),
+        LABELS: list(map(share_of_labels, part["labels"], part["num_labelled_min"], part["num_labelled_max"])),
+        "Structure": part["structure"].map(short_name),
+    }
+    numbers = {
+        "Median": part["median"].map("{:.4f}".format, na_action="ignore"),
+        "Dice < 0.1": part["share_failed"].map(lambda share: f"{100 * share:.1f} %", na_action="ignore"),
+        "Tested (patients)": [
+            f"{cases} ({patients})" for cases, patients in zip(part["num_cases"], part["num_patients"], strict=True)
+        ],
+    }
     caption = f"{name}: median Dice over patients, and the share of tested cases that are missed"
-    details = frozenset({"Series", "Labels (cases)", "Structure", "Tested (patients)"})
-    yield Grid(name, "failures", caption, header, rows, 4, details=details)
+    yield _plain(name, "failures", caption, names, numbers).brief("Series", LABELS, "Structure", "Tested (patients)")
 
 
-def _number(value: float) -> str:
-    return UNDEFINED if np.isnan(value) else f"{value:.4f}"
+def _plain(table: str, name: str, caption: str, names: Mapping[str, Any], numbers: Mapping[str, Any]) -> Grid:
+    """Columns of text; what is not defined is a dash, and nothing is best."""
+    cells = pd.DataFrame({**names, **numbers}).fillna(UNDEFINED).reset_index(drop=True)
+    return Grid(table, name, caption, cells, len(names), np.zeros(cells.shape, bool))
 
 
 def _comparison_grids(name: str, comparisons: pd.DataFrame) -> Iterator[Grid]:
-    """With the series that networks were made for; with a part of them."""
+    """Tables with the series that networks were made for, and with a part of them."""
     for is_part, part in comparisons.groupby(_is_subset(comparisons), sort=True):
         yield _comparison_grid(name, "comparisons of parts" if is_part else "comparisons", part)
 
 
 def _comparison_grid(name: str, part: str, comparisons: pd.DataFrame) -> Grid:
-    rows = tuple(
-        (
-            _versus(row),
-            _series_name(row["tested"], row["finetuned"]),
-            f"{100 * row['labels']:g} %",
-            _short(row["structure"]),
-            points(row["difference"]),
-            UNDEFINED if np.isnan(row["low"]) else f"{points(row['low'])} to {points(row['high'])}",
-            p_text(row["p_value"]),
-            p_text(row["p_holm"]),
-            f"{row['num_patients']} × {row['num_repeats']}",
-            row["note"],
-        )
-        for _, row in comparisons.iterrows()
-    )
-    header = (
-        "Comparison",
-        "Series",
-        "Labels",
-        "Structure",
-        "Points",
-        "95 % interval",
-        "p",
-        "p (Holm)",
-        "Patients × repeats",
-        "Note",
-    )
-    keep = [i for i in range(len(header)) if header[i] != "Note" or any(row[i] for row in rows)]
+    ends = zip(map(points, comparisons["low"]), map(points, comparisons["high"]), strict=True)
+    names = {
+        "Comparison": comparisons.apply(versus, axis=1),
+        "Series": _series_names(comparisons),
+        "Labels": comparisons["labels"].map(percent),
+        "Structure": comparisons["structure"].map(short_name),
+    }
+    numbers = {
+        "Points": comparisons["difference"].map(points),
+        "95 % interval": [UNDEFINED if low == UNDEFINED else f"{low} to {high}" for low, high in ends],
+        "p": comparisons["p_value"].map(p_text),
+        "p (Holm)": comparisons["p_holm"].map(p_text),
+        "Patients × repeats": comparisons["num_patients"].astype(str) + " × " + comparisons["num_repeats"].astype(str),
+        **({"Note": comparisons["note"]} if comparisons["note"].any() else {}),
+    }
     tests = " and ".join(dict.fromkeys("Wilcoxon over patients" if t == "Wilcoxon" else "bootstrap" for t in comparisons["test"]))
     given = " with a part of the series at test time" if part != "comparisons" else ""
     num_tests = int(comparisons["p_value"].count())
     caption = (
         f"{name}: paired differences{given} in points ({100 * CONFIDENCE:g} % bootstrap interval over patients and repeats; "
-        f"p: {tests}; "
-        f"Holm over the {num_tests} test{'s' if num_tests != 1 else ''} of this table)"
+        f"p: {tests}; Holm over the {num_tests} test{'s' if num_tests != 1 else ''} of this table)"
     )
-    shown = tuple(tuple(row[i] for i in keep) for row in rows)
-    details = frozenset({"Series", "Labels", "Structure", "Patients × repeats", "Note"})
-    return Grid(name, part, caption, tuple(header[i] for i in keep), shown, 4, details=details)
+    details = ("Series", "Labels", "Structure", "Patients × repeats", "Note")
+    return _plain(name, part, caption, names, numbers).brief(*details)
 
 
-def _versus(row: pd.Series) -> str:
+def versus(row: Mapping[str, Any]) -> str:
     """What is compared; the baseline's share of labels where it is another."""
-    other = "" if row["labels"] == row["baseline_labels"] else f" with {100 * row['baseline_labels']:g} %"
+    other = "" if row["labels"] == row["baseline_labels"] else f" with {percent(row['baseline_labels'])}"
     return f"{row['arm']} − {row['baseline']}{other}"
 
 
 def points(difference: float) -> str:
-    """Of 100; with a sign."""
+    """Write a difference of Dice in points of 100, with a sign."""
     return UNDEFINED if np.isnan(difference) else f"{100 * difference:+.2f}".replace("-", "−")
 
 
@@ -375,38 +342,29 @@ def p_text(p_value: float) -> str:
 def _cost_grid(costs: pd.DataFrame) -> Iterator[Grid]:
     if costs.empty:
         return
-    rows = tuple(
-        (
-            row["arm"],
-            row["kind"],
-            UNDEFINED if np.isnan(row["labels"]) else f"{100 * row['labels']:g} %",
-            str(row["num_runs"]),
-            _rounded(row["minutes"], 1) + ("" if np.isnan(row["minutes_sd"]) else f" ± {row['minutes_sd']:.1f}"),
-            _rounded(row["peak_memory_gb"], 1),
-            _rounded(row["num_crops"], 0),
-            _rounded(row["visible_tokens"], 0),
-            UNDEFINED if np.isnan(row["encoder_share"]) else f"{100 * row['encoder_share']:.0f} %",
-            row["device"],
-        )
-        for _, row in costs.iterrows()
-    )
-    header = (
-        "Method",
-        "Run",
-        "Labels",
-        "Runs",
-        "Minutes a run",
-        "Peak GB",
-        "Crops",
-        "Visible tokens a crop",
-        "Encoder's share",
-        "Device",
-    )
+    minutes = [
+        _rounded(mean, 1) + ("" if np.isnan(sd) else f" ± {sd:.1f}")
+        for mean, sd in zip(costs["minutes"], costs["minutes_sd"], strict=True)
+    ]
+    names = {"Method": costs["arm"], "Run": costs["kind"], "Labels": costs["labels"].map(percent)}
+    numbers = {
+        "Runs": costs["num_runs"].astype(str),
+        "Minutes a run": minutes,
+        "Peak GB": [_rounded(value, 1) for value in costs["peak_memory_gb"]],
+        "Crops": [_rounded(value, 0) for value in costs["num_crops"]],
+        "Visible tokens a crop": [_rounded(value, 0) for value in costs["visible_tokens"]],
+        "Encoder's share": costs["encoder_share"].map(lambda share: f"{100 * share:.0f} %", na_action="ignore"),
+        "Device": costs["device"],
+    }
     caption = (
         "Cost: mean ± standard deviation over runs; encoder's share: of the Dice, what is lost when a segmenter is given the "
         "encoder's features of other patches"
     )
-    yield Grid("", "cost", caption, header, rows, 3, details=frozenset({"Device"}))
+    yield _plain("", "cost", caption, names, numbers).brief("Device")
+
+
+def percent(share: float) -> str:
+    return UNDEFINED if np.isnan(share) else f"{100 * share:g} %"
 
 
 def _rounded(value: float, digits: int) -> str:

@@ -22,7 +22,7 @@ class WeightAverage:
         self.start()
 
     def start(self) -> None:
-        """From the network's weights as they are now."""
+        """Begin from the network's weights as they are now."""
         self.weights = {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -23,16 +22,15 @@ from nnunet_csm.data.draws import Purpose, batches, generator, key
 from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, vary
 from nnunet_csm.data.sources import case_names, run_name, split
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.evaluation.classification import draw_classification, evaluate
+from nnunet_csm.evaluation.class_curves import draw_classification
+from nnunet_csm.evaluation.classification import evaluate
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.files import write_text
 from nnunet_csm.model.classifier import build_classifier, probabilities
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import Configuration, Recipe, Schedule
-from nnunet_csm.training.host import CUDA, CSMTrainer, without_copies
-from nnunet_csm.training.pretrained import ENCODER_VARIABLE
-
-SECONDS_BETWEEN_PICTURES = 60.0
+from nnunet_csm.training.host import CUDA, CSMTrainer
+from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 
 Batch = tuple[Tensor, Variation, Tensor]
 
@@ -86,7 +84,6 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         for name in [name for name in log if "dice" in name]:
             del log[name]
         log.update({name: [] for name in self.logged})
-        self.last_picture = 0.0
         self._best_ema: tuple[float, float] | None = None
         if self.settings.csm.finetuning.mirroring:
             self.inference_allowed_mirroring_axes = (0, 1, 2)
@@ -164,7 +161,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def initialize(self) -> None:
         super().initialize()
-        self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), self.absent_series())
+        self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), absent_series(self))
         if self.classification.freeze_encoder:
             self.encoder.requires_grad_(False)
 
@@ -177,7 +174,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         return nn.CrossEntropyLoss(weight, label_smoothing=self.classification.label_smoothing, reduction="none")
 
     def on_fresh_start(self) -> None:
-        self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
+        start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
 
     def held_out_cases(self) -> list[str]:
         return [case for side in ("val", "test") for case in self.split.get(side, [])]
@@ -223,9 +220,10 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         for name, why in volumes.left_out.items():
             self.print_to_log_file(f"WARNING: {name} is left out: {why}", add_timestamp=False)
         if not len(volumes) or (side == "train" and len(counted) < len(self.table.classes)):
+            lacking = ", ".join(c for c in self.table.classes if not counted[c])
             raise UserError(
-                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without samples of "
-                f"{', '.join(c for c in self.table.classes if not counted[c])}; see `nnunet_csm classification_check`"
+                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without samples of {lacking}; "
+                f"see `nnunet_csm doctor -d {self.plans_manager.dataset_name}`"
             )
         return volumes
 
@@ -302,16 +300,9 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         )
         # by AUC, ties by loss
         score = (0.0 if math.isnan(auc) else auc, -loss)
-        if self._best_ema is None or score > tuple(self._best_ema):
-            self._best_ema = score
-            self.save_checkpoint(join(self.output_folder, "checkpoint_best.pth"))
-        last = self.current_epoch == self.num_epochs - 1
-        if not last:
-            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
-        if self.ranks.rank == 0 and (last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES):
-            self.save_progress()
-            self.last_picture = time.monotonic()
-        self.current_epoch += 1
+        best = self._best_ema is None or score > tuple(self._best_ema)
+        self._best_ema = score if best else self._best_ema
+        self.finish_epoch(best, self.save_progress)
 
     def save_progress(self) -> None:
         log = self.logger.local_logger.my_fantastic_logging

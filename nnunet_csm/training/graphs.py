@@ -84,7 +84,7 @@ class GraphedSteps:
         return self.on_other_stream(tensors, others)
 
     def on_other_stream(self, tensors: Sequence[Tensor], others: Sequence[Hashable]) -> Tensor:
-        """As captures need it of the steps before them."""
+        """Run a step on another stream, as captures need it of the steps before them."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             loss = self.step(*tensors, *others)

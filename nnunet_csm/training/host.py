@@ -1,13 +1,10 @@
-"""What all trainers need of their host, nnU-Net's trainer: settings from the plans, keyed draws, checkpoints, progress.
-
-And what fine-tuning needs: the pretrained encoder, and cases without the copies that stand in for missing series.
-"""
+"""What all trainers need of their host, nnU-Net's trainer: settings from the plans, keyed draws, checkpoints, progress."""
 
 import math
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_csm import checkpoint, nnunet
+from nnunet_csm import checkpoint
 from nnunet_csm.data.bank import open_volumes
 from nnunet_csm.data.draws import Purpose, key, seed_everything
-from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone
 from nnunet_csm.machine import (
@@ -39,17 +34,16 @@ from nnunet_csm.machine import (
 )
 from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.model.transfer import as_table, read_encoder, transfer
-from nnunet_csm.plans import Recipe, Schedule, read_configuration
+from nnunet_csm.plans import Architecture, Recipe, Schedule, read_configuration
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
-from nnunet_csm.training.pretrained import find_encoder
 from nnunet_csm.training.progress import Progress
 from nnunet_csm.training.ranks import lost_rank_explained, running
 
 CUDA = torch.device("cuda")
 # what a killed run loses at most, and how often a large network is written
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+SECONDS_BETWEEN_PICTURES = 60.0
 
 
 class CSMTrainer(nnUNetTrainer):
@@ -98,6 +92,7 @@ class CSMTrainer(nnUNetTrainer):
         self.iteration = 0
         # by file name, when a checkpoint was last written
         self.written: dict[str, float] = {}
+        self.last_picture = 0.0
 
     @staticmethod
     @abstractmethod
@@ -123,7 +118,12 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder(self) -> Encoder:
-        return self.bare_network.encoder
+        found: Encoder = self.bare_network.encoder
+        return found
+
+    def first_layer(self) -> Tensor:
+        """Weights of the encoder that meet the voxels, as they are now."""
+        return next(self.encoder.parameters()).detach().cpu().clone()
 
     def key(self, purpose: Purpose, *numbers: int) -> int:
         return key(self.settings.csm.seed, purpose, *numbers)
@@ -143,7 +143,7 @@ class CSMTrainer(nnUNetTrainer):
         self.batch_size = len(self.places)
         if self.compiles:
             compile_parts(self.bare_network)
-        self.untrained_embedding = self.encoder.embedding.weight.detach().cpu().clone()
+        self.untrained_embedding = self.first_layer()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = build_optimizer(self.bare_network, self.encoder, self.schedule)
@@ -183,41 +183,6 @@ class CSMTrainer(nnUNetTrainer):
     def on_fresh_start(self) -> None:
         """What a run does before its first step and a resumed run does not."""
 
-    def start_from_pretrained(self, wanted: str, num_blocks: int | None = None) -> None:
-        """Load the pretrained encoder and say where it comes from, unless weights were given with -pretrained_weights.
-
-        Args:
-            wanted: auto, all, scratch, or a path, see `find_encoder`.
-            num_blocks: see `transfer`.
-        """
-        if not self.untrained_embedding.equal(self.encoder.embedding.weight.detach().cpu()):
-            self.print_to_log_file("Weights were given with -pretrained_weights; no pretrained encoder is looked for")
-            return
-        if wanted == "scratch":
-            self.encoder_source = wanted
-            self.print_to_log_file("Training from scratch, as set; no pretrained encoder is used")
-            return
-        owner = self.settings.csm.sources[0].dataset
-        path = find_encoder(wanted, Path(self.output_folder_base), type(self).__name__, owner, self.fold)
-        pretrained = read_encoder(str(path))
-        if self.fold != "all":
-            dataset = self.plans_manager.dataset_name
-            seen = set(pretrained.training_cases) & {run_name(dataset, case) for case in self.held_out_cases()}
-            if seen:
-                self.print_to_log_file(
-                    f"WARNING: {path} saw the images (never the labels) of {len(seen)} held-out cases of fold {self.fold}; "
-                    f"scores of this run are too good"
-                )
-        rows = transfer(pretrained, self.encoder, self.settings.architecture, num_blocks)
-        self.encoder_source = str(path)
-        self.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
-
-    def held_out_cases(self) -> Sequence[str]:
-        """Those that scores of this fold are computed on: its validation cases, and those of a test side where there is one."""
-        validation = self.do_split()[1]
-        splits = nnunet.read_splits(Path(self.preprocessed_dataset_folder_base) / self.settings.csm.splits)
-        return [*validation, *splits[int(self.fold)].get("test", [])]
-
     def check_preprocessed(self) -> None:
         """Look at every preprocessed file before the first step, not when a batch asks for it.
 
@@ -226,15 +191,6 @@ class CSMTrainer(nnUNetTrainer):
         """
         for path in sorted(Path(self.preprocessed_dataset_folder).glob("*.b2nd")):
             open_volumes(path)
-
-    def absent_series(self) -> dict[str, list[int]]:
-        """Channels, by case, that hold a copy of another series and count as absent."""
-        own = [s for s in self.settings.csm.sources if s.dataset == self.plans_manager.dataset_name and s.labelled]
-        return {
-            case: [source.channels[name] for name in names if name in source.channels]
-            for source in own
-            for case, names in source.absent_series.items()
-        }
 
     def on_train_epoch_start(self) -> None:
         self.iteration = self.current_epoch * self.num_iterations_per_epoch
@@ -296,14 +252,17 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder_is_frozen(self) -> bool:
-        """In the iteration that runs now, counted from 1. There is nothing to keep in an encoder that starts from scratch."""
+        """Whether the encoder does not learn in the iteration that runs now, counted from 1.
+
+        There is nothing to keep in an encoder that starts from scratch.
+        """
         if self.frozen_share == 0.0 or self.encoder_source == "scratch":
             return False
         return self.iteration <= round(self.frozen_share * self.schedule.num_iterations)
 
     @contextmanager
     def exchange_gradients(self, now: bool) -> Iterator[None]:
-        """Of accumulated gradients, only once."""
+        """Exchange accumulated gradients only once."""
         if now or not isinstance(self.learning_network, DistributedDataParallel):
             yield
         else:
@@ -333,7 +292,7 @@ class CSMTrainer(nnUNetTrainer):
 
     @abstractmethod
     def summed_loss(self, batch: Any) -> Tensor:
-        """Of a part of a batch, by `learning_network`."""
+        """The loss of a part of a batch, by `learning_network`."""
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         loss = torch.stack([output["loss"] for output in train_outputs])
@@ -345,6 +304,18 @@ class CSMTrainer(nnUNetTrainer):
             )
         super().on_train_epoch_end([{"loss": np.asarray(mean)}])
         self.print_to_log_file(f"{self.progress.crops_per_second:.1f} crops/s, {self.progress.left(1.0)} left")
+
+    def finish_epoch(self, best: bool, save_pictures: Callable[[], None]) -> None:
+        """Write what an epoch leaves: the best checkpoint, the latest, and now and then pictures."""
+        last = self.current_epoch == self.num_epochs - 1
+        if best:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_best.pth"))
+        if not last:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+        if self.ranks.rank == 0 and (last or time.monotonic() - self.last_picture > SECONDS_BETWEEN_PICTURES):
+            save_pictures()
+            self.last_picture = time.monotonic()
+        self.current_epoch += 1
 
     def save_checkpoint(self, filename: str) -> None:
         if self.ranks.rank != 0:
@@ -397,10 +368,10 @@ class CSMTrainer(nnUNetTrainer):
             init_args = loaded["init_args"]
             saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
             parts = [
-                {"patch_size": one.patch_size, **vars(one.architecture), **vars(one.csm), **vars(one.csm.finetuning)}
+                {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **of_architecture(one.architecture)}
                 for one in (saved, self.settings)
             ]
-            for field in sorted(self.rests_on | {"seed", "splits", *vars(saved.architecture)}):
+            for field in sorted(self.rests_on | {"seed", "splits", *of_architecture(saved.architecture)}):
                 found, expected = (part[field] for part in parts)
                 if found != expected:
                     raise UserError(
@@ -415,14 +386,8 @@ class CSMTrainer(nnUNetTrainer):
         self.restore_provenance(loaded)
 
 
-def without_copies(dataset_class: type[nnUNetBaseDataset], absent: Mapping[str, Sequence[int]]) -> type[nnUNetBaseDataset]:
-    """nnU-Net's class of preprocessed cases, with the given channels of some cases read as zero."""
-
-    def load_case(self: nnUNetBaseDataset, identifier: str) -> tuple:
-        data, *others = dataset_class.load_case(self, identifier)
-        if identifier in absent:
-            data = np.array(data[:])
-            data[list(absent[identifier])] = 0
-        return data, *others
-
-    return type(dataset_class.__name__, (dataset_class,), {"load_case": load_case})
+def of_architecture(architecture: Architecture) -> dict[str, Any]:
+    """Settings of a network by name, those of the encoder under names of their own: `encoder` is where its weights come from."""
+    values = dict(vars(architecture))
+    options = values.pop("encoder")
+    return values | {f"encoder.{name}": value for name, value in vars(options).items()}

@@ -15,16 +15,18 @@ def build_optimizer(network: nn.Module, encoder: Encoder, schedule: Schedule) ->
     """AdamW; no weight decay on biases, norms and embeddings; learning rates of the encoder fall towards its input.
 
     Args:
-        network: all of it is optimised.
-        encoder: the part of `network` with layer-wise decay: block i of n gets `layer_decay ** (n + 1 - i)`.
+        network: all of it is optimised that has gradients.
+        encoder: the part of `network` with layer-wise decay: stage i of n (from 0) gets `layer_decay ** (n - i)`.
     """
-    layer = {id(p): 0 for p in (*encoder.embedding.parameters(), encoder.series_embedding)}
-    for number, block in enumerate(encoder.blocks, start=1):
-        layer.update({id(p): number for p in block.parameters()})
+    stages = encoder.stages()
+    stage_of = {id(parameter): number for number, stage in enumerate(stages) for parameter in stage}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        scale = schedule.layer_decay ** (encoder.depth + 1 - layer.get(id(parameter), encoder.depth + 1))
-        decays = parameter.ndim > 1 and "series_embedding" not in name
+        if not parameter.requires_grad:
+            # a teacher's
+            continue
+        scale = schedule.layer_decay ** (len(stages) - stage_of.get(id(parameter), len(stages)))
+        decays = parameter.ndim > 1 and "series_embedding" not in name and not name.endswith("bias")
         groups.setdefault((scale, schedule.weight_decay if decays else 0.0), []).append(parameter)
     # the largest rate first: nnU-Net prints and draws that of group 0
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0], -item[0][1]))

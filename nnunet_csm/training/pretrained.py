@@ -1,8 +1,16 @@
-"""Where the encoder that fine-tuning starts from lies."""
+"""What fine-tuning starts from: a pretrained encoder, and cases without the copies that stand in for missing series."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+from nnunet_csm import nnunet
+from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.transfer import as_table, read_encoder, transfer
+from nnunet_csm.training.host import CSMTrainer
 
 ENCODER_VARIABLE = "nnUNet_csm_encoder"
 PRETRAINER = "nnUNetTrainerCSMPretrain"
@@ -40,3 +48,64 @@ def find_encoder(wanted: str, output_folder: Path, trainer: str, owner: str, fol
         remedies.append(f"use that of fold all, which saw this fold's validation images, with {ENCODER_VARIABLE}=all")
     remedies.append(f"train from scratch with {ENCODER_VARIABLE}=scratch")
     raise UserError(f"{path}: no pretrained encoder; {'; or '.join(remedies)}")
+
+
+def start_from_pretrained(trainer: CSMTrainer, wanted: str, num_blocks: int | None = None) -> None:
+    """Load the pretrained encoder and say where it comes from, unless weights were given with -pretrained_weights.
+
+    Args:
+        trainer: before its first step.
+        wanted: auto, all, scratch, or a path, see `find_encoder`.
+        num_blocks: see `transfer`.
+    """
+    if not trainer.untrained_embedding.equal(trainer.first_layer()):
+        trainer.print_to_log_file("Weights were given with -pretrained_weights; no pretrained encoder is looked for")
+        return
+    if wanted == "scratch":
+        trainer.encoder_source = wanted
+        trainer.print_to_log_file("Training from scratch, as set; no pretrained encoder is used")
+        return
+    owner = trainer.settings.csm.sources[0].dataset
+    path = find_encoder(wanted, Path(trainer.output_folder_base), type(trainer).__name__, owner, trainer.fold)
+    pretrained = read_encoder(str(path))
+    if trainer.fold != "all":
+        dataset = trainer.plans_manager.dataset_name
+        seen = set(pretrained.training_cases) & {run_name(dataset, case) for case in held_out_cases(trainer)}
+        if seen:
+            trainer.print_to_log_file(
+                f"WARNING: {path} saw the images (never the labels) of {len(seen)} held-out cases of fold {trainer.fold}; "
+                f"scores of this run are too good"
+            )
+    rows = transfer(pretrained, trainer.encoder, trainer.settings.architecture, num_blocks)
+    trainer.encoder_source = str(path)
+    trainer.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
+
+
+def held_out_cases(trainer: CSMTrainer) -> Sequence[str]:
+    """Cases that scores of this fold are computed on: its validation cases, and those of a test side where there is one."""
+    validation = trainer.do_split()[1]
+    splits = nnunet.read_splits(Path(trainer.preprocessed_dataset_folder_base) / trainer.settings.csm.splits)
+    return [*validation, *splits[int(trainer.fold)].get("test", [])]
+
+
+def absent_series(trainer: CSMTrainer) -> dict[str, list[int]]:
+    """Channels, by case, that hold a copy of another series and count as absent."""
+    own = [s for s in trainer.settings.csm.sources if s.dataset == trainer.plans_manager.dataset_name and s.labelled]
+    return {
+        case: [source.channels[name] for name in names if name in source.channels]
+        for source in own
+        for case, names in source.absent_series.items()
+    }
+
+
+def without_copies(dataset_class: type[nnUNetBaseDataset], absent: Mapping[str, Sequence[int]]) -> type[nnUNetBaseDataset]:
+    """nnU-Net's class of preprocessed cases, with the given channels of some cases read as zero."""
+
+    def load_case(self: nnUNetBaseDataset, identifier: str) -> tuple:
+        data, *others = dataset_class.load_case(self, identifier)
+        if identifier in absent:
+            data = np.array(data[:])
+            data[list(absent[identifier])] = 0
+        return data, *others
+
+    return type(dataset_class.__name__, (dataset_class,), {"load_case": load_case})

@@ -20,13 +20,13 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.draws import Purpose, What, batches, key, seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
-from nnunet_csm.training import encoder_share
 from nnunet_csm.training.averaging import WeightAverage
-from nnunet_csm.training.host import CSMTrainer, without_copies
-from nnunet_csm.training.pretrained import ENCODER_VARIABLE
+from nnunet_csm.training.host import CSMTrainer
+from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.ranks import lost_rank_explained
 
 
@@ -160,7 +160,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             # of an earlier run
             (Path(self.output_folder) / encoder_share.FILE).unlink(missing_ok=True)
         finetuning = self.settings.csm.finetuning
-        self.start_from_pretrained(os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
+        start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
 
     def provenance(self) -> dict[str, Any]:
         return {"encoder_source": self.encoder_source}
@@ -188,7 +188,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         return ComposeTransforms([*spatial, KeepAbsentSeriesAbsent(ComposeTransforms(intensity))])
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        absent = self.absent_series()
+        absent = absent_series(self)
         if absent:
             # before anything of nnU-Net's opens a case
             self.dataset_class = without_copies(infer_dataset_class(self.preprocessed_dataset_folder), absent)

@@ -106,7 +106,7 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
         super().initialize()
 
     def seconds_used(self) -> float:
-        """By epochs that are over and the one that runs."""
+        """Time used by epochs that are over and the one that runs."""
         over = sum(self.logger.get_value(SECONDS, step=None))
         return over + (time.monotonic() - self.epoch_begun if self.epoch_begun is not None else 0.0)
 

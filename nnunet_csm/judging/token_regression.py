@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.reconstruction import RidgeBaseline
+from nnunet_csm.judging.voxel_regression import RidgeBaseline
 from nnunet_csm.model.tokens import Size, to_volume
 
 # of the statistics, which bound the numbers that the tokens of all series at a place are pooled to
@@ -115,7 +115,7 @@ class TokenRidge:
         return linear, linear + inputs @ matrix.to(tokens) + mean.to(tokens)
 
     def _solved(self, shown: tuple[int, ...], series: int, alpha: float) -> tuple[Tensor, Tensor]:
-        """Of what the voxel-wise map leaves over: matrix and intercept on pooled, shifted inputs."""
+        """Map of what the voxel-wise map leaves over: matrix and intercept on pooled, shifted inputs."""
         weights, intercept = self.voxelwise.coefficients(shown, series)
         # what is left over is itself linear in the voxels of all series, shifted, and in 1
         left_over = self.sums.new_zeros(self.num_series + 1)

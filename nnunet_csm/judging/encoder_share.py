@@ -62,7 +62,7 @@ class EncoderShare:
 
 
 def as_dice(sums: Float[np.ndarray, "way count c"]) -> dict[str, float | None]:
-    """Of the voxels of all patches together, mean over the classes that are in them; None when none is."""
+    """Dice of the voxels of all patches together, mean over the classes that are in them; None when none is."""
     found, wrong, missed = sums.swapaxes(0, 1)
     there = (found + missed)[0] > 0
     if not there.any():

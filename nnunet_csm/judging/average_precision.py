@@ -28,7 +28,7 @@ def average_precision(
     validation: Float[np.ndarray, "m f"],
     lesion: Bool[np.ndarray, " m"],
 ) -> float:
-    """Of a logistic regression fitted on the training tokens, on all validation tokens together.
+    """Score a logistic regression fitted on the training tokens, on all validation tokens together.
 
     Its ridge is chosen on every other training subject. NaN when either side lacks tokens of a class, or when features are not
     finite: those of a network that diverged.

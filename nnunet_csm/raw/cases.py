@@ -1,0 +1,150 @@
+"""One case on one grid, and written: zeros for a missing series, masks painted over each other, a note of what was done."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_csm.errors import UserError, reason
+from nnunet_csm.raw.grid import (
+    Grid,
+    labels_of,
+    reference_series,
+    refuse_loss,
+    refuse_misplaced,
+    register_rigidly,
+    resampled,
+)
+from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Volume
+from nnunet_csm.raw.volumes import described, is_empty, read_volume, read_volumes, refuse_constant, sha256
+
+FILE_ENDING = ".nii.gz"
+
+
+def write_case(case: Case, dataset: Dataset, folder: Path, reference: str, register: bool) -> dict[str, Any] | str:
+    """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written."""
+    try:
+        images, label, entry = _on_one_grid(case, dataset, reference, register)
+    except CaseError as error:
+        return str(error)
+    side = "Ts" if case.test else "Tr"
+    for channel, name in enumerate(dataset.series):
+        write_image(images[name], folder / f"images{side}" / f"{case.identifier}_{channel:04d}{FILE_ENDING}")
+    if label is not None:
+        write_image(label, folder / f"labels{side}" / f"{case.identifier}{FILE_ENDING}")
+    return entry
+
+
+def _on_one_grid(
+    case: Case, dataset: Dataset, reference: str, register: bool
+) -> tuple[dict[str, sitk.Image], sitk.Image | None, dict[str, Any]]:
+    """Every series of the dataset, the label image (None without masks) and the entry in the manifest."""
+    names = [name for name in dataset.series if name in case.images]
+    images = dict(zip(names, read_volumes([case.images[name] for name in names]), strict=True))
+    present = {name: image for name, image in images.items() if not is_empty(image)}
+    if not present:
+        raise CaseError("every image is all zero, that is, missing" if images else "the case has no image; add one, or remove it")
+    grids = {name: Grid.of(image) for name, image in present.items()}
+    reference_name = reference_series(grids, reference)
+    grid = grids[reference_name]
+    transforms: dict[str, sitk.Transform] = {}
+    records: dict[str, dict[str, Any]] = {}
+    results: dict[str, sitk.Image] = {}
+    for name in dataset.series:
+        if name not in present:
+            why = "the file is all zero" if name in images else "series missing"
+            results[name] = grid.zeros()
+            records[name] = {**(_origin(case.images[name], images[name]) if name in images else {}), "done": f"zeros: {why}"}
+            continue
+        refuse_constant(present[name], case.images[name])
+        records[name] = _origin(case.images[name], present[name])
+        if name != reference_name:
+            refuse_misplaced(grids[name], grid, described(case.images[name]), reference_name)
+            records[name]["overlap"] = round(grids[name].overlap(grid), 3)
+            if register:
+                registration = register_rigidly(present[name], present[reference_name])
+                records[name]["registration"] = registration.to_dict()
+                if not registration.refused:
+                    transforms[name] = registration.transform
+        results[name] = resampled(present[name], grid, transform=transforms.get(name))
+        records[name]["done"] = _done(grids[name], grid, "linearly", name in transforms)
+        if is_empty(results[name]):
+            msg = f"{described(case.images[name])}: nothing but zeros is left on the grid of {reference_name} ({grid})"
+            raise CaseError(f"{msg}; does its header belong to this study?")
+    label, mask_records = _painted(case, dataset, grid, reference_name, grids, transforms)
+    entry = {
+        "patient": case.patient,
+        "test": case.test,
+        "reference": reference_name,
+        "after": grid.to_dict(),
+        "series": records,
+        "masks": mask_records,
+    }
+    return results, label, entry
+
+
+def _painted(
+    case: Case,
+    dataset: Dataset,
+    grid: Grid,
+    reference_name: str,
+    grids: Mapping[str, Grid],
+    transforms: Mapping[str, sitk.Transform],
+) -> tuple[sitk.Image | None, list[dict[str, Any]]]:
+    """The masks of a case on `grid`, later ones over earlier ones. A mask on the grid of a registered series moves with it."""
+    if not case.masks:
+        if dataset.labels and not case.test:
+            raise CaseError("the case has no mask, but the dataset has labels; add one, or make it a test case")
+        return None, []
+    label, records = grid.zeros(), []
+    for mask in case.masks:
+        before = labels_of(read_volume(mask.volume), mask)
+        own = Grid.of(before)
+        refuse_misplaced(own, grid, described(mask.volume), reference_name)
+        moved_with = next((name for name in transforms if own.same_as(grids[name]) and not own.same_as(grid)), None)
+        after = resampled(before, grid, nearest=True, transform=transforms.get(moved_with) if moved_with else None)
+        refuse_loss(before, after, described(mask.volume))
+        label = sitk.Maximum(sitk.Mask(label, after == 0), after)
+        done = _done(own, grid, "by nearest neighbour", moved_with is not None)
+        records.append({**_origin(mask.volume, before), "done": done, "values": dict(mask.values)})
+    present = set(np.unique(sitk.GetArrayViewFromImage(label)).tolist())
+    for diagnosis in case.diagnoses:
+        if diagnosis.mask_label is not None and diagnosis.mask_label not in present:
+            msg = f"the class {diagnosis.name} is of mask label {diagnosis.mask_label}, but the mask of the case has "
+            raise CaseError(f"{msg}{', '.join(map(str, sorted(present - {0}))) or 'no label'}; correct the mask or the table")
+    return label, records
+
+
+def _origin(volume: Volume, image: sitk.Image) -> dict[str, Any]:
+    """Where a volume came from, and its grid there."""
+    path = volume.path.resolve()
+    status = path.stat()
+    digest = _cached_sha256(path, status.st_size, status.st_mtime_ns)
+    return {"source": str(path), "index": volume.index, "sha256": digest, "before": Grid.of(image).to_dict()}
+
+
+@cache
+def _cached_sha256(path: Path, size: int, time: int) -> str:
+    """One reading for all series of a 4-D file; size and time stand for its content."""
+    return sha256(path)
+
+
+def _done(before: Grid, after: Grid, how: str, registered: bool) -> str:
+    if registered:
+        return f"registered and resampled {how} from {before}"
+    return "kept" if before.same_as(after) else f"resampled {how} from {before}"
+
+
+def write_image(image: sitk.Image, path: Path) -> None:
+    """Write, read again, compare. Raises `UserError`."""
+    try:
+        sitk.WriteImage(image, str(path), useCompression=True)
+        again = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be written ({reason(error)}); is the disk full?") from error
+    same = np.array_equal(sitk.GetArrayViewFromImage(again), sitk.GetArrayViewFromImage(image))
+    if not (same and Grid.of(again).same_as(Grid.of(image))):
+        raise UserError(f"{path} does not read as it was written; is the disk full or damaged?")

@@ -1,0 +1,80 @@
+"""The manifest of a converted dataset: where every image came from, on which grid it was, what was done to it."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunet_csm import __version__
+from nnunet_csm.nnunet import save_json
+
+MANIFEST = "csm_manifest.json"
+# the first word of what was done to a series, and how the summary says it
+DONE = {
+    "kept": "kept",
+    "resampled": "resampled by header",
+    "registered": "registered",
+    "zeros:": "missing, written as zeros",
+}
+NUM_LISTED = 10  # cases named in the summary; left_out.csv has all
+
+
+def save_manifest(
+    folder: Path, name: str, reference: str, register: bool, entries: Mapping[str, Any], left_out: Mapping[str, str]
+) -> None:
+    """Write down how the dataset `name` was made; `entries` are those of `cases.write_case`, by case."""
+    manifest = {
+        "dataset": name,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "software": software(),
+        "axes": "x, y, z in mm, as in SimpleITK",
+        "reference": reference,
+        "registered": register,
+        "cases": entries,
+        "left_out": left_out,
+    }
+    save_json(manifest, folder / MANIFEST)
+
+
+def software(*more: str) -> dict[str, str]:
+    """Versions that what is written depends on, and those of `more` packages."""
+    packages = ("SimpleITK", "nibabel", "numpy", "scikit-learn", *more)
+    return {"nnunet_csm": __version__, "python": platform.python_version(), **{one: version(one) for one in packages}}
+
+
+def read_manifest(raw_folder: Path) -> dict[str, Any]:
+    """What was written down of a dataset; {} for datasets that were not converted by this package."""
+    try:
+        manifest = json.loads((raw_folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def patients_of(raw_folder: Path) -> dict[str, str]:
+    """Case to its patient, as far as the manifest tells."""
+    cases = read_manifest(raw_folder).get("cases")
+    entries = cases.items() if isinstance(cases, Mapping) else ()
+    return {case: str(entry["patient"]) for case, entry in entries if isinstance(entry, Mapping) and entry.get("patient")}
+
+
+def summary(entries: Mapping[str, Mapping[str, Any]], series: Sequence[str]) -> Iterator[str]:
+    """Lines to print: how many cases have a series, on whose grid they are, and what registration did."""
+    for name in series:
+        records = {case: entry["series"][name] for case, entry in entries.items()}
+        counts = Counter(record["done"].split(" ")[0] for record in records.values())
+        yield f"  {name}: {', '.join(f'{counts[word]} {what}' for word, what in DONE.items() if counts[word])}"
+        if all_zero := [case for case, record in records.items() if "all zero" in record["done"]]:
+            yield f"  {name} is all zero, taken as missing: {_listed(all_zero)}"
+        refusals = {case: record.get("registration", {}).get("refused") for case, record in records.items()}
+        if refused := [f"{case} ({why})" for case, why in refusals.items() if why]:
+            yield f"  {name} left where the header puts it, registration refused: {_listed(refused)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NUM_LISTED
+    return ", ".join(names[:NUM_LISTED]) + (f" and {more} more" if more > 0 else "")
