@@ -128,7 +128,7 @@ def test_positions_and_flips_are_uniform():
 
 def test_no_position_is_beyond_the_last_one_even_for_the_largest_number(monkeypatch):
     """As a product of floats may be: 75 (1 - 2**-24) rounds to 75."""
-    monkeypatch.setattr(Draws, "integers", lambda self, what, num: torch.full((1, num), 2**63 - 1))
+    monkeypatch.setattr(Draws, "integers", lambda self, what, num, first=0: torch.full((1, num), 2**63 - 1))
     assert drawn_crops(0, [[80, 5, 3]], (6, 5, 8)).start.tolist() == [[74, 0, -5]]
 
 
