@@ -83,7 +83,7 @@ def test_pretraining_sees_training_cases_of_its_fold_only_and_no_label(
 def test_trainers_on_a_cpu_keep_the_memory_they_free(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, pretraining: bool
 ) -> None:
-    from nnunet_csm.training import host
+    from nnunet_csm.training import trainer as host
 
     calls: list[bool] = []
     monkeypatch.setattr(host, "keep_freed_memory", lambda: calls.append(True))

@@ -10,7 +10,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
-from nnunet_csm.training.host import CSMTrainer
+from nnunet_csm.training.trainer import CSMTrainer
 
 ENCODER_VARIABLE = "nnUNet_csm_encoder"
 PRETRAINER = "nnUNetTrainerCSMPretrain"

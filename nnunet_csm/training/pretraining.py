@@ -36,7 +36,7 @@ from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, pretraining_memory
 from nnunet_csm.pretext.rebuilding import Rebuilding, Rebuilt
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
-from nnunet_csm.training.host import CUDA, CSMTrainer
+from nnunet_csm.training.trainer import CUDA, CSMTrainer
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
 
 # of an encoder from which bf16 pays on a CPU

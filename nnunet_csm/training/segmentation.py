@@ -25,7 +25,7 @@ from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
 from nnunet_csm.training.averaging import WeightAverage
-from nnunet_csm.training.host import CSMTrainer
+from nnunet_csm.training.trainer import CSMTrainer
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.ranks import lost_rank_explained
 

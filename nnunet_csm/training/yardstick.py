@@ -23,7 +23,7 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import whole
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import read_yardstick
-from nnunet_csm.training.host import CUDA
+from nnunet_csm.training.trainer import CUDA
 
 # an epoch takes at most the tenth part of the time
 NUM_EPOCHS = 10

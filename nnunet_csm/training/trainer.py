@@ -35,6 +35,7 @@ from nnunet_csm.machine import (
 from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.plans import Architecture, Recipe, Schedule, read_configuration
+from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
 from nnunet_csm.training.progress import Progress
@@ -371,6 +372,11 @@ class CSMTrainer(nnUNetTrainer):
                 {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **of_architecture(one.architecture)}
                 for one in (saved, self.settings)
             ]
+            if "pretext" in self.rests_on:
+                # a default that one file spells out and the other does not is no change
+                for part, one in zip(parts, (saved, self.settings), strict=True):
+                    pretext, setup = setup_of(one, str(filename_or_checkpoint))
+                    part["pretext"] = {"name": pretext.__name__, **vars(setup.settings)}
             for field in sorted(self.rests_on | {"seed", "splits", *of_architecture(saved.architecture)}):
                 found, expected = (part[field] for part in parts)
                 if found != expected:
