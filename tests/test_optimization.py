@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_csm.training import pretraining, trainer
+from nnunet_csm.training import pretraining
+from nnunet_csm.training import trainer as trainers
 from nnunet_csm.training.optimization import clipped_step
 from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
 
@@ -49,14 +50,14 @@ def test_a_batch_is_the_same_for_a_key_on_the_device(make_trainer: Callable[...,
 
 def test_checkpoints_are_written_by_time(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    save = trainer.checkpoint.save
+    save = trainers.checkpoint.save
 
     def recorded(saved: dict[str, Any], path: str) -> None:
         written.append(path.rsplit("checkpoint_", 1)[1])
         save(saved, path)
 
-    monkeypatch.setattr(trainer.checkpoint, "save", recorded)
-    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_CHECKPOINTS", float("inf"))
+    monkeypatch.setattr(trainers.checkpoint, "save", recorded)
+    monkeypatch.setattr(trainers, "SECONDS_BETWEEN_CHECKPOINTS", float("inf"))
     trainer = make_trainer(True)
     assert trainer.num_epochs > 2
     trainer.run_training()

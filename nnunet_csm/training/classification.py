@@ -29,8 +29,8 @@ from nnunet_csm.files import write_text
 from nnunet_csm.model.classifier import build_classifier, probabilities
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import Configuration, Recipe, Schedule
-from nnunet_csm.training.trainer import CUDA, CSMTrainer
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
+from nnunet_csm.training.trainer import CUDA, CSMTrainer
 
 Batch = tuple[Tensor, Variation, Tensor]
 

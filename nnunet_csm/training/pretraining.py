@@ -36,8 +36,8 @@ from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, pretraining_memory
 from nnunet_csm.pretext.rebuilding import Rebuilding, Rebuilt
 from nnunet_csm.training.graphs import GraphedSteps, why_no_graphs
-from nnunet_csm.training.trainer import CUDA, CSMTrainer
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+from nnunet_csm.training.trainer import CUDA, CSMTrainer
 
 # of an encoder from which bf16 pays on a CPU
 WIDTH_FOR_BF16 = 256

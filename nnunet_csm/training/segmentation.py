@@ -25,9 +25,9 @@ from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
 from nnunet_csm.training.averaging import WeightAverage
-from nnunet_csm.training.trainer import CSMTrainer
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.ranks import lost_rank_explained
+from nnunet_csm.training.trainer import CSMTrainer
 
 
 class KeepAbsentSeriesAbsent(BasicTransform):
