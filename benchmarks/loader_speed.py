@@ -38,9 +38,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.bank import Bank, CaseFile, GpuBank, MappedBank, Where, read
+from nnunet_csm.data.bank import Bank, GpuBank, MappedBank, Where
 from nnunet_csm.data.crops import Size, draw_crops
 from nnunet_csm.data.draws import Draws, What, ahead, batches
+from nnunet_csm.data.stored import CaseFile, read
 from nnunet_csm.errors import exit_on_user_error
 
 # of BT-MSD after cropping: series, and voxels along (z, y, x)

@@ -39,8 +39,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from steps import Method, bare_pretrainer, method_of, variants_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_csm.data.bank import CaseFile, open_bank
+from nnunet_csm.data.bank import open_bank
 from nnunet_csm.data.draws import Purpose, ahead
+from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.machine import num_workers
 from nnunet_csm.planning.presets import preset_names, read_preset
 from nnunet_csm.pretext.batches import Batches

@@ -27,8 +27,9 @@ import torch
 from pretrain_speed import MAX_SERIES, NUM_CASES, Row, write_cases
 from steps import bare_pretrainer, variants_of
 
-from nnunet_csm.data.bank import CaseFile, open_bank
+from nnunet_csm.data.bank import open_bank
 from nnunet_csm.data.draws import Purpose, ahead
+from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.training.ranks import started
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nnunet_csm.data.bank import Bank, CaseFile, GpuBank, MappedBank, read
+from nnunet_csm.data.bank import Bank, GpuBank, MappedBank
 from nnunet_csm.data.draws import Purpose
+from nnunet_csm.data.stored import CaseFile, read
 from nnunet_csm.machine import why_not_compiled
 from nnunet_csm.pretext.batches import Batches
 

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_csm.data import bank as bank_module
-from nnunet_csm.data.bank import FOLDER_VARIABLE, CaseFile, GpuBank, MappedBank, ahead, open_bank, read
+from nnunet_csm.data import stored as stored_module
+from nnunet_csm.data.bank import GpuBank, MappedBank, open_bank
 from nnunet_csm.data.crops import BLOCK, Crops, Occupancy, cut, draw_crops, gather, occupied_blocks
-from nnunet_csm.data.draws import Draws, What
+from nnunet_csm.data.draws import Draws, What, ahead
+from nnunet_csm.data.stored import FOLDER_VARIABLE, CaseFile, read
 from nnunet_csm.errors import UserError
 
 CPU = torch.device("cpu")
@@ -341,13 +343,13 @@ def test_threads_cut_the_same_patches(folder):
 @pytest.fixture
 def decoded(monkeypatch):
     """Names of the cases that are decoded, in order."""
-    names, inner = [], bank_module._decode
+    names, inner = [], stored_module._decode
 
     def decode(file):
         names.append(file.name)
         return inner(file)
 
-    monkeypatch.setattr(bank_module, "_decode", decode)
+    monkeypatch.setattr(stored_module, "_decode", decode)
     return names
 
 
@@ -403,7 +405,7 @@ def test_a_file_that_was_preprocessed_again_is_noticed_by_its_time_or_its_size_a
 @pytest.mark.parametrize("name", ["FORMAT", "BLOCK", "MIN_SPAN"])
 def test_files_of_other_code_are_not_used(folder, decoded, monkeypatch, name):
     opened(case_files(folder, ["large"]))
-    monkeypatch.setattr(bank_module, name, 2 * getattr(bank_module, name))
+    monkeypatch.setattr(stored_module, name, 2 * getattr(stored_module, name))
     opened(case_files(folder, ["large"]))
     assert decoded == ["large"] * 2
 
@@ -423,7 +425,7 @@ WRITER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from nnunet_csm.data import bank
+from nnunet_csm.data import bank, stored
 
 folder, names, killed = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3] == "killed"
 if killed:
@@ -434,7 +436,7 @@ if killed:
     torch.save = save
 print("ready", flush=True)
 sys.stdin.readline()
-opened = bank.open_bank([bank.CaseFile(n, folder / f"{n}.b2nd", 3, (0, 1, 2)) for n in names], torch.device("cpu"))
+opened = bank.open_bank([stored.CaseFile(n, folder / f"{n}.b2nd", 3, (0, 1, 2)) for n in names], torch.device("cpu"))
 print(sum(int(volume.sum() * 1000) for volumes in opened.volumes for volume in volumes if volume is not None))
 """
 
@@ -515,7 +517,7 @@ def on_a_gpu(files, monkeypatch, where, free):
 
 
 def test_a_disk_without_room_is_said_before_anything_is_decoded(folder, decoded, monkeypatch):
-    monkeypatch.setattr(bank_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=bank_module.SPARE))
+    monkeypatch.setattr(stored_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=stored_module.SPARE))
     with pytest.raises(UserError, match=r"_csm: 0\.0 GiB of images are to be stored .* 1\.0 GiB are left; set nnUNet_csm_images"):
         opened(case_files(folder))
     assert not decoded
@@ -526,7 +528,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy_unless_all_
         raise PermissionError(13, "Permission denied")
 
     opened(case_files(folder, ["large"]))
-    monkeypatch.setattr(bank_module.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(stored_module.tempfile, "TemporaryFile", refused)
     assert len(opened(case_files(folder, ["large"]))) == 1
     with pytest.raises(UserError, match=r"_csm: images cannot be stored there .*Permission denied.* set nnUNet_csm_images"):
         opened(case_files(folder))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from nnunet_folders import PlannedDataset
 from sklearn.linear_model import Ridge
 
-from nnunet_csm.data.bank import CaseFile, open_bank
+from nnunet_csm.data.bank import open_bank
+from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError
 from nnunet_csm.judging.average_precision import LabelledTokens, average_precision
 from nnunet_csm.judging.hidden_errors import (

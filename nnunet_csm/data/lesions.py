@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_csm.data.bank import to_half
 from nnunet_csm.data.crops import Size
 from nnunet_csm.data.diagnoses import Sample
+from nnunet_csm.data.stored import to_half
 from nnunet_csm.errors import UserError
 
 Array: TypeAlias = np.ndarray | blosc2.NDArray

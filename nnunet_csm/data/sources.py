@@ -7,7 +7,7 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_csm.data.bank import CaseFile
+from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
 from nnunet_csm.plans import SPLITS, Source

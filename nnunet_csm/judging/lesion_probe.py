@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nnunet_csm.data.bank import Bank, open_volumes
+from nnunet_csm.data.bank import Bank
 from nnunet_csm.data.crops import Crops, cut
 from nnunet_csm.data.draws import Purpose, key
+from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError
 from nnunet_csm.judging.average_precision import LabelledTokens, average_precision
 from nnunet_csm.judging.kinds import foreground

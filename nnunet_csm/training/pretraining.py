@@ -16,9 +16,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.bank import VARIABLE, Bank, CaseFile, open_bank
+from nnunet_csm.data.bank import VARIABLE, Bank, open_bank
 from nnunet_csm.data.draws import Purpose, ahead
 from nnunet_csm.data.sources import fold_files
+from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.judging.comparison import Comparison

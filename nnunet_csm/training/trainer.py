@@ -19,8 +19,8 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_csm import checkpoint
-from nnunet_csm.data.bank import open_volumes
 from nnunet_csm.data.draws import Purpose, key, seed_everything
+from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone
 from nnunet_csm.machine import (
