@@ -1,5 +1,6 @@
 """A task of the decathlon with predictions for it: its test images, its labels, and which predicted value means which."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
