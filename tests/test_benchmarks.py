@@ -138,7 +138,8 @@ def test_growth(load, printed, monkeypatch):
 
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=alone))
     subjects, ranks = printed(module, "--cpu", "-n", 1).split("ranks")
-    assert all(min(numbers(subjects, str(number))[1:]) > 0 for number in (2, 20, 200))
+    # but for seconds to open, which may round to 0
+    assert all(min(numbers(subjects, str(number))[3:]) > 0 for number in (2, 20, 200))
     assert all(min(numbers(ranks, str(number))) > 0 for number in (1, 2, 4))
 
 

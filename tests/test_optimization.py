@@ -41,11 +41,9 @@ def test_a_batch_is_the_same_for_a_key_on_the_device(make_trainer: Callable[...,
     trainer.initialize()
     trainer.open_banks()
     for step in range(3):
-        seed, num_shown = trainer.train_batches.batch_key(0, step)
-        volume, mask = trainer.train_batches.make(torch.tensor(seed), num_shown)
-        expected_volume, expected_mask = trainer.train_batches(0, step)
-        assert volume.equal(expected_volume)
-        assert all(one.equal(other) for one, other in zip(mask.tensors, expected_mask.tensors, strict=True))
+        seed, variant = trainer.train_batches.batch_key(0, step)
+        found, expected = trainer.train_batches.make(torch.tensor(seed), variant), trainer.train_batches(0, step)
+        assert all(one.equal(other) for one, other in zip(found.tensors, expected.tensors, strict=True))
 
 
 def test_checkpoints_are_written_by_time(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -491,24 +491,31 @@ def test_a_run_that_was_killed_and_goes_on_writes_the_same_rows_but_for_time(mak
     assert not list(path.parent.glob(".probe*"))
 
 
-@pytest.mark.parametrize("place", ["fit_linear_maps", "TokenRidge.estimates", "draw_linear_probe"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "judging.comparison.fit_linear_maps",
+        "judging.token_regression.TokenRidge.estimates",
+        "training.pretraining.draw_linear_probe",
+    ],
+)
 def test_without_memory_for_a_comparison_it_says_so_and_goes_on(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
 
-    monkeypatch.setattr(f"nnunet_csm.training.pretraining.{place}", fail)
+    monkeypatch.setattr(f"nnunet_csm.{place}", fail)
     trainer = make_trainer(True)
     trainer.initialize()
     trainer.open_banks()
     said: list[str] = []
     monkeypatch.setattr(trainer, "print_to_log_file", lambda *line, **_: said.append(" ".join(map(str, line))))
     probe = trainer.start_probe()
-    missing = "No linear probe" if place == "draw_linear_probe" else "No comparison with linear maps"
+    missing = "No linear probe" if place.endswith("draw_linear_probe") else "No comparison with linear maps"
     assert [line for line in said if "out of memory" in line] == [f"{missing}: CUDA out of memory. Tried to allocate 2 GiB."]
-    assert (probe.linear_probe is None) == (place == "draw_linear_probe")
-    assert np.isnan(probe.baselines["linear"]).all() == (place != "draw_linear_probe")
+    assert (probe.linear_probe is None) == place.endswith("draw_linear_probe")
+    assert np.isnan(probe.baselines["linear"]).all() == (not place.endswith("draw_linear_probe"))
     # errors of the network are still judged, by the kind that they would be
     assert judged_by(probe) == HIDDEN_WHOLE
 

@@ -112,8 +112,8 @@ def run(
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
-            raise subprocess.TimeoutExpired(command, timeout, said.read_text(), errors.read_text())
-        return subprocess.CompletedProcess(command, process.exitcode, said.read_text(), errors.read_text())
+            raise subprocess.TimeoutExpired(command, timeout, said.read_text("utf-8"), errors.read_text("utf-8"))
+        return subprocess.CompletedProcess(command, process.exitcode, said.read_text("utf-8"), errors.read_text("utf-8"))
 
 
 def leave_out_what_takes_long() -> None:
