@@ -72,7 +72,7 @@ def as_rank(cpu: bool, num_steps: int) -> None:
         device = ranks.device(torch.device("cpu" if cpu else "cuda"))
         trainer = bare_pretrainer(row.method, device, not cpu, graphs=False)
         trainer.ranks, trainer.learning_network = ranks, ranks.shared(trainer.network, device)
-        num_samples = len(ranks.share(row.batch_size))
+        num_samples = len(ranks.samples_of(row.batch_size))
         batch = trainer.on_device(trainer.pretext.example(num_samples, max(variants_of(trainer.pretext))))
         for _ in range(2 if cpu else 10):
             loss = trainer.learn(batch)

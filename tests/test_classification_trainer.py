@@ -180,7 +180,7 @@ def test_every_sample_of_the_training_side_is_seen_as_often_and_no_other(
     volumes = trainer.read_side("train")
     assert [sample.case for sample in volumes.samples] == cases_of(preprocessed)[:4]
     assert [sample.case for sample in trainer.val_volumes.samples] == cases_of(preprocessed)[4:]
-    batches = VariedSamples(volumes, trainer.settings, trainer.places)
+    batches = VariedSamples(volumes, trainer.settings, trainer.samples)
     orders = torch.stack([batches.order(epoch) for epoch in range(30)])
     assert all(order.bincount().tolist() == [2, 2, 2, 2] for order in orders)
     assert len(orders.unique(dim=0)) > 20

@@ -116,7 +116,7 @@ def test_another_pretext_takes_over_what_it_knows_of_the_settings(tmp_path: Path
     [
         ({"masking": {"mask_ratio": 0.5}}, 'masking belong into "pretext"'),
         ({"reconstruction": {}, "masking": {}}, 'masking, reconstruction belong into "pretext"'),
-        ({"network": {"joint_tokens": True}}, r'joint_tokens is no more; write .*"joint_vit".*"mae3d"'),
+        ({"network": {"joint_tokens": True}}, r"encoder\.kind in arch_kwargs is 'joint_vit'; set it to 'vit'"),
         ({"pretext": {"name": "other"}}, "pretext.name is 'other', expected one of csm, mae3d"),
         ({"pretext": {"name": 3}}, "pretext has no name, expected one of csm, mae3d"),
         ({"pretext": {"name": "mae3d"}}, r"encoder\.kind in arch_kwargs is 'vit'; set it to 'joint_vit'"),

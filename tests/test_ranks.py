@@ -31,14 +31,14 @@ PLANS = "nnUNetCSMPlansRanks"
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_shares_are_disjoint_nearly_equal_and_complete(num_ranks: int, more: int) -> None:
     batch_size = num_ranks + more - 1
-    shares = [Ranks(rank, num_ranks).share(batch_size) for rank in range(num_ranks)]
+    shares = [Ranks(rank, num_ranks).samples_of(batch_size) for rank in range(num_ranks)]
     assert [place for share in shares for place in share] == list(range(batch_size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_an_error() -> None:
     with pytest.raises(UserError, match="batch of 2 cannot be shared by 3 ranks"):
-        Ranks(0, 3).share(2)
+        Ranks(0, 3).samples_of(2)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

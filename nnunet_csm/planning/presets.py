@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.inheritance import read_inherited, shipped_names
-from nnunet_csm.plans import Architecture, ClassifierSettings, Finetuning, Optimization
+from nnunet_csm.plans import Architecture, ClassifierSettings, Finetuning, Optimization, parse_architecture
 from nnunet_csm.pretext.base import pretext_class, read_pretext
 from nnunet_csm.schema import Size, from_dict
 
@@ -62,7 +62,7 @@ class Preset(Finetuning):
     ) -> Architecture:
         """The network for some series."""
         of_dataset = {"series": series, "channels": channels, "token_size": token_size}
-        return from_dict(Architecture, self.network | of_dataset, f"{where}: network")
+        return parse_architecture(self.network | of_dataset, f"{where}: network")
 
 
 # what stood at the top of preset files before it stood in `pretext`
@@ -79,11 +79,6 @@ def read_preset(name: str) -> Preset:
     content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), ["auto", "paper"])
     if moved := sorted(MOVED & content.keys()):
         raise UserError(f'preset {name}: {", ".join(moved)} belong into "pretext": {{"name": "csm", ...}}; move them there')
-    if content.get("network", {}).get("joint_tokens") is not None:
-        raise UserError(
-            f'preset {name}: network.joint_tokens is no more; write "network": {{"encoder": {{"kind": "joint_vit"}}}} and '
-            f'"pretext": {{"name": "mae3d", ...}}, as plans/mae3d.json has them'
-        )
     preset = from_dict(Preset, content, f"preset {name}")
     read_pretext(preset.pretext, preset.architecture(("T1w",), (0,), (16, 16, 16), f"preset {name}"), f"preset {name}: pretext")
     lengths = {

@@ -18,9 +18,9 @@ class Batches:
     drawn it; every case and every kind keep their probabilities. Everything is drawn where the volumes are.
     """
 
-    def __init__(self, bank: Bank, pretext: Pretext, seed: int, purpose: Purpose, places: range) -> None:
+    def __init__(self, bank: Bank, pretext: Pretext, seed: int, purpose: Purpose, samples: range) -> None:
         self.bank, self.pretext, self.seed, self.purpose = bank, pretext, seed, purpose
-        self.places = torch.arange(places.start, places.stop, device=bank.device)
+        self.samples = torch.arange(samples.start, samples.stop, device=bank.device)
         weights = pretext.variants(bank.series_present.cpu())
         self.of_variants, self.cumulative = weights.sum(0).cumsum(0), weights.cumsum(0).to(bank.device)
 
@@ -35,7 +35,7 @@ class Batches:
 
     def make(self, seed: int | Tensor, variant: int) -> Batch:
         """The batch of a key. When that is a tensor on the bank's device, nothing here waits for the device or reads from it."""
-        draws = Draws(seed, self.places)
+        draws = Draws(seed, self.samples)
         chosen = pick(self.cumulative[:, variant].contiguous(), draws, What.CASE)
         volumes = tuple(self.cut(draws, chosen, size, number) for number, size in enumerate(self.pretext.crop_sizes))
         present = self.bank.series_present[chosen]

@@ -41,8 +41,8 @@ class VariedSamples:
     An epoch goes through all samples in random order, again and again, so that none is drawn twice more than another.
     """
 
-    def __init__(self, volumes: SampleVolumes, settings: Configuration, places: range) -> None:
-        self.volumes, self.classification, self.places = volumes, settings.csm.classification, places
+    def __init__(self, volumes: SampleVolumes, settings: Configuration, samples: range) -> None:
+        self.volumes, self.classification, self.samples = volumes, settings.csm.classification, samples
         self.seed = settings.csm.seed
 
     def __call__(self, epoch: int, step: int) -> Batch:
@@ -50,7 +50,7 @@ class VariedSamples:
         chosen = self.order(epoch)[step * batch_size : (step + 1) * batch_size]
         g = generator(key(self.seed, Purpose.TRAINING, epoch, step))
         variation = draw_variation(g, batch_size, self.volumes.regions.shape[1], self.classification.patch_size)
-        mine = slice(self.places.start, self.places.stop)
+        mine = slice(self.samples.start, self.samples.stop)
         return self.volumes.regions[chosen[mine]], variation[mine], self.volumes.labels[chosen[mine]]
 
     def order(self, epoch: int) -> Tensor:
@@ -232,7 +232,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             self.check_preprocessed()
             self.val_volumes = self.read_side("val")
             training = self.val_volumes if self.fold == "all" else self.read_side("train")
-        make_batch = VariedSamples(training, self.settings, self.places)
+        make_batch = VariedSamples(training, self.settings, self.samples)
         pin = self.device.type == "cuda"
         # patches are in memory: worker processes would only copy them
         train = batches(make_batch, self.current_epoch, self.num_epochs, self.num_iterations_per_epoch, 0, pin)
@@ -247,9 +247,9 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         regions, variation, labels = batch
         return regions.to(self.device, non_blocking=True), variation, labels.to(self.device, non_blocking=True)
 
-    def part(self, batch: Batch, places: slice) -> Batch:
+    def part(self, batch: Batch, samples: slice) -> Batch:
         regions, variation, labels = batch
-        return regions[places], variation[places], labels[places]
+        return regions[samples], variation[samples], labels[samples]
 
     def weight(self, batch: Batch) -> Tensor:
         return self.weight_of(batch[2])

@@ -125,8 +125,8 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             training, validation = fold_files(csm.sources, self.series, preprocessed, self.fold, csm.splits)
             bank = self.open_bank(training)
             val_bank = bank if validation == training else self.open_bank(validation)
-        self.train_batches = self.batches(bank, Purpose.TRAINING, self.places)
-        self.val_batches = self.batches(val_bank, Purpose.VALIDATION, self.places)
+        self.train_batches = self.batches(bank, Purpose.TRAINING, self.samples)
+        self.val_batches = self.batches(val_bank, Purpose.VALIDATION, self.samples)
         self.print_to_log_file(f"Pretraining on {len(bank.names)} cases, nothing learned from labels; {bank.reason}")
         counted = Counter(name.split("/")[0] for name in bank.names)
         share = {s: int(n) for s, n in zip(self.series, bank.series_present.sum(0), strict=True)}
@@ -135,9 +135,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
             if names:
                 self.print_to_log_file(f"WARNING: left out, as all planned series are zero there: {', '.join(names)}")
 
-    def batches(self, bank: Bank, purpose: Purpose, places: range) -> Batches:
-        """Batches of some places in the batch of all ranks."""
-        return Batches(bank, self.pretext, self.settings.csm.seed, purpose, places)
+    def batches(self, bank: Bank, purpose: Purpose, samples: range) -> Batches:
+        """Batches of some samples of the batch of all ranks, by their numbers."""
+        return Batches(bank, self.pretext, self.settings.csm.seed, purpose, samples)
 
     def open_bank(self, files: Sequence[CaseFile]) -> Bank:
         return open_bank(
@@ -149,7 +149,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
     def step_memory(self) -> int:
         """Bytes that a step is predicted to take of this rank's GPU."""
-        memory = pretraining_memory(self.pretext_class, self.setup, math.ceil(len(self.places) / self.num_parts))
+        memory = pretraining_memory(self.pretext_class, self.setup, math.ceil(len(self.samples) / self.num_parts))
         return memory.total + CUDA_CONTEXT
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -277,8 +277,8 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def on_device(self, batch: Batch) -> Batch:
         return batch.to(self.device)
 
-    def part(self, batch: Batch, places: slice) -> Batch:
-        return batch[places]
+    def part(self, batch: Batch, samples: slice) -> Batch:
+        return batch[samples]
 
     def weight(self, batch: Batch) -> Tensor:
         return self.pretext.weight(batch.drawn)

@@ -29,7 +29,7 @@ PORT = 29512
 class Ranks:
     """This process among those of a run.
 
-    A batch belongs to all ranks, and each has a share of its places. Since draws are functions of a place in the batch, the
+    A batch belongs to all ranks, and each has some of its samples. Since draws are functions of a place in the batch, the
     batch of several ranks is the batch of one.
     """
 
@@ -38,8 +38,8 @@ class Ranks:
     local_rank: int = 0
     num_local: int = 1
 
-    def share(self, batch_size: int) -> range:
-        """Places in a batch that this rank makes and learns from.
+    def samples_of(self, batch_size: int) -> range:
+        """Numbers of the samples of a batch that this rank makes and learns from.
 
         Raises:
             UserError: fewer samples than ranks.

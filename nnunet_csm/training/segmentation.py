@@ -75,20 +75,20 @@ class AugmentedBatches:
         self,
         loader: nnUNetDataLoader,
         batch_size: int,
-        places: range,
+        samples: range,
         seed: int,
         purpose: Purpose,
         channels: Sequence[int] = (),
         series_dropout: float = 0.0,
     ) -> None:
-        self.loader, self.places, self.seed, self.purpose = loader, places, seed, purpose
+        self.loader, self.samples, self.seed, self.purpose = loader, samples, seed, purpose
         self.channels, self.series_dropout = channels, series_dropout
         self.first_oversampled = round(batch_size * (1 - loader.oversample_foreground_percent))
         loader.batch_size = 1
 
     def __call__(self, epoch: int, step: int) -> dict[str, Any]:
-        samples = [self.sample(epoch, step, place) for place in self.places]
-        return {name: torch.cat([sample[name] for sample in samples]) for name in ("data", "target")}
+        made = [self.sample(epoch, step, number) for number in self.samples]
+        return {name: torch.cat([sample[name] for sample in made]) for name in ("data", "target")}
 
     def sample(self, epoch: int, step: int, place: int) -> dict[str, Any]:
         seed_everything(key(self.seed, self.purpose, epoch, step, place))
@@ -214,7 +214,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         pin = self.device.type == "cuda"
         num_train, num_val = self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         workers = num_workers(self.device)
-        shared = self.schedule.batch_size, self.places, self.settings.csm.seed
+        shared = self.schedule.batch_size, self.samples, self.settings.csm.seed
         dropout = self.settings.architecture.channels, self.settings.csm.finetuning.series_dropout
         make_train = AugmentedBatches(training.data_loader, *shared, Purpose.TRAINING, *dropout)
         make_val = AugmentedBatches(validation.data_loader, *shared, Purpose.VALIDATION)
@@ -234,8 +234,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def part(self, batch: dict[str, Tensor], places: slice) -> dict[str, Tensor]:
-        return {name: tensor[places] for name, tensor in batch.items()}
+    def part(self, batch: dict[str, Tensor], samples: slice) -> dict[str, Tensor]:
+        return {name: tensor[samples] for name, tensor in batch.items()}
 
     def weight(self, batch: dict[str, Tensor]) -> Tensor:
         """The number of samples."""

@@ -69,8 +69,8 @@ class CSMTrainer(nnUNetTrainer):
             self.settings = read_configuration(plans, configuration, source)
             self.schedule = self.choose_schedule(self.settings.csm)
             self.ranks = running()
-            self.places = self.ranks.share(self.schedule.batch_size)
-            self.num_parts = accumulation(len(self.places))
+            self.samples = self.ranks.samples_of(self.schedule.batch_size)
+            self.num_parts = accumulation(len(self.samples))
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise UserError("no CUDA device found; train on the CPU with -device cpu, or check the driver with nvidia-smi")
             if device.type == "cuda" and os.environ.get("nnUNet_compile", "t").lower() in ("true", "1", "t"):
@@ -141,7 +141,7 @@ class CSMTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         seed_everything(self.key(Purpose.NETWORK))
         super().initialize()
-        self.batch_size = len(self.places)
+        self.batch_size = len(self.samples)
         if self.compiles:
             compile_parts(self.bare_network)
         self.untrained_embedding = self.first_layer()
@@ -212,7 +212,7 @@ class CSMTrainer(nnUNetTrainer):
                 f"no GPU memory for a step: {str(error).splitlines()[0]} Learn a batch in parts ({ACCUMULATE_VARIABLE}=2), keep "
                 f"the images of a pretraining elsewhere (nnUNet_csm_bank=mapped), or plan with a smaller -gpu_memory_target"
             ) from None
-        # as if this rank's places were all
+        # as if this rank's samples were all
         self.progress.step(loss * self.ranks.num_ranks)
         return {"loss": loss}
 
@@ -276,7 +276,7 @@ class CSMTrainer(nnUNetTrainer):
     def parts(self, batch: Any) -> list[Any]:
         """The batch in `num_parts` parts."""
         return (
-            [batch] if self.num_parts == 1 else [self.part(batch, places) for places in slices(self.batch_size, self.num_parts)]
+            [batch] if self.num_parts == 1 else [self.part(batch, samples) for samples in slices(self.batch_size, self.num_parts)]
         )
 
     @abstractmethod
@@ -284,7 +284,7 @@ class CSMTrainer(nnUNetTrainer):
         """The batch, moved without waiting."""
 
     @abstractmethod
-    def part(self, batch: Any, places: slice) -> Any:
+    def part(self, batch: Any, samples: slice) -> Any:
         """Some samples of a batch."""
 
     @abstractmethod
