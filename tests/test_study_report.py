@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_csm.study.grid import Grid, latex
+from nnunet_csm.study.layout import TableLayout, latex
 from nnunet_csm.study.report import CaseFiles, write_report
 from nnunet_csm.study.statistics import AVERAGE, Contrast
 from nnunet_csm.study.tables import make_tables, mean_and_sd, p_text, points, share_of_labels
@@ -47,34 +47,34 @@ def costs():
     return pd.DataFrame(rows, columns=columns.split())
 
 
-def grid_of(tables, name) -> Grid:
-    (found,) = [grid for grid in tables.grids if grid.name == name]
+def layout_of(tables, name) -> TableLayout:
+    (found,) = [layout for layout in tables.layouts if layout.name == name]
     return found
 
 
-def header(grid):
-    return tuple(grid.cells)
+def header(layout):
+    return tuple(layout.cells)
 
 
-def rows(grid):
-    return list(grid.cells.itertuples(index=False, name=None))
+def rows(layout):
+    return list(layout.cells.itertuples(index=False, name=None))
 
 
-def best(grid):
+def best(layout):
     """(row, column) of the best values."""
-    return set(zip(*map(np.ndarray.tolist, np.nonzero(grid.best)), strict=True))
+    return set(zip(*map(np.ndarray.tolist, np.nonzero(layout.best)), strict=True))
 
 
-def grid(table, name, caption, columns, texts, num_text, marked=(), blocks=(0,)):
+def layout(table, name, caption, columns, texts, num_text, marked=(), blocks=(0,)):
     bold = np.zeros((len(texts), len(columns)), bool)
     for place in marked:
         bold[place] = True
-    return Grid(table, name, caption, pd.DataFrame(texts, columns=list(columns)), num_text, bold, blocks)
+    return TableLayout(table, name, caption, pd.DataFrame(texts, columns=list(columns)), num_text, bold, blocks)
 
 
 def test_rows_and_columns_are_the_papers():
     tables = make_tables(study(), NONE, NONE)
-    found = grid_of(tables, "Dice")
+    found = layout_of(tables, "Dice")
     assert header(found) == ("Method", "Labels (cases)", AVERAGE, "WT", "ET")
     assert [row[:2] for row in rows(found)] == [(arm, labels) for labels in ("100 % (50)", "10 % (5)") for arm in ARMS]
     assert all(re.fullmatch(r"0\.\d{4} ± 0\.\d{3}", cell) for row in rows(found) for cell in row[2:])
@@ -86,27 +86,27 @@ def test_rows_and_columns_are_the_papers():
 def test_one_structure_stands_under_the_series():
     single = study(("lesion",), (1.0,), tested=("FLAIR", "T1w"))
     single["finetuned"] = single["tested"]
-    found = grid_of(make_tables(pd.concat([study(("lesion",), (1.0,)), single]), NONE, NONE), "Dice")
+    found = layout_of(make_tables(pd.concat([study(("lesion",), (1.0,)), single]), NONE, NONE), "Dice")
     assert header(found) == ("Method", "all series", "FLAIR", "T1w", "mean of single series")
     assert len(rows(found)) == 3 and all("–" not in cell for row in rows(found) for cell in row)
 
 
 def test_parts_of_the_series_are_rows_with_dots():
     tables = make_tables(study(shares=(0.1,), tested=("all", "T1w", "FLAIR")), NONE, NONE)
-    found = grid_of(tables, f"subsets {AVERAGE} 10")
+    found = layout_of(tables, f"subsets {AVERAGE} 10")
     assert header(found) == ("T1w", "FLAIR", *ARMS)
     assert [row[:2] for row in rows(found)] == [("●", "○"), ("○", "●"), ("●", "●"), ("mean", "")]
-    assert [row[:1] for row in rows(grid_of(tables, "Dice"))] == [(arm,) for arm in ARMS]
+    assert [row[:1] for row in rows(layout_of(tables, "Dice"))] == [(arm,) for arm in ARMS]
     values = np.array([[float(cell.split()[0]) for cell in row[2:]] for row in rows(found)])
     assert values[3] == pytest.approx(values[:3].mean(0), abs=1e-4)
     assert {column for row, column in best(found) if row == 3} == {4}
     # corrected apart from the comparisons with all series
-    assert [grid_of(tables, name).caption.count("6 tests") for name in ("comparisons", "comparisons of parts")] == [1, 0]
+    assert [layout_of(tables, name).caption.count("6 tests") for name in ("comparisons", "comparisons of parts")] == [1, 0]
 
 
 def test_comparisons_are_with_the_baseline_and_those_asked_for():
     tables = make_tables(study(shares=(1.0,)), NONE, NONE, "MAE3D", [Contrast("CSM_100% & more", "Scratch")])
-    found = grid_of(tables, "comparisons")
+    found = layout_of(tables, "comparisons")
     assert list(found.cells["Comparison"].unique()) == [
         "Scratch − MAE3D",
         "CSM_100% & more − MAE3D",
@@ -116,7 +116,7 @@ def test_comparisons_are_with_the_baseline_and_those_asked_for():
 
 
 def test_a_pretraining_counts_once_for_all_shares_of_labels():
-    found = grid_of(make_tables(study(), NONE, costs()), "cost")
+    found = layout_of(make_tables(study(), NONE, costs()), "cost")
     pretrainings = [row for row in rows(found) if row[1] == "pretraining"]
     assert [row[2:8] for row in pretrainings] == [("–", "1", "10.0", "20.0", "300,000", "432")]
     assert len(rows(found)) == 7 and {row[7] for row in rows(found) if row[1] == "fine-tuning"} == {"–"}
@@ -142,7 +142,7 @@ def test_latex_is_balanced_and_escaped():
     text = tables.to_latex()
     body = text.split("\n", 1)[1]
     for begin in ("table", "tabular"):
-        assert body.count(rf"\begin{{{begin}}}") == body.count(rf"\end{{{begin}}}") == len(tables.grids)
+        assert body.count(rf"\begin{{{begin}}}") == body.count(rf"\end{{{begin}}}") == len(tables.layouts)
     unescaped = re.sub(r"\\[%&_#${}\\]", "", body)
     assert unescaped.count("{") == unescaped.count("}") and unescaped.count("$") % 2 == 0
     assert not re.search(r"[%#_]", unescaped) and body.isascii()
@@ -156,42 +156,42 @@ def test_latex_is_balanced_and_escaped():
 
 def test_details_that_all_rows_share_stand_in_the_caption():
     texts = [("a − b", "all", "10 %", "1.00"), ("c − b", "all", "100 %", "2.00")]
-    whole = grid("t", "n", "Differences", ("Comparison", "Series", "Labels", "Points"), texts, 3, [(1, 3)])
+    whole = layout("t", "n", "Differences", ("Comparison", "Series", "Labels", "Points"), texts, 3, [(1, 3)])
     brief = whole.brief("Series", "Labels")
     assert header(brief) == ("Comparison", "Labels", "Points") and brief.caption == "Differences. Series: all"
     assert rows(brief) == [("a − b", "10 %", "1.00"), ("c − b", "100 %", "2.00")]
     assert brief.num_text == 2 and best(brief) == {(1, 2)}
     for text in (brief.to_markdown(), brief.to_latex(), brief.to_page().caption):
         assert "Series: all" in text
-    one = grid("t", "n", "Differences", ("Comparison", "Series"), [("a − b", "all")], 2)
+    one = layout("t", "n", "Differences", ("Comparison", "Series"), [("a − b", "all")], 2)
     assert one.brief("Series") is one
 
 
 def test_details_beside_blocks_numbers_and_best_values():
     texts = [("CSM", "0.7", "64 × 3"), ("MAE3D", "0.6", "64 × 3"), ("CSM", "0.5", "64 × 3")]
     columns = ("Method", "Dice", "Patients × repeats")
-    brief = grid("t", "n", "Dice", columns, texts, 1, [(0, 1), (0, 2)], (0, 2)).brief("Patients × repeats")
+    brief = layout("t", "n", "Dice", columns, texts, 1, [(0, 1), (0, 2)], (0, 2)).brief("Patients × repeats")
     assert brief.caption == "Dice. Patients × repeats: 64 × 3" and header(brief) == ("Method", "Dice")
     assert brief.num_text == 1 and best(brief) == {(0, 1)} and brief.blocks == (0, 2)
     page = brief.to_page()
     assert tuple(page.cells) == header(brief) and page.best.shape == page.cells.shape
     assert brief.to_latex().count(r"\midrule") == 2
-    none = grid("t", "n", "Dice", columns, [], 1)
+    none = layout("t", "n", "Dice", columns, [], 1)
     assert none.brief("Dice") is none and r"\toprule" in none.to_latex()
 
 
 def test_latex_headings_are_in_lines_and_wide_tables_are_scaled():
     columns, cells = ("Method", "Visible tokens a crop"), ("x", "1.0")
-    text = grid("", "cost", "Cost", columns, [cells], 1).to_latex()
+    text = layout("", "cost", "Cost", columns, [cells], 1).to_latex()
     assert r"\shortstack[r]{Visible\\tokens\\a crop}" in text
     scaled = re.search(r"\\begin\{adjustbox\}\{max width=\\linewidth\}\n\\begin\{tabular\}\{lr\}", text)
     assert scaled and text.index(r"\end{tabular}") < text.index(r"\end{adjustbox}")
     # what would be an option of the line's end before it
-    assert r"& Dice {[}mm]" in grid("", "n", "c", ("Method", "Dice [mm]"), [("x", "0.123456789")], 1).to_latex()
+    assert r"& Dice {[}mm]" in layout("", "n", "c", ("Method", "Dice [mm]"), [("x", "0.123456789")], 1).to_latex()
 
 
 def test_bars_in_names_part_no_columns():
-    text = grid("", "n", "c", ("Method", "a|b"), [("x|y", "1.0")], 1).to_markdown()
+    text = layout("", "n", "c", ("Method", "a|b"), [("x|y", "1.0")], 1).to_markdown()
     assert r"x\|y" in text and r"a\|b" in text and len(re.findall(r"(?<!\\)\|", text.splitlines()[-1])) == 3
 
 
@@ -235,12 +235,12 @@ def test_the_page_holds_every_table_and_picture_and_no_link(tmp_path):
         pictures=[(tmp_path / "rebuilt.png", "a rebuilt series")],
     )
     html = page.read_text(encoding="utf-8")
-    grids = make_tables(results, NONE, costs()).grids
-    assert html.count("<table>") == len(grids) and html.count("<img") == 4
+    layouts = make_tables(results, NONE, costs()).layouts
+    assert html.count("<table>") == len(layouts) and html.count("<img") == 4
     assert {path.name for path in (page.parent / "figures").iterdir()} == {"labels_1.png", "patients_1.png", "case_1.png"}
     assert not re.search(r"""(src|href)=["'](?!data:)|https?://|url\(""", html)
     assert "A &lt;study&gt;" in html and "CSM_100% &amp; more" in html and "a rebuilt series" in html
-    assert html.count('class="best"') == sum(grid.best.sum() for grid in grids) > 0
+    assert html.count('class="best"') == sum(layout.best.sum() for layout in layouts) > 0
 
 
 def test_what_is_missing_has_no_section(tmp_path):
@@ -256,8 +256,8 @@ def test_a_study_of_classes_has_tables_too(tmp_path):
     table["p_III"] = np.clip(rng.normal(0.4, 0.2, len(table)) + 0.2 * (table["class"] == "III"), 0, 1)
     table["p_II"] = 1 - table["p_III"]
     tables = make_tables(NONE, table, NONE)
-    assert header(grid_of(tables, "AUC")) == ("Method", "Labels (cases)", "AUC")
-    assert [grid.name for grid in tables.grids] == ["AUC", "comparisons"]
+    assert header(layout_of(tables, "AUC")) == ("Method", "Labels (cases)", "AUC")
+    assert [layout.name for layout in tables.layouts] == ["AUC", "comparisons"]
     page = write_report(tmp_path, "t", NONE, table, NONE)
     assert re.findall(r"<h2>(.*)</h2>", page.read_text(encoding="utf-8")) == [
         "Gliomas",

@@ -94,7 +94,7 @@ def write_report(
     figures = folder / "figures"
     page = Page(title, text)
     for name in dict.fromkeys(tables.summary["table"]):
-        page.section(name, tables=[grid.to_page() for grid in tables.grids if grid.table == name])
+        page.section(name, tables=[layout.to_page() for layout in tables.layouts if layout.table == name])
     if curves := draw_label_efficiency(figures, tables.summary, results):
         page.section("Label efficiency", "Bands: 95 % intervals over patients and repeats.", images=curves)
     contrasts = contrasts_of(arms_of(results, predictions), baseline, against)
@@ -104,7 +104,7 @@ def write_report(
         page.section("One case under all methods", "The case in which the last arm has its median Dice.", images=compared)
     if pictures:
         page.section("Pretraining", images=pictures)
-    if of_study := [grid.to_page() for grid in tables.grids if not grid.table]:
+    if of_study := [layout.to_page() for layout in tables.layouts if not layout.table]:
         page.section("Cost", tables=of_study)
     page.section("How this was computed", METHODS)
     page.save(folder / "report.html")

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from nnunet_csm.evaluation.bootstrap import CONFIDENCE
 from nnunet_csm.evaluation.regions import short_name
 from nnunet_csm.files import write_text
-from nnunet_csm.study.grid import HIDDEN, SHOWN, Grid
+from nnunet_csm.study.layout import HIDDEN, SHOWN, TableLayout
 from nnunet_csm.study.statistics import (
     ALL_SERIES,
     AUC,
@@ -42,20 +42,20 @@ class Tables:
         summary: as `summarize`; AUC too.
         comparisons: as `compare`; AUC too.
         costs: as `costs_by_arm`; empty when no costs are known.
-        grids: the same, for readers.
+        layouts: the same, for readers.
     """
 
     summary: pd.DataFrame
     comparisons: pd.DataFrame
     costs: pd.DataFrame
-    grids: tuple[Grid, ...]
+    layouts: tuple[TableLayout, ...]
 
     def to_markdown(self) -> str:
-        return "\n".join(grid.to_markdown() for grid in self.grids)
+        return "\n".join(layout.to_markdown() for layout in self.layouts)
 
     def to_latex(self) -> str:
         needed = "% needs \\usepackage{booktabs} and \\usepackage{adjustbox}"
-        return "\n".join([needed, *(grid.to_latex() for grid in self.grids)])
+        return "\n".join([needed, *(layout.to_latex() for layout in self.layouts)])
 
     def save(self, folder: Path) -> None:
         """Write summary.csv, comparisons.csv, costs_by_arm.csv (where there are costs), tables.md and tables.tex."""
@@ -99,8 +99,8 @@ def make_tables(
         comparisons.append(compare_classes(predictions, contrasts))
     summary, compared = _stacked(summaries), _stacked(comparisons)
     by_arm = costs if costs.empty else costs_by_arm(costs)
-    grids = [grid for name in dict.fromkeys(summary["table"]) for grid in _grids_of(name, summary, compared)]
-    return Tables(summary, compared, by_arm, (*grids, *_cost_grid(by_arm)))
+    layouts = [layout for name in dict.fromkeys(summary["table"]) for layout in _layouts_of(name, summary, compared)]
+    return Tables(summary, compared, by_arm, (*layouts, *_cost_layout(by_arm)))
 
 
 def arms_of(results: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
@@ -112,13 +112,13 @@ def _stacked(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat([table for table in tables if not table.empty] or tables[:1], ignore_index=True)
 
 
-def _grids_of(name: str, summary: pd.DataFrame, comparisons: pd.DataFrame) -> Iterator[Grid]:
+def _layouts_of(name: str, summary: pd.DataFrame, comparisons: pd.DataFrame) -> Iterator[TableLayout]:
     of_table = _in_order(summary[summary["table"] == name])
     compared = _in_order(comparisons[comparisons["table"] == name])
-    yield from _main_grids(name, of_table)
-    yield from _subset_grids(name, of_table, _series_of(summary))
-    yield from _robust_grid(name, of_table)
-    yield from _comparison_grids(name, compared)
+    yield from _main_layouts(name, of_table)
+    yield from _subset_layouts(name, of_table, _series_of(summary))
+    yield from _robust_layout(name, of_table)
+    yield from _comparison_layouts(name, compared)
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -183,7 +183,7 @@ def series_name(tested: str) -> str:
     return "all series" if tested == ALL_SERIES else tested
 
 
-def _main_grids(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
+def _main_layouts(name: str, summary: pd.DataFrame) -> Iterator[TableLayout]:
     """Arms by structures, as tables I, II and V; one structure and few choices of series: arms by series, as III and IV."""
     whole = summary[~_is_subset(summary)]
     whole = whole.assign(Method=whole["arm"], Series=_series_names(whole))
@@ -209,7 +209,7 @@ def _main_grids(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
         sizes = f"{_range(part['num_repeats'])} repeats, {part['num_patients'].max()} patients tested"
         only = f", {settings[0]}" if len(settings) == 1 else ""
         caption = f"{name}: {measure}{only}, mean ± standard deviation over {sizes}"
-        yield Grid(name, measure, caption, cells, len(names), _beside(names, best), blocks).brief(LABELS)
+        yield TableLayout(name, measure, caption, cells, len(names), _beside(names, best), blocks).brief(LABELS)
 
 
 def _wide(part: pd.DataFrame, names: Sequence[Any], columns: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -230,7 +230,7 @@ def _range(numbers: pd.Series) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
-def _subset_grids(name: str, summary: pd.DataFrame, series: Sequence[str]) -> Iterator[Grid]:
+def _subset_layouts(name: str, summary: pd.DataFrame, series: Sequence[str]) -> Iterator[TableLayout]:
     """Series given at test time by arms, a table a structure, for networks that were tested without some of their series."""
     partly = summary[_is_subset(summary)][["finetuned", "labels"]].drop_duplicates()
     for finetuned, share in partly.itertuples(index=False):
@@ -256,11 +256,11 @@ def _subset_grids(name: str, summary: pd.DataFrame, series: Sequence[str]) -> It
                 f"{name}: {measure} with a part of the series at test time ({SHOWN} given, {HIDDEN} missing), "
                 f"one network for all parts, labels {labels}"
             )
-            grid_name = f"subsets {structure} {100 * share:g}"
-            yield Grid(name, grid_name, caption, cells, len(known), _beside(known, best), (0, len(cells) - 1))
+            layout_name = f"subsets {structure} {100 * share:g}"
+            yield TableLayout(name, layout_name, caption, cells, len(known), _beside(known, best), (0, len(cells) - 1))
 
 
-def _robust_grid(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
+def _robust_layout(name: str, summary: pd.DataFrame) -> Iterator[TableLayout]:
     """Medians and shares of failures, which a mean of Dice hides; of all series, and of the average where there is one."""
     part = summary[~_is_subset(summary) & (summary["structure"] != AUC)]
     part = part[part["structure"] == AVERAGE] if (part["structure"] == AVERAGE).any() else part
@@ -283,19 +283,19 @@ def _robust_grid(name: str, summary: pd.DataFrame) -> Iterator[Grid]:
     yield _plain(name, "failures", caption, names, numbers).brief("Series", LABELS, "Structure", "Tested (patients)")
 
 
-def _plain(table: str, name: str, caption: str, names: Mapping[str, Any], numbers: Mapping[str, Any]) -> Grid:
+def _plain(table: str, name: str, caption: str, names: Mapping[str, Any], numbers: Mapping[str, Any]) -> TableLayout:
     """Columns of text; what is not defined is a dash, and nothing is best."""
     cells = pd.DataFrame({**names, **numbers}).fillna(UNDEFINED).reset_index(drop=True)
-    return Grid(table, name, caption, cells, len(names), np.zeros(cells.shape, bool))
+    return TableLayout(table, name, caption, cells, len(names), np.zeros(cells.shape, bool))
 
 
-def _comparison_grids(name: str, comparisons: pd.DataFrame) -> Iterator[Grid]:
+def _comparison_layouts(name: str, comparisons: pd.DataFrame) -> Iterator[TableLayout]:
     """Tables with the series that networks were made for, and with a part of them."""
     for is_part, part in comparisons.groupby(_is_subset(comparisons), sort=True):
-        yield _comparison_grid(name, "comparisons of parts" if is_part else "comparisons", part)
+        yield _comparison_layout(name, "comparisons of parts" if is_part else "comparisons", part)
 
 
-def _comparison_grid(name: str, part: str, comparisons: pd.DataFrame) -> Grid:
+def _comparison_layout(name: str, part: str, comparisons: pd.DataFrame) -> TableLayout:
     ends = zip(map(points, comparisons["low"]), map(points, comparisons["high"]), strict=True)
     names = {
         "Comparison": comparisons.apply(versus, axis=1),
@@ -339,7 +339,7 @@ def p_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def _cost_grid(costs: pd.DataFrame) -> Iterator[Grid]:
+def _cost_layout(costs: pd.DataFrame) -> Iterator[TableLayout]:
     if costs.empty:
         return
     minutes = [

@@ -35,7 +35,7 @@ LATEX = str.maketrans(
 
 
 @dataclass(frozen=True)
-class Grid:
+class TableLayout:
     """One table as it is read.
 
     Attributes:
@@ -55,7 +55,7 @@ class Grid:
     best: Bool[np.ndarray, "row column"]
     blocks: tuple[int, ...] = (0,)
 
-    def brief(self, *details: str) -> "Grid":
+    def brief(self, *details: str) -> "TableLayout":
         """Leave out the columns of `details` in which several rows say the same; the caption ends with what they say."""
         shared = np.array([name in details and len({*cells}) == 1 < len(cells) for name, cells in self.cells.items()])
         if not shared.any():
