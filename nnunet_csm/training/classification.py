@@ -322,9 +322,9 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         if self.ranks.rank > 0:
             return
         self.network.eval()
-        for side, name in (("val", "validation"), ("test", "test")):
-            if side in self.split:
-                with exit_on_user_error():
+        with exit_on_user_error(), self.only_one():
+            for side, name in (("val", "validation"), ("test", "test")):
+                if side in self.split:
                     self.judge(self.read_side(side), Path(self.output_folder) / name)
 
     def judge(self, volumes: SampleVolumes, folder: Path) -> None:

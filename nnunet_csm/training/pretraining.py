@@ -378,14 +378,18 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         compared = self.compared or self.comparison()
         if self.ranks.rank > 0 or compared is None:
             return
-        folder = Path(self.output_folder) / "validation"
+        with exit_on_user_error(), self.only_one():
+            self.write_comparison(compared, Path(self.output_folder) / "validation")
+
+    @torch.no_grad()
+    def write_comparison(self, compared: Comparison, folder: Path) -> None:
+        """Errors of the network and of the linear maps on validation patches, as tables in a folder and in the log."""
         folder.mkdir(exist_ok=True)
         self.print_to_log_file("Comparing reconstructions of validation cases with linear maps ...")
         self.network.eval()
         steps = range(max(4, math.ceil(NUM_COMPARED / self.batch_size)))
-        with torch.no_grad():
-            # epoch 1: other draws than those the epochs were judged by
-            errors = compared.errors(lambda: (self.val_batches(1, step) for step in steps), self.rebuild)
+        # epoch 1: other draws than those the epochs were judged by
+        errors = compared.errors(lambda: (self.val_batches(1, step) for step in steps), self.rebuild)
         table = errors.table()
         table.to_csv(folder / "reconstruction.csv", index=False)
         save_json({"hidden_voxels": table.to_dict("records")}, str(folder / "summary.json"))

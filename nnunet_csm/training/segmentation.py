@@ -278,5 +278,12 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
                 nnunet.save_json(dice, Path(self.output_folder) / encoder_share.FILE)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with exit_on_user_error(), lost_rank_explained(self.ranks), self.shared_by_nnunet(), self.averaged(), uncompiled():
+        with (
+            exit_on_user_error(),
+            lost_rank_explained(self.ranks),
+            self.only_one(),
+            self.shared_by_nnunet(),
+            self.averaged(),
+            uncompiled(),
+        ):
             super().perform_actual_validation(save_probabilities)

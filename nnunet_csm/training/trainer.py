@@ -5,7 +5,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,12 @@ class CSMTrainer(nnUNetTrainer):
         optimizer = build_optimizer(self.bare_network, self.encoder, self.schedule)
         return optimizer, build_scheduler(optimizer, self.schedule)
 
+    def only_one(self) -> AbstractContextManager[None]:
+        """Keep other trainings out of the folder, in the final validation as well; rank 0 does, which writes."""
+        return alone(self.output_folder, "training") if self.ranks.rank == 0 else nullcontext()
+
     def run_training(self) -> None:
-        # rank 0 writes
-        only_one = alone(self.output_folder, "training") if self.ranks.rank == 0 else nullcontext()
-        with exit_on_user_error(), lost_rank_explained(self.ranks), only_one:
+        with exit_on_user_error(), lost_rank_explained(self.ranks), self.only_one():
             super().run_training()
 
     def on_train_start(self) -> None:
