@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -329,18 +330,34 @@ def test_each_rebuilds_hidden_tokens_of_others_better_than_the_mean(name):
     assert found < 0.8 * of_the_mean
 
 
-def as_nemesis(entry: dict[str, Any]) -> None:
-    """A configuration of NEMESIS."""
-    entry["architecture"]["arch_kwargs"] |= JOINT_NETWORK
-    entry["csm"] = merged(entry["csm"], {"pretext": {"name": "maesil", "masking": {"mask_ratio": 0.5}, "noise": list(NOISE)}})
+def changed(pretext: dict[str, Any], network: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Makes a configuration one of another pretext."""
+
+    def change(entry: dict[str, Any]) -> None:
+        entry["architecture"]["arch_kwargs"] = merged(entry["architecture"]["arch_kwargs"], network)
+        entry["csm"] = merged(entry["csm"], {"pretext": pretext})
+
+    return change
 
 
-def test_pretraining_runs_from_plans_alone(make_trainer: Callable[..., Any]) -> None:
-    trainer = make_trainer(True, change=as_nemesis)
+CHANGES = {
+    "unime": changed({"masking": {"mask_ratio": 0.75, "fewest_hidden": 0, "counts": "pooled"}}, {}),
+    "bm_mae": changed(
+        {"masking": {"mask_ratio": 0.75, "hidden_series": "none", "counts": "dirichlet"}}, {"encoder": {"embedding": "by_series"}}
+    ),
+    "nemesis": changed({"name": "maesil", "masking": {"mask_ratio": 0.5}, "noise": list(NOISE)}, JOINT_NETWORK),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_pretraining_runs_from_plans_alone_and_is_judged(name: str, make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(True, change=CHANGES[name])
     trainer.run_training()
-    assert isinstance(trainer.bare_network, MAESIL)
+    assert isinstance(trainer.bare_network, MAESIL if name == "nemesis" else CSM)
     log = trainer.logger.local_logger.my_fantastic_logging
     assert np.isfinite(log["train_losses"]).all() and np.isfinite(log["error_part_hidden"]).all()
+    trainer.perform_actual_validation()
+    assert [*(Path(trainer.output_folder) / "reconstructions").glob("*.png")]
 
 
 PRESETS = {

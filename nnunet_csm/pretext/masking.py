@@ -158,10 +158,10 @@ def dirichlet_counts(drawn: Float[Tensor, "b s"], shown: Bool[Tensor, "b s"], nu
     for _ in range(shown.shape[1]):
         # a round fills a series or more, or changes nothing
         full = counts >= num_tokens
-        others = torch.where(full, 0.0, counts)
+        others = counts.masked_fill(full, 0.0)
         rest = total - num_tokens * full.sum(1, keepdim=True)
         factor = rest / others.sum(1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)
-        counts = torch.where(full, float(num_tokens), others * factor)
+        counts = (others * factor).masked_fill(full, float(num_tokens))
     whole = counts.floor()
     left = total - whole.sum(1, keepdim=True)
     return (whole + ((whole - counts).argsort(1).argsort(1) < left)).long()
