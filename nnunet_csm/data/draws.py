@@ -81,7 +81,10 @@ class Draws:
         return (self.integers(what, num, first) >> 39).float() * 2.0**-24
 
     def normal(self, what: What, num: int, first: int = 0) -> Float[Tensor, "b n"]:
-        """Normal with a deviation of 1, by Box and Muller, two of each of the integers from `first` on."""
+        """Normal with a deviation of 1, by Box and Muller, two of each of the integers from `first` on.
+
+        A GPU draws what a CPU would but for the rounding of logarithm, sine and cosine.
+        """
         drawn = self.integers(what, (num + 1) // 2, first)
         # 24 bits for the length, half a step from 0, and 24 others for the angle
         length = (-2 * ((drawn >> 39).float() * 2.0**-24 + 2.0**-25).log()).sqrt()
