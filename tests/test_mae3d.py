@@ -48,7 +48,8 @@ from nnunet_csm.pretext import masking as csm_masking
 from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.pretext.csm import CSM
-from nnunet_csm.pretext.mae3d import MAE3D, PlaceMasking, draw_mask, without_empty_series
+from nnunet_csm.pretext.joint import without_empty_series
+from nnunet_csm.pretext.mae3d import MAE3D, PlaceMasking, draw_mask
 from nnunet_csm.pretext.masking import Masking, num_visible, without_background
 from nnunet_csm.schema import to_dict
 

@@ -20,8 +20,8 @@ from torch import nn
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Architecture, EncoderSettings
-from nnunet_csm.pretext import mae3d
-from nnunet_csm.pretext.base import Batch, Pretext
+from nnunet_csm.pretext import mae3d, maesil
+from nnunet_csm.pretext.base import Batch, Pretext, Setup
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.masking import Masking, ask_some, draw_mask, shown_series_weights
 from nnunet_csm.pretext.memory import (
@@ -166,6 +166,31 @@ def test_joint_tokens_take_what_was_predicted_and_less_than_separate_ones(backen
     assert close_and_not_below(memory_of(network, batch_size, backend).total, real)
     tuning, separate = (finetuning_memory(one, NUM_CLASSES, patch_size, batch_size) for one in (joint, a))
     assert tuning.activations < separate.activations
+
+
+@pytest.mark.parametrize("counts", ["pooled", "dirichlet"])
+def test_other_counts_take_what_was_predicted(counts):
+    masking = dataclasses.replace(MASKING, mask_ratio=0.75, fewest_hidden=0, counts=counts)
+    takes_what_was_predicted(make_csm(architecture(3), DECODER, masking, (32, 32, 32)))
+
+
+@pytest.mark.parametrize("noise", [(0.0,), (0.0, 0.25)], ids=["plain", "noisy"])
+def test_planes_of_joint_tokens_take_what_was_predicted(noise):
+    joint = dataclasses.replace(architecture(3), encoder=EncoderSettings("joint_vit"))
+    chosen = maesil.Settings(maesil.DualMasking(0.5), DECODER, noise)
+    takes_what_was_predicted(maesil.MAESIL(Setup(joint, chosen, (32, 32, 32))))
+
+
+def takes_what_was_predicted(network: Pretext, batch_size: int = 4) -> None:
+    """Assert it, of a step on the kind of batch that takes most."""
+    last = network.setup.num_series - 1 if isinstance(network, CSM) else 0
+
+    def loss() -> torch.Tensor:
+        batch = network.example(batch_size, last)
+        value: torch.Tensor = network(*batch.args) / network.weight(batch.drawn)
+        return value
+
+    assert close_and_not_below(memory_of(network, batch_size, FP32).total, measured(network, loss, FP32))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import VERSION, Architecture, Recipe, parse_configuration, read_configuration
-from nnunet_csm.pretext.base import Pretext, setup_of
+from nnunet_csm.pretext.base import PRETEXTS, Pretext, setup_of
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.csm import Settings as CSMSettings
 from nnunet_csm.pretext.mae3d import MAE3D
@@ -195,7 +195,7 @@ def test_values_that_no_network_could_be_built_from_are_refused(path, value, wor
 @pytest.mark.parametrize("name", ["unknown", "no.such.Module", "nnunet_csm.pretext.csm.Nothing", "", "csm."])
 def test_an_unknown_pretext_is_refused_and_those_there_are_are_named(name):
     message = refused(edited(["csm", "pretext", "name"], name))
-    assert f"csm.pretext.name is {name!r}, expected one of csm, mae3d, or the dotted path of a class" in message
+    assert f"csm.pretext.name is {name!r}, expected one of {', '.join(PRETEXTS)}, or the dotted path of a class" in message
 
 
 def test_a_class_that_is_no_pretext_is_refused():

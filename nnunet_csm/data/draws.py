@@ -3,6 +3,7 @@
 A run that was killed and resumed, or that has another number of workers or ranks, therefore gets the batches of one that was not.
 """
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -78,6 +79,17 @@ class Draws:
     def uniform(self, what: What, num: int, first: int = 0) -> Float[Tensor, "b n"]:
         """Uniform on [0, 1), multiples of 2**-24, so that every float is exact; `first` as for `integers`."""
         return (self.integers(what, num, first) >> 39).float() * 2.0**-24
+
+    def normal(self, what: What, num: int, first: int = 0) -> Float[Tensor, "b n"]:
+        """Normal with a deviation of 1, by Box and Muller, two of each of the integers from `first` on.
+
+        A GPU draws what a CPU would but for the rounding of logarithm, sine and cosine.
+        """
+        drawn = self.integers(what, (num + 1) // 2, first)
+        # 24 bits for the length, half a step from 0, and 24 others for the angle
+        length = (-2 * ((drawn >> 39).float() * 2.0**-24 + 2.0**-25).log()).sqrt()
+        angle = (drawn & (2**24 - 1)).float() * (2 * math.pi * 2.0**-24)
+        return torch.cat([length * angle.cos(), length * angle.sin()], dim=1)[:, :num]
 
 
 def _scrambled(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

@@ -24,7 +24,11 @@ from nnunet_csm.plans import Architecture, Configuration
 from nnunet_csm.schema import Size, from_dict, to_dict
 
 # `csm.pretext.name` in the plans to its class, imported when it is asked for
-PRETEXTS = {"csm": "nnunet_csm.pretext.csm.CSM", "mae3d": "nnunet_csm.pretext.mae3d.MAE3D"}
+PRETEXTS = {
+    "csm": "nnunet_csm.pretext.csm.CSM",
+    "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
+    "maesil": "nnunet_csm.pretext.maesil.MAESIL",
+}
 
 D = TypeVar("D", bound="Drawn")
 

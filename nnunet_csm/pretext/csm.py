@@ -17,7 +17,15 @@ from nnunet_csm.model.tokens import Size, coordinates, select
 from nnunet_csm.model.vit import ViT
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Setup
-from nnunet_csm.pretext.masking import Mask, Masking, ask_some, draw_mask, num_visible, shown_series_weights, without_background
+from nnunet_csm.pretext.masking import (
+    Mask,
+    Masking,
+    ask_some,
+    draw_mask,
+    shown_series_weights,
+    total_visible,
+    without_background,
+)
 from nnunet_csm.pretext.rebuilding import Rebuilding, Reconstruction, TokenError, check_ratio, own_moments
 
 
@@ -58,6 +66,11 @@ class CSM(Rebuilding):
         check_ratio(settings.masking.mask_ratio, f"{where}.masking")
         if settings.masking.fewest_hidden < 0:
             raise UserError(f"{where}.masking.fewest_hidden is {settings.masking.fewest_hidden}, expected 0, 1 or more series")
+        if settings.masking.counts != "equal" and settings.masking.places != "independent":
+            raise UserError(
+                f"{where}.masking.counts is {settings.masking.counts!r}, but series that share places show the same number of "
+                f"tokens; set counts to 'equal', or places to 'independent'"
+            )
         if architecture.encoder.kind != "vit":
             raise UserError(
                 f"{where}: series are hidden one by one, but encoder.kind in arch_kwargs is {architecture.encoder.kind!r}; set "
@@ -67,9 +80,14 @@ class CSM(Rebuilding):
     @classmethod
     def described(cls, setup: Setup, num_present: Mapping[int, int]) -> list[tuple[str, str, str]]:
         masking, num_series = setup.settings.masking, setup.num_series
-        visible = num_visible(setup.num_tokens, masking.mask_ratio)
+        visible = total_visible(1, setup.num_tokens, masking)
         places = "each series at its own places" if masking.places == "independent" else "all series at the same places"
-        shown = f"{visible} of {setup.num_tokens} tokens of a series stay visible, {places}"
+        shared = {
+            "equal": places,
+            "pooled": "on average: they are drawn from all series shown together",
+            "dirichlet": "on average: series share them in proportions drawn for each sample",
+        }
+        shown = f"{visible} of {setup.num_tokens} tokens of a series stay visible, {shared[masking.counts]}"
         hidden = "series hidden whole", "none", "there is one series" if num_series == 1 else "set by the preset"
         if num_series > 1 and masking.hidden_series != "none":
             rebuilt = "and rebuilt" if masking.hidden_series == "rebuilt" else "and not rebuilt"
@@ -107,6 +125,6 @@ class CSM(Rebuilding):
         return self.settings.masking.hidden_series == "rebuilt"
 
     def seen_tokens(self, present: Bool[Tensor, "c s"]) -> float:
-        weights = self.variants(present)
-        shown = (weights * torch.arange(1, weights.shape[1] + 1)).sum(1).mean()
-        return float(shown) * num_visible(self.setup.num_tokens, self.settings.masking.mask_ratio)
+        weights, setup = self.variants(present), self.setup
+        totals = [total_visible(shown, setup.num_tokens, setup.settings.masking) for shown in range(1, weights.shape[1] + 1)]
+        return float((weights * torch.tensor(totals)).sum(1).mean())

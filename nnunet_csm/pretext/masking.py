@@ -28,6 +28,9 @@ class Masking:
         background: whether hidden tokens in which nothing varies are rebuilt or stay out of the loss.
         fewest_hidden: of the series hidden whole, the fewest: 1 as in the paper, or 0 (UniME's range); at least one stays
             visible.
+        counts: how the visible tokens are shared among the series that are not hidden whole: the same number of each; "pooled",
+            drawn from the tokens of all of them together (UniME); or by shares drawn anew for every sample, all shares as likely
+            (BM-MAE's Dirichlet distribution with parameters of 1). But for "equal", a series may by chance show none.
     """
 
     mask_ratio: float
@@ -35,6 +38,7 @@ class Masking:
     hidden_series: Literal["rebuilt", "ignored", "none"]
     background: Literal["rebuilt", "ignored"] = "rebuilt"
     fewest_hidden: int = 1
+    counts: Literal["equal", "pooled", "dirichlet"] = "equal"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,13 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
     return max(1, round((1.0 - mask_ratio) * num_tokens))
 
 
+def total_visible(num_shown: int, num_tokens: int, masking: Masking) -> int:
+    """Visible tokens of a sample that keeps `num_shown` series visible in part: what no draw changes."""
+    if masking.counts == "equal":
+        return num_shown * num_visible(num_tokens, masking.mask_ratio)
+    return num_visible(num_shown * num_tokens, masking.mask_ratio)
+
+
 def num_asked(num_hidden: int, share: float) -> int:
     """Hidden tokens of a patch that a training step asks the decoder for."""
     return min(num_hidden, max(1, round(share * num_hidden)))
@@ -104,21 +115,56 @@ def draw_mask(draws: Draws, series_present: Bool[Tensor, "b s"], num_shown: int,
         series_present: series each sample has; each must have at least `num_shown`.
         num_shown: series of which some tokens are visible, p - k.
         num_tokens: tokens of one series, l.
-        masking: ratio, and whether series share places.
+        masking: ratio, whether series share places, and how visible tokens are shared among series.
     """
     b, s = series_present.shape
-    count = num_visible(num_tokens, masking.mask_ratio)
+    total = total_visible(num_shown, num_tokens, masking)
 
     preference = draws.integers(What.SERIES, s).masked_fill(~series_present, LAST)
     shown = smallest(preference, num_shown)
     places = draws.integers(What.TOKENS, s * num_tokens).view(b, s, num_tokens)
     if masking.places == "shared":
         places = places[:, :1]
-    chosen = smallest(places, count).expand(b, s, num_tokens)
+    if masking.counts == "equal":
+        chosen = smallest(places, total // num_shown).expand(b, s, num_tokens)
+    elif masking.counts == "pooled":
+        chosen = smallest(places.masked_fill(~shown[..., None], LAST).flatten(1), total).view_as(places)
+    else:
+        # beyond the numbers that places and `ask_some` are drawn with
+        drawn = draws.uniform(What.TOKENS, s, first=2 * s * num_tokens)
+        chosen = places.argsort(-1).argsort(-1) < dirichlet_counts(drawn, shown, num_tokens, total)[..., None]
 
     hidden = ~(chosen & shown[..., None])
     in_loss = series_present if masking.hidden_series != "ignored" else series_present & shown
-    return Mask(hidden, hidden & in_loss[..., None], *apart(hidden.flatten(1), num_shown * count))
+    return Mask(hidden, hidden & in_loss[..., None], *apart(hidden.flatten(1), total))
+
+
+def dirichlet_counts(drawn: Float[Tensor, "b s"], shown: Bool[Tensor, "b s"], num_tokens: int, total: int) -> Int[Tensor, "b s"]:
+    """Visible tokens of each series by shares from the Dirichlet distribution with parameters of 1: `total` in all, exactly.
+
+    What a share asks for beyond the tokens of its series goes to the others in proportion. BM-MAE draws all shares again instead;
+    neither happens when `total` is at most `num_tokens`, as with a quarter of the tokens of up to four series. Fractions of
+    tokens go to the largest remainders, where BM-MAE rounds each share and then fills up or cuts.
+
+    Args:
+        drawn: multiples of 2**-24, uniform on [0, 1).
+        shown: series that take part.
+        num_tokens: of a series, l.
+        total: at most l times the number of series that take part.
+    """
+    # exponential variates over their sum are such shares; half a step from 0 and 1
+    counts = -(drawn.double() + 2.0**-25).log() * shown
+    counts = counts * (total / counts.sum(1, keepdim=True))
+    for _ in range(shown.shape[1]):
+        # a round fills a series or more, or changes nothing
+        full = counts >= num_tokens
+        others = counts.masked_fill(full, 0.0)
+        rest = total - num_tokens * full.sum(1, keepdim=True)
+        factor = rest / others.sum(1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)
+        counts = (others * factor).masked_fill(full, float(num_tokens))
+    whole = counts.floor()
+    left = total - whole.sum(1, keepdim=True)
+    return (whole + ((whole - counts).argsort(1).argsort(1) < left)).long()
 
 
 def apart(hidden: Bool[Tensor, "b n"], num_visible: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:

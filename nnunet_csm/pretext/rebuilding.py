@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class Rebuilding(Pretext):
     `TokenError`, and its settings have a `reconstruction`.
     """
 
-    Draw = Mask
+    Draw: ClassVar[type[Mask]] = Mask
     error: TokenError
 
     @classmethod
