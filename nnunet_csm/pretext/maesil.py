@@ -1,7 +1,7 @@
 """MAESIL's dual masking on joint tokens (Kim et al., arXiv 2604.00514), and the noise of its sibling NEMESIS (arXiv 2604.01612).
 
 No code of MAESIL is public: the masking is that of the sibling's, by the same group, written anew. Encoder, decoder, schedule and
-fine-tuning are those of the other pretexts on joint tokens; see docs/methods_relatives.md.
+fine-tuning are those of the other pretexts on joint tokens; see docs/methods.md.
 """
 
 import math

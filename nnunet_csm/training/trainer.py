@@ -119,8 +119,7 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder(self) -> Encoder:
-        found: Encoder = self.bare_network.encoder
-        return found
+        return self.bare_network.encoder  # type: ignore[no-any-return]
 
     def first_layer(self) -> Tensor:
         """Weights of the encoder that meet the voxels, as they are now."""
