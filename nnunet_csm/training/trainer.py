@@ -119,7 +119,8 @@ class CSMTrainer(nnUNetTrainer):
 
     @property
     def encoder(self) -> Encoder:
-        return self.bare_network.encoder  # type: ignore[no-any-return]
+        found: Encoder = self.bare_network.encoder
+        return found
 
     def first_layer(self) -> Tensor:
         """Weights of the encoder that meet the voxels, as they are now."""
