@@ -326,8 +326,8 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-preset",
         default="auto",
-        help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, mae3d, paper (chosen by the series), or the "
-        "path of a preset file",
+        help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, mae3d, dino, paper (chosen by the series), or "
+        "the path of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")

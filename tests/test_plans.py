@@ -195,7 +195,7 @@ def test_values_that_no_network_could_be_built_from_are_refused(path, value, wor
 @pytest.mark.parametrize("name", ["unknown", "no.such.Module", "nnunet_csm.pretext.csm.Nothing", "", "csm."])
 def test_an_unknown_pretext_is_refused_and_those_there_are_are_named(name):
     message = refused(edited(["csm", "pretext", "name"], name))
-    assert f"csm.pretext.name is {name!r}, expected one of csm, mae3d, or the dotted path of a class" in message
+    assert f"csm.pretext.name is {name!r}, expected one of csm, mae3d, dino, or the dotted path of a class" in message
 
 
 def test_a_class_that_is_no_pretext_is_refused():
