@@ -356,8 +356,7 @@ def _check(configuration: Configuration, where: str) -> None:
     if not csm.sources:
         raise UserError(f"{where}.csm.sources is empty; pretraining needs images: plan again with `nnunet_csm plan`")
     check_width(architecture.width, architecture.num_heads, f"{where}: arch_kwargs")
-    if architecture.depth < max(token_size).bit_length() - 1:
-        raise UserError(f"{where}: depth {architecture.depth} is too small for a decoder over token_size {token_size}")
+    check_depth(architecture, where)
     if "/" in csm.splits or not csm.splits.endswith(".json"):
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
     for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
@@ -379,3 +378,11 @@ def check_width(width: int, num_heads: int, where: str) -> None:
     """Raise UserError when a ViT cannot have this width and as many heads."""
     if num_heads < 1 or width % num_heads or width < 6:
         raise UserError(f"{where}: width {width} must be a multiple of num_heads {num_heads} and at least 6")
+
+
+def check_depth(architecture: Architecture, where: str) -> None:
+    """Raise UserError when a decoder has more levels than the encoder has blocks."""
+    if architecture.depth < max(architecture.token_size).bit_length() - 1:
+        raise UserError(
+            f"{where}: depth {architecture.depth} is too small for a decoder over token_size {architecture.token_size}"
+        )

@@ -219,6 +219,27 @@ def test_ranks_pretrain_what_one_process_does(dataset: PlannedDataset, pretraine
 
 
 @pytest.mark.slow
+def test_ranks_share_a_teacher_and_its_centre(dataset: PlannedDataset, tmp_path: Path) -> None:
+    """Without what each rank draws for itself: drop path and noise."""
+    folder = dataset.folders.preprocessed / dataset.name
+    plans = json.loads((folder / f"{PLANS}.json").read_text())
+    plans["plans_name"] = f"{PLANS}DINO"
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["architecture"]["arch_kwargs"]["encoder"] = {"kind": "joint_vit"}
+    head = {"hidden": 16, "bottleneck": 8, "num_prototypes": 12}
+    configuration["csm"]["pretext"] = {"name": "dino", "views": {"noise": 0.0}, "head": head, "drop_path": 0.0}
+    configuration["csm"]["pretraining"] |= {"num_epochs": 3}
+    (folder / f"{PLANS}DINO.json").write_text(json.dumps(plans))
+    typed = ("pretrain", "-p", f"{PLANS}DINO")
+    one, three = (train(with_results(dataset, tmp_path / str(num)), num, *typed) for num in (1, 3))
+    parts = train(with_results(dataset, tmp_path / "parts"), 1, *typed, "-accumulate", "3")
+    for found in (three, parts):
+        assert_alike(found, one)
+        torch.testing.assert_close(found["network_weights"]["centre"], one["network_weights"]["centre"], rtol=0, atol=1e-4)
+    assert one["network_weights"]["centre"].abs().max() > 0.01
+
+
+@pytest.mark.slow
 def test_a_batch_in_parts_teaches_the_same(dataset: PlannedDataset, pretrained: dict, tmp_path: Path) -> None:
     assert_alike(train(with_results(dataset, tmp_path), 1, "pretrain", "-accumulate", "3"), pretrained)
 

@@ -37,7 +37,7 @@ class Probe:
     """
 
     def __init__(self, pretext: Pretext, schedule: Schedule, errors: HiddenErrors | None) -> None:
-        self.schedule, self.parts = schedule, pretext.parts
+        self.schedule, self.parts, self.warning = schedule, pretext.parts, pretext.warning
         self.linear_probe: LinearProbe | None = None
         self.baselines: dict[str, list[float]] | None = None
         self.judged, self.name = "val_losses", "validation loss"
@@ -64,7 +64,7 @@ class Probe:
         return judge(log[self.judged], self.schedule.num_epochs, self.baseline("mean"), self.baseline("linear"))
 
     def said(self, log: Mapping[str, Sequence[float]]) -> str:
-        """A line on the last epoch, and one more when lesions were probed."""
+        """A line on the last epoch, one more when lesions were probed, and what the pretext warns of."""
         beside = ", ".join(f"{name.replace('_', ' ')} {self.baseline(name):.4f}" for name in reversed(ESTIMATES))
         beside = f" ({beside})" if self.baselines is not None else ""
         lines = [f"Probe: {self.name}: {log[self.judged][-1]:.4f}{beside}; {self.verdict(log)}"]
@@ -74,6 +74,8 @@ class Probe:
                 f"Probe: lesions in frozen features, average precision {precision:.3f} (untrained encoder {probe.untrained:.3f}, "
                 f"mean and deviation of tokens {probe.statistics:.3f}, chance {probe.prevalence:.3f})"
             )
+        if warning := self.warning(log):
+            lines.append(f"WARNING: {warning}")
         return "\n".join(lines)
 
     def panels(self, log: Mapping[str, Sequence[float]]) -> list[Panel]:

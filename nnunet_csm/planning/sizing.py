@@ -19,7 +19,7 @@ from nnunet_csm.planning.sizes import (
     choose_token_size,
     squeeze,
 )
-from nnunet_csm.plans import Architecture, Source
+from nnunet_csm.plans import Architecture, Source, check_depth
 from nnunet_csm.pretext.base import Pretext, Setup, read_pretext
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, GIB, Memory
 from nnunet_csm.schema import Size
@@ -70,6 +70,7 @@ def sized_for(
     if wishes.token_size is not None:
         token, why_token = wishes.token_size, wishes.why
     architecture = preset.architecture(series, channels, token, f"preset {preset_name}")
+    check_depth(architecture, f"preset {preset_name}: network")
     union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
     pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
 

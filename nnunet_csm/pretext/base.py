@@ -28,6 +28,7 @@ PRETEXTS = {
     "csm": "nnunet_csm.pretext.csm.CSM",
     "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
+    "dino": "nnunet_csm.pretext.dino.DINO",
 }
 
 D = TypeVar("D", bound="Drawn")
@@ -128,6 +129,7 @@ class Pretext(nn.Module, ABC):
         Settings: a frozen dataclass, the keys of `csm.pretext` in the plans beside `name`.
         Draw: what `draw` gives.
         parts: names of what `validate` gives beside the loss; they are logged and plotted.
+        network_draws: whether `forward` draws by torch's own generators (drop path), which the trainer then keys.
         encoder: what pretraining is for.
         setup: what it was built from.
     """
@@ -135,6 +137,7 @@ class Pretext(nn.Module, ABC):
     Settings: ClassVar[type]
     Draw: ClassVar[type[Drawn]]
     parts: ClassVar[tuple[str, ...]] = ()
+    network_draws: ClassVar[bool] = False
     encoder: Encoder
 
     def __init__(self, setup: Setup) -> None:
@@ -208,6 +211,10 @@ class Pretext(nn.Module, ABC):
     def validate(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums and what they are to be divided by: of the loss, and of `parts`."""
         return {"loss": (self(*batch.args), self.weight(batch.drawn))}
+
+    def warning(self, log: Mapping[str, Sequence[float]]) -> str:
+        """What the last entries of `parts` tell that somebody should know; empty when there is nothing."""
+        return ""
 
     def seen_tokens(self, present: Bool[Tensor, "c s"]) -> float:
         """Tokens of a sample that the encoder sees, on average over cases and draws: the budget that methods are compared by."""

@@ -53,13 +53,13 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     progress.png, probe.csv, validation/summary.json.
     """
 
-    network_draws = False
     rests_on = frozenset({"sources", "pretraining_patch_size", "pretext", "pretraining"})
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         with exit_on_user_error():
             self.pretext_class, self.setup = setup_of(self.settings, plans["plans_name"])
+        self.network_draws = self.pretext_class.network_draws
         self.logged = (*logged_names(self.pretext_class), "crops_per_second", LOGGED_PRECISION)
         for name in self.logged:
             self.logger.local_logger.my_fantastic_logging[name] = []

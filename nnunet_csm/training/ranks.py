@@ -75,7 +75,8 @@ class Ranks:
         """The network with gradients that are means over all ranks."""
         if self.num_ranks == 1:
             return network
-        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        # buffers are equal everywhere, or hold what a rank has counted itself
+        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
 
     def device(self, given: torch.device) -> torch.device:
         """This rank's own."""
