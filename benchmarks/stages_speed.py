@@ -30,7 +30,6 @@ def rows_of(stage: Stage) -> list[tuple[str, Row, bool]]:
     if stage.cpu:
         return [("demo, batch 6", Row("demo", 4, 32, 6, (70, 85, 70), 8), True)]
     named = [("B", 64, True), ("B", 6, True), ("B", 6, False), ("B", 64, False), ("B", 256, True), ("S", 64, True)]
-    named += [(preset, 64, True) for preset in pretrain_speed.other_pretexts()]
     return [(f"{p}, batch {b}{'' if g else ', no graphs'}", Row(p, 4, 96, b), g) for p, b, g in named]
 
 
