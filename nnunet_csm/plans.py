@@ -66,6 +66,12 @@ class Architecture:
     fusion: str = "mean"
     encoder: EncoderSettings = EncoderSettings()
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """The fields by name, those of the encoder as `encoder.kind` and so on."""
+        values = {name: value for name, value in vars(self).items() if name != "encoder"}
+        return values | {f"encoder.{name}": value for name, value in vars(self.encoder).items()}
+
 
 @dataclass(frozen=True)
 class Optimization:

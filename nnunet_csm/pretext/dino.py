@@ -67,7 +67,7 @@ class Settings:
 
 
 class Head(nn.Module):
-    """From features to how near each prototype is: the cosine, of an output and a row of `prototypes` scaled to length 1."""
+    """How near features are to each prototype: the cosine, of an output and a row of `prototypes` scaled to length 1."""
 
     learns: Tensor
 

@@ -34,7 +34,7 @@ from nnunet_csm.machine import (
 )
 from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder
-from nnunet_csm.plans import Architecture, Recipe, Schedule, read_configuration
+from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
@@ -371,7 +371,7 @@ class CSMTrainer(nnUNetTrainer):
             init_args = loaded["init_args"]
             saved = read_configuration(init_args["plans"], init_args["configuration"], str(filename_or_checkpoint))
             parts = [
-                {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **of_architecture(one.architecture)}
+                {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **one.architecture.named}
                 for one in (saved, self.settings)
             ]
             if "pretext" in self.rests_on:
@@ -379,7 +379,7 @@ class CSMTrainer(nnUNetTrainer):
                 for part, one in zip(parts, (saved, self.settings), strict=True):
                     pretext, setup = setup_of(one, str(filename_or_checkpoint))
                     part["pretext"] = {"name": pretext.__name__, **vars(setup.settings)}
-            for field in sorted(self.rests_on | {"seed", "splits", *of_architecture(saved.architecture)}):
+            for field in sorted(self.rests_on | {"seed", "splits", *saved.architecture.named}):
                 found, expected = (part[field] for part in parts)
                 if found != expected:
                     raise UserError(
@@ -392,10 +392,3 @@ class CSMTrainer(nnUNetTrainer):
             self.average.load(loaded["network_weights"])
             self.bare_network.load_state_dict(loaded["learning_weights"])
         self.restore_provenance(loaded)
-
-
-def of_architecture(architecture: Architecture) -> dict[str, Any]:
-    """Settings of a network by name, those of the encoder under names of their own: `encoder` is where its weights come from."""
-    values = dict(vars(architecture))
-    options = values.pop("encoder")
-    return values | {f"encoder.{name}": value for name, value in vars(options).items()}
