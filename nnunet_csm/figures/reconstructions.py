@@ -24,7 +24,8 @@ from nnunet_csm.figures.canvas import (
 PANEL_WIDTH = 190
 TITLE_HEIGHT = 62
 
-COLUMNS = ("patch", "seen by the encoder", "rebuilt", "absolute difference")
+SEEN = "seen by the encoder"
+COLUMNS = ("patch", SEEN, "rebuilt", "absolute difference")
 
 SIDE_BY_SIDE = ("patch", "seen when masked", "rebuilt", "difference", "nothing hidden: rebuilt", "difference")
 # of intensities from 0 to 1, the difference that is white
@@ -39,7 +40,7 @@ HIDDEN_COLOUR = "#3d5a80"
 def save_reconstruction(
     path: str | Path,
     patch: Float[np.ndarray, "s z y x"],
-    hidden_voxels: Bool[np.ndarray, "s z y x"],
+    hidden_voxels: Bool[np.ndarray, "s z y x"] | None,
     rebuilt: Float[np.ndarray, "s z y x"],
     series_names: Sequence[str],
     series_present: Bool[np.ndarray, " s"],
@@ -48,15 +49,17 @@ def save_reconstruction(
     """A row per series, its middle slice: the patch, what the encoder saw, rebuilt (visible voxels as they are), |difference|.
 
     A row has one grey window; its differences run from black at 0 to white at half that window's width. The mean squared error
-    beside a row is over all its hidden voxels, not over the slice alone.
+    beside a row is over all its hidden voxels, not over the slice alone. Of what hides nothing and rebuilds everything
+    (`hidden_voxels` is None) there is no second panel, and the error is over all voxels.
     """
-    assert patch.shape == hidden_voxels.shape == rebuilt.shape and len(patch) == len(series_names) == len(series_present)
-    z = patch.shape[1] // 2
+    assert patch.shape == rebuilt.shape and len(patch) == len(series_names) == len(series_present)
+    z, columns = patch.shape[1] // 2, [name for name in COLUMNS if name != SEEN or hidden_voxels is not None]
+    hidden_voxels = np.ones_like(patch, bool) if hidden_voxels is None else hidden_voxels
     filled = np.where(hidden_voxels, rebuilt, patch)
 
     panel, names_width = (PANEL_WIDTH, PANEL_WIDTH * patch.shape[2] / patch.shape[3]), row_names_width([*series_names, NOTHING])
-    figure, rows = panel_grid(title, len(patch), len(COLUMNS), panel, (names_width, TITLE_HEIGHT), GAP)
-    for axes, name in zip(rows[0], COLUMNS, strict=True):
+    figure, rows = panel_grid(title, len(patch), len(columns), panel, (names_width, TITLE_HEIGHT), GAP)
+    for axes, name in zip(rows[0], columns, strict=True):
         write_above(figure, axes, name)
     for series, (series_name, panels) in enumerate(zip(series_names, rows, strict=True)):
         hidden = hidden_voxels[series]
@@ -134,11 +137,11 @@ def _draw_series(
     z: int,
 ) -> None:
     low, high = grey_window(true)
-    draw_grey(panels[0], true[z], (low, high))
-    _draw_seen(panels[1], true[z], hidden[z], (low, high))
-    if hidden.all():
-        panels[1].text(
-            0.5, 0.5, "hidden whole", transform=panels[1].transAxes, ha="center", va="center", color="white", fontsize=10
-        )
-    draw_grey(panels[2], filled[z], (low, high))
-    draw_grey(panels[3], np.abs(filled[z] - true[z]), (0.0, (high - low) / 2))
+    first, *seen, rebuilt, difference = panels
+    draw_grey(first, true[z], (low, high))
+    for axes in seen:
+        _draw_seen(axes, true[z], hidden[z], (low, high))
+        if hidden.all():
+            axes.text(0.5, 0.5, "hidden whole", transform=axes.transAxes, ha="center", va="center", color="white", fontsize=10)
+    draw_grey(rebuilt, filled[z], (low, high))
+    draw_grey(difference, np.abs(filled[z] - true[z]), (0.0, (high - low) / 2))

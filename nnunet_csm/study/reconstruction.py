@@ -27,10 +27,10 @@ MEASURES = {
 }
 BEST = [name for name in MEASURES if name != "border_ratio"]
 
-METHODS = f"""Scored are {NUM_PATCHES} patches of every test case, the same for all methods; what each hides of them is drawn as in
-its training. Nobody learned from these patients. Each series is scored by itself where there is something of it: its intensities
-are scaled so that the 0.5th and the 99.5th percentile of its foreground in the patch are 0 and 1, and clipped to that range, the
-true ones and the rebuilt ones alike. Foreground are voxels that are neither 0 nor the lowest of the patch.
+METHODS = f"""Scored are {NUM_PATCHES} patches of every test case, the same for all methods; what each hides of them is drawn as
+in its training. Nobody learned from these patients. Each series is scored by itself where there is something of it: its
+intensities are scaled so that the 0.5th and the 99.5th percentile of its foreground in the patch are 0 and 1, and clipped to that
+range, the true ones and the rebuilt ones alike. Foreground are voxels that are neither 0 nor the lowest of the patch.
 
 PSNR has a peak of 1. SSIM is scikit-image's in 3-D, with a Gaussian of 1.5 voxels, 11 wide, and a data range of 1; images are
 reflected at the border of the patch. Both are given for the foreground and for all voxels, of which background may be most and is

@@ -220,7 +220,10 @@ ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "encoder"})
 def pretraining_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an arm's changes that its pretraining depends on: arms that agree in it share their pretrainings."""
     kept = {key: value for key, value in changes.items() if key in PRETRAINING_KEYS}
-    network = {key: value for key, value in changes.get("network", {}).items() if key in ENCODER_KEYS}
+    network = changes.get("network", {})
+    # another kind of encoder may have no segmenter with the preset's decoder
+    keys = ENCODER_KEYS | {"decoder"} if "kind" in network.get("encoder", {}) else ENCODER_KEYS
+    network = {key: value for key, value in network.items() if key in keys}
     return kept | ({"network": network} if network else {})
 
 
