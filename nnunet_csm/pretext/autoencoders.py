@@ -291,6 +291,12 @@ class VQVAE(Autoencoder):
             self.register_buffer(name, values, persistent=False)
 
     @classmethod
+    def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
+        super().check(settings, architecture, where)
+        if settings.decay >= 1.0:
+            raise UserError(f"{where}.decay is {settings.decay}, expected 0 <= decay < 1; at 1 no code would ever move")
+
+    @classmethod
     def channels(cls, settings: Any) -> tuple[int, int]:
         return settings.code_width, settings.code_width
 
