@@ -70,8 +70,8 @@ def test_intensities_are_scaled_by_percentiles_of_the_foreground() -> None:
         inside = volume[sample, series][foreground(volume)[sample, series]].numpy()
         found = low[sample, series].item(), high[sample, series].item()
         assert found == pytest.approx(np.percentile(inside, (0.5, 99.5)), rel=1e-5)
-    found = scaled(volume, low, high)
-    assert found.min() == 0 and found.max() == 1 and torch.isfinite(found).all()
+    shown = scaled(volume, low, high)
+    assert shown.min() == 0 and shown.max() == 1 and torch.isfinite(shown).all()
     # an empty and a constant series have no range of their own
     assert ((high - low)[1, 1:] == 1).all()
     torch.testing.assert_close(percentile_range(volume.half())[0], low, rtol=0, atol=2e-3)
@@ -292,7 +292,7 @@ def test_validation_does_not_move_the_codebook() -> None:
     assert all(tensor.equal(before[name]) for name, tensor in pretext.state_dict().items())
 
 
-# --- scoring, pictures, settings, training ----------------------------------------------------------------------------------------
+# --- scoring, pictures, settings, training --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -195,6 +195,7 @@ class Autoencoder(Pretext):
         sums = {"loss": self.total(terms), **{name: terms[name] for name in self.parts if name in terms}}
         return {name: (of_samples.sum(), num) for name, of_samples in sums.items()}
 
+    @torch.no_grad()
     def rebuilt(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Everything, in the units of the input."""
         (volume,), drawn = batch.volumes, batch.drawn

@@ -185,9 +185,10 @@ class Rebuilding(Pretext):
             present: series that it has.
         """
         shown = present[..., None].expand_as(mask.hidden)
-        visible, _ = apart(~shown, int(shown.sum()))
+        visible, _ = apart(~shown.flatten(1), int(shown.sum()))
         return replace(mask, hidden=~shown, rebuilt=shown, visible=visible, asked=visible)
 
+    @torch.no_grad()
     def rebuilt(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """The hidden tokens of present series by the others, and all of them with none hidden ("r = 0").
 

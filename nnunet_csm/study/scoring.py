@@ -58,7 +58,6 @@ def opened(file: Path) -> tuple[Pretext, Bank]:
     return pretext, open_bank(files, torch.device("cpu"))
 
 
-@torch.no_grad()
 def score(pretext: Pretext, bank: Bank, folder: Path, device: torch.device) -> None:
     """Score `NUM_PATCHES` of every case, in full precision, and keep some slices for pictures."""
     rows: list[dict[str, Any]] = []
@@ -81,7 +80,7 @@ def patches(bank: Bank, pretext: Pretext) -> Iterator[Batch]:
     series are hidden whole) comes as often as in pretraining.
     """
     weights, (size,) = pretext.variants(bank.series_present), pretext.crop_sizes
-    for number in range(len(bank)):
+    for number in range(len(weights)):
         seed, case = key(0, Purpose.PROBE, number), torch.full((NUM_PATCHES,), number)
         crops = draw_crops(Draws(seed, torch.arange(NUM_PATCHES)), bank.shapes[case], size, bank.occupancy[case])
         volumes = bank.cut(case, replace(crops, flip=torch.zeros_like(crops.flip)), size)
