@@ -134,7 +134,10 @@ class Autoencoder(Pretext):
         width = self.encoder.level_widths[-1 - self.num_above]
         self.to_latent, self.from_latent = nn.Conv3d(width, told, 1), nn.Conv3d(kept, width, 1)
         finest = self.encoder.level_widths[0]
-        self.head = nn.Sequential(Norm(finest), nn.SiLU(), nn.Conv3d(finest, len(a.series), 1))
+        last = nn.Conv3d(finest, len(a.series), 1)
+        # in the middle of the intensities, which small steps would take long to get to
+        nn.init.constant_(last.bias, 0.5)  # type: ignore[arg-type]
+        self.head = nn.Sequential(Norm(finest), nn.SiLU(), last)
 
     @classmethod
     @abstractmethod
