@@ -22,6 +22,7 @@ from nnunet_csm.pretext.info_nce import contrast, retrieved
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.vox2vec import Vox2Vec, VoxelPairs, boxes_around, chosen, cut_boxes, foreground, overlap, voxel_features
 from nnunet_csm.schema import Size
+from nnunet_csm.study.cost import pretraining_cost
 
 NETWORK: dict[str, Any] = {"encoder": {"kind": "fpn", "base": 4}, "depth": 1, "decoder": "linear"}
 BLOCK: dict[str, Any] = {"name": "vox2vec", "num_voxels": 16, "num_outputs": 8}
@@ -418,10 +419,14 @@ def test_the_plan_tells_and_tokens_of_both_views_are_counted() -> None:
     assert pretext.seen_tokens(torch.tensor([[True, True, True], [True, False, False]])) == 2 * 30
 
 
-def test_memory_is_predicted() -> None:
+def test_memory_and_cost_are_predicted() -> None:
     setup = build().setup
     small, large = (pretraining_memory(Vox2Vec, setup, num) for num in (2, 8))
     assert small.states == large.states and 0 < small.activations < large.activations
+    plans = csm_plans(architecture=NETWORK)
+    plans["configurations"]["3d_fullres"]["csm"]["pretext"] = BLOCK
+    settings = read_configuration(plans, "3d_fullres", "plans.json")
+    assert pretraining_cost(settings, torch.ones(2, 3, dtype=torch.bool)).operations_per_crop > 0
 
 
 # --- learning -------------------------------------------------------------------------------------------------------------------
