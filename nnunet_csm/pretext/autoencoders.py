@@ -24,7 +24,7 @@ from nnunet_csm.figures.reconstructions import save_reconstruction
 from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.pyramid import Norm, Residual, ResidualUNet, convolution
 from nnunet_csm.plans import Architecture
-from nnunet_csm.pretext.base import NOTHING_HIDDEN, Batch, Drawn, Pretext, Setup, full_precision
+from nnunet_csm.pretext.base import NOTHING_HIDDEN, Batch, Drawn, Pretext, Setup
 from nnunet_csm.schema import Size
 
 # of a variational autoencoder's log variance
@@ -313,7 +313,7 @@ class VQVAE(Autoencoder):
 
     def bottleneck(self, told: Tensor, drawn: Any) -> tuple[Tensor, dict[str, Tensor]]:
         # 16 bits would not tell near codes apart
-        with full_precision(told):
+        with torch.autocast(told.device.type, enabled=False):
             vectors = told.float().flatten(2).mT
             numbers = nearest(vectors, self.codes)
             chosen = self.codes[numbers]

@@ -29,6 +29,7 @@ PRETEXTS = {
     "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
     "dino": "nnunet_csm.pretext.dino.DINO",
+    "vox2vec": "nnunet_csm.pretext.vox2vec.Vox2Vec",
     "ae": "nnunet_csm.pretext.autoencoders.AE",
     "vae": "nnunet_csm.pretext.autoencoders.VAE",
     "vqvae": "nnunet_csm.pretext.autoencoders.VQVAE",
@@ -248,12 +249,6 @@ class Pretext(nn.Module, ABC):
 
     def picture(self, path: Path, batch: Batch, title: str) -> None:
         """Draw what it makes of the first sample of a batch; nothing, unless said otherwise. The folder need not be there yet."""
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """A context in which products are computed in the precision of their factors, on the device of a tensor."""
-    # the meta device, on which operations are counted, knows no autocast
-    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
 def pretext_class(name: str, where: str) -> type[Pretext]:

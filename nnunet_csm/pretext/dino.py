@@ -20,7 +20,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder, Features, build_encoder
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Architecture
-from nnunet_csm.pretext.base import Batch, Pretext, Setup, full_precision
+from nnunet_csm.pretext.base import Batch, Pretext, Setup
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views, ViewSettings, between, changed, cut_views, global_and_local
 from nnunet_csm.schema import Size
 
@@ -86,7 +86,7 @@ class Head(nn.Module):
     def forward(self, features: Float[Tensor, "b n e"]) -> Float[Tensor, "b n k"]:
         outputs = self.layers(features)
         # divided by a temperature of 0.04, 16 bits would not tell much
-        with full_precision(outputs):
+        with torch.autocast(outputs.device.type, enabled=False):
             prototypes = torch.lerp(self.prototypes.detach(), self.prototypes, self.learns)
             return F.linear(F.normalize(outputs.float(), dim=-1), F.normalize(prototypes, dim=-1))
 

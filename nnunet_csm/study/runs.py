@@ -12,7 +12,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import split_problems
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import encoder_class
-from nnunet_csm.planning.presets import merged
+from nnunet_csm.planning.presets import merged, method_of
 from nnunet_csm.plans import PLANS_NAME
 from nnunet_csm.pretext.base import Pretext, setup_of
 from nnunet_csm.schema import Size
@@ -24,6 +24,11 @@ from nnunet_csm.study.spec import Arm, Study, pretraining_changes
 PRETRAINER, SEGMENTER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
 YARDSTICK = "nnUNetTrainerCSMYardstick"
 ALL = "all"
+
+
+def arm_changes(study: Study, arm: Arm) -> dict[str, Any]:
+    """What an arm changes about the preset: what the study changes, then its method, then itself."""
+    return merged(merged(study.changes, method_of(arm.method) if arm.method else {}), arm.changes)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ class Expansion:
         Returns:
             None as long as not all of them were tried; then runs that try them have been added.
         """
-        changes = dict(merged(self.study.changes, arm.changes))
+        changes = arm_changes(self.study, arm)
         if not self.study.search:
             return changes
         tried = []
@@ -223,7 +228,7 @@ class Expansion:
         Raises:
             UserError: an arm that rebuilds nothing, or arms of different series.
         """
-        changes = {arm.name: merged(self.study.changes, arm.changes) for arm in self.own}
+        changes = {arm.name: arm_changes(self.study, arm) for arm in self.own}
         settings = {name: self.dataset.settings(self.dataset.plans(self.study.preset, of)) for name, of in changes.items()}
         for name, one in settings.items():
             if setup_of(one)[0].rebuilt is Pretext.rebuilt:
@@ -239,9 +244,7 @@ class Expansion:
         """Add the pretraining of an arm in a division; `scored` is the size of the patches that it learns and is scored on."""
         plans = self.dataset.plans(self.study.preset, pretraining_changes(changes))
         csm = plans["configurations"][self.dataset.configuration]["csm"]
-        csm |= {"seed": SEED, "splits": self.splits(1.0, 0)}
-        if scored is not None:
-            csm["pretraining_patch_size"] = list(scored)
+        csm |= {"seed": SEED, "splits": self.splits(1.0, 0)} | ({"pretraining_patch_size": [*scored]} if scored else {})
         wanted = self.pretraining_series(arm)
         for source in csm["sources"]:
             source["channels"] = {name: channel for name, channel in source["channels"].items() if name in wanted}
@@ -252,7 +255,7 @@ class Expansion:
             plans,
             PRETRAINER,
             fold,
-            tests=self.tests(fold, wanted, {}) if scored is not None else (),
+            tests=self.tests(fold, wanted, {}) if scored else (),
             num_crops=schedule.num_iterations * schedule.batch_size,
             visible_tokens=mean_seen_tokens(settings, self.dataset.presence(wanted)),
         )
