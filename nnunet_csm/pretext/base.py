@@ -29,6 +29,7 @@ PRETEXTS = {
     "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
     "dino": "nnunet_csm.pretext.dino.DINO",
+    "pcrlv2": "nnunet_csm.pretext.pcrlv2.PCRLv2",
 }
 
 D = TypeVar("D", bound="Drawn")
