@@ -69,7 +69,7 @@ class PairSettings(ViewSettings):
 class Pairs(Views):
     """Views, and what else is drawn for a batch."""
 
-    level: Int[Tensor, "b n"]
+    level: Int[Tensor, "b k"]
     """Levels at which the two global views are compared, and each local one with both: the same for all samples of a batch."""
     source: Int[Tensor, "b 2 l"]
     """The block that stands in place of each block of a global view."""

@@ -48,7 +48,7 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: Pyramid) -> None:
         super().__init__()
-        levels = list(zip(encoder.level_widths, encoder.level_widths[1:], encoder.strides, encoder.kernels[:-1], strict=True))
+        levels = list(zip(encoder.level_widths[:-1], encoder.level_widths[1:], encoder.strides, encoder.kernels[:-1], strict=True))
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.ConvTranspose3d(below, below, stride, stride),
