@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nnunet_csm.model.decoders import LightDecoder, Skip, UNETRDecoder, conv_block, level_strides
+from nnunet_csm.errors import UserError
+from nnunet_csm.model.decoders import LightDecoder, LinearHead, NonlinearHead, Skip, UNETRDecoder, conv_block
 from nnunet_csm.model.fusion import build_fusion
 from nnunet_csm.model.planned import PlannedNetwork
-from nnunet_csm.model.tokens import Size
+from nnunet_csm.model.tokens import level_kernels, level_strides
 
 # where the gate of the raw voxels starts: the encoder's features come first, and the stem still gets a gradient
 GATE = 1e-5
@@ -33,27 +34,51 @@ class CSMSegmenter(PlannedNetwork):
 
     Raises:
         ValueError: channels that are not the planned series, or deep supervision, which this network has not.
+        UserError: a decoder that cannot read this kind of encoder.
     """
 
     def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False, **arch_kwargs: Any) -> None:
         super().__init__(input_channels, arch_kwargs)
         if deep_supervision:
             raise ValueError("CSMSegmenter has no deep supervision; train it with nnUNetTrainerCSM")
-        a, width = self.architecture, self.encoder.width
+        a, encoder = self.architecture, self.encoder
+        if a.decoder not in encoder.decoders:
+            raise UserError(
+                f"decoder in arch_kwargs is {a.decoder!r}, but encoder.kind {a.encoder.kind!r} takes one of "
+                f"{', '.join(encoder.decoders)}; correct one of them"
+            )
         strides = level_strides(a.token_size)
-        kernel_sizes: list[Size] = [(3 if z > 1 else 1, 3 if y > 1 else 1, 3 if x > 1 else 1) for z, y, x in strides]
-        widths = [a.features * 2**level for level in range(len(strides))]
-        num_fused = len(a.series) if self.encoder.keeps_series_apart else 1
-        self.fusions = nn.ModuleList(build_fusion(a.fusion, num_fused, width) for _ in strides)
+        kernel_sizes = level_kernels(strides)
+        num_fused = len(a.series) if encoder.keeps_series_apart else 1
+        self.fusions = nn.ModuleList(build_fusion(a.fusion, num_fused, width) for width in encoder.level_widths)
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
         # no part of the weights: a trained network is open
         self.stem_opening: Tensor | None
         self.register_buffer("stem_opening", None, persistent=False)
-        if a.decoder == "light":
-            self.skips = nn.ModuleList()
-            self.decoder: nn.Module = LightDecoder(width, len(strides), widths, strides, num_classes)
-            return
+        self.skips = nn.ModuleList()
+        widths = [a.features * 2**level for level in range(len(strides))]
+        self.decoder: nn.Module
+        match a.decoder:
+            case "light":
+                self.decoder = LightDecoder(encoder.width, len(strides), widths, strides, num_classes)
+            case "linear":
+                self.decoder = LinearHead(encoder.level_widths, num_classes)
+            case "nonlinear":
+                self.decoder = NonlinearHead(encoder.level_widths, num_classes)
+            case "unet":
+                *finer, coarsest = encoder.level_widths
+                self.decoder = UNETRDecoder(coarsest, finer, strides, kernel_sizes, num_classes)
+            case "unetr":
+                self.bring_up(widths)
+                self.decoder = UNETRDecoder(
+                    encoder.width, widths, strides, kernel_sizes, num_classes, finest_skip=a.stem != "none"
+                )
+
+    def bring_up(self, widths: Sequence[int]) -> None:
+        """Make what brings a map to each level of UNETR's decoder: the voxels to the finest, levels of the ViT to the others."""
+        a, strides = self.architecture, level_strides(self.architecture.token_size)
+        kernel_sizes = level_kernels(strides)
         if a.stem != "none":
             # the first layer holds all weights that belong to a series
             self.stem = nn.Sequential(
@@ -61,10 +86,10 @@ class CSMSegmenter(PlannedNetwork):
             )
         if a.stem == "gated":
             self.stem_gate = nn.Parameter(torch.full((1,), GATE))
-        self.skips = nn.ModuleList(
-            Skip(width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
+        self.skips.extend(
+            Skip(self.encoder.width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1])
+            for level in range(1, len(strides))
         )
-        self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes, finest_skip=a.stem != "none")
 
     def forward(self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None) -> Float[Tensor, "b c z y x"]:
         """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
@@ -80,12 +105,14 @@ class CSMSegmenter(PlannedNetwork):
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def decode(
-        self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b e gz gy gx"]]
+        self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b _e _z _y _x"]]
     ) -> Float[Tensor, "b c z y x"]:
         """Logits from the voxels of the series and the features of `encode`."""
-        if isinstance(self.decoder, LightDecoder):
+        if not isinstance(self.decoder, UNETRDecoder):
             return self.decoder(features)
         *taps, bottleneck = features
+        if self.architecture.decoder == "unet":
+            return self.decoder(bottleneck, taps)
         skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
         return self.decoder(bottleneck, skips)
 
@@ -107,7 +134,7 @@ class CSMSegmenter(PlannedNetwork):
 
     def encode(
         self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"], shown: Sequence[int] | None = None
-    ) -> list[Float[Tensor, "b e gz gy gx"]]:
+    ) -> list[Float[Tensor, "b _e _z _y _x"]]:
         """Maps of the encoder's levels, fused over the present series."""
         levels = self.encoder.levels(volume, present, len(self.fusions), shown)
         return [fuse(f.tokens, f.present, f.grid, f.series) for fuse, f in zip(self.fusions, levels, strict=True)]
