@@ -23,7 +23,7 @@ from nnunet_csm.pretext import pcrlv2
 from nnunet_csm.pretext.base import Batch, Setup, setup_of
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.pairs import NUM_CANDIDATES, Pairs, PairSettings, overlap, places, swap, trade_places
-from nnunet_csm.pretext.pcrlv2 import PCRLv2, between_globals, grey_levels, grey_range, to_globals, unlikeness
+from nnunet_csm.pretext.pcrlv2 import PCRLv2, Told, grey_levels, grey_range, to_globals, unlikeness
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views
 
 BLOCK: dict[str, Any] = {"name": "pcrlv2", "views": {"num_local": 3}}
@@ -116,23 +116,23 @@ def test_the_terms_are_those_of_views_and_samples_one_by_one(level: int) -> None
 
 def test_a_local_view_is_compared_with_the_global_ones_of_its_sample() -> None:
     random = torch.Generator().manual_seed(0)
-    local, told = ((torch.randn(3, n, 7, generator=random), torch.randn(3, n, 7, generator=random)) for n in (6, 2))
+    local, told = (Told(*torch.randn(2, 3, n, 7, generator=random)) for n in (6, 2))
     found = to_globals(local, told)
     assert found.shape == (3, 6)
-    changed = (told[0].clone(), told[1].clone())
-    changed[0][1] += 1
-    differs = to_globals(local, changed) != found
+    others = Told(told.z.clone(), told.q)
+    others.z[1] += 1
+    differs = to_globals(local, others) != found
     assert differs[1].all() and not differs[[0, 2]].any()
-    same = (torch.cat([told[0][:, :1]] * 2, 1), torch.cat([told[0][:, :1]] * 2, 1))
     # each predicts exactly what the other tells
-    torch.testing.assert_close(between_globals(same), -torch.ones(3))
+    same = Told(told.z[:, :1], told.z[:, :1])
+    torch.testing.assert_close(unlikeness(same, same), -torch.ones(3, 1))
 
 
 def test_no_gradient_goes_into_what_is_told() -> None:
-    one, other = (tuple(torch.randn(2, 3, 5, requires_grad=True) for _ in range(2)) for _ in range(2))
+    one, other = (Told(*(torch.randn(2, 3, 5, requires_grad=True) for _ in range(2))) for _ in range(2))
     unlikeness(one, other).sum().backward()
-    for z, q in (one, other):
-        assert z.grad is None and q.grad is not None and q.grad.any()
+    for told in (one, other):
+        assert told.z.grad is None and told.q.grad is not None and told.q.grad.any()
 
 
 def test_only_the_first_view_is_restored() -> None:
@@ -189,7 +189,7 @@ def test_absent_series_stay_zero_and_teach_nothing() -> None:
     volume = batch.volumes[0].clone()
     volume[:, 2] = 0
     pretext.compared(volume, drawn)[0].sum(1.0).backward()
-    bias = pretext.output[0].bias.grad
+    bias = pretext.get_parameter("output.0.bias").grad
     assert bias is not None and bias[:2].all() and not bias[2].any()
     kernel = pretext.encoder.embedding.weight.grad
     assert kernel is not None and kernel[:, :2].any() and not kernel[:, 2].any()
@@ -221,7 +221,7 @@ def test_grey_levels_are_percentiles_of_the_foreground() -> None:
         assert [float(t[sample, series]) for t in (low, high)] == pytest.approx(expected, abs=0.05)
     target = grey_levels(volume, low, high)
     assert target.min() == 0 and target.max() == 1 and not target[:, :, :, :20].any() and not target[0, 1, :, 20:30].any()
-    assert (low[1, 2], high[1, 2]) == (0, 1)
+    assert low[1, 2] == 0 and high[1, 2] == 1
     # of a series that does not vary
     constant = torch.full((1, 1, 2, 4, 4), 3.0)
     assert grey_levels(constant, *grey_range(constant)).isfinite().all()
@@ -352,43 +352,43 @@ def test_equal_features_are_told_in_the_log() -> None:
     pretext = build()
     found = {name: [float(total / num)] for name, (total, num) in pretext.validate(batch_of(pretext, 4, False)).items()}
     assert pretext.warning(found) == ""
-    for parameter in pretext.encoder.blocks[-1][-2].parameters():
-        torch.nn.init.ones_(parameter)
-    torch.nn.init.zeros_(pretext.encoder.blocks[-1][-2].weight)
+    norm = pretext.encoder.get_submodule("blocks.2.5")
+    torch.nn.init.zeros_(norm.get_parameter("weight"))
+    torch.nn.init.ones_(norm.get_parameter("bias"))
     found = {name: [float(total / num)] for name, (total, num) in pretext.validate(batch_of(pretext, 4, False)).items()}
     assert "tells samples no longer apart (features deviate by 0.0000)" in pretext.warning(found)
 
 
 def test_it_learns() -> None:
     torch.manual_seed(0)
-    encoder = EncoderSettings("plain_unet", base=8)
-    architecture = Architecture(SPEC.series, (0, 1, 2), (2, 4, 4), 32, 2, 2, 4, 0.0, "unet", encoder=encoder)
-    pretext = PCRLv2(Setup(architecture, pcrlv2.Settings(), SPEC.shape))
-    optimizer = torch.optim.AdamW(pretext.parameters(), lr=3e-3)
-    training, others = volumes(range(6)), volumes(range(6, 10))
-    present = torch.ones(6, 3, dtype=torch.bool)
+    num_training, num_others, num_steps = 12, 6, 60
+    encoder = EncoderSettings("plain_unet", base=4)
+    architecture = Architecture(SPEC.series, (0, 1, 2), (2, 4, 4), 16, 2, 2, 4, 0.0, "unet", encoder=encoder)
+    views = PairSettings(num_local=1, contrast=0.1, noise=0.1)
+    pretext = PCRLv2(Setup(architecture, pcrlv2.Settings(views), SPEC.shape))
+    optimizer = torch.optim.AdamW(pretext.parameters(), lr=1e-2)
+    training, others = volumes(range(num_training)), volumes(range(num_training, num_training + num_others))
+    present = torch.ones(num_training, 3, dtype=torch.bool)
 
     def validated() -> dict[str, float]:
         found: dict[str, float] = {}
         for seed in range(1000, 1004):
-            drawn = pretext.draw(Draws(seed, torch.arange(4)), present[:4], 0, (others,), False)
+            drawn = pretext.draw(Draws(seed, torch.arange(num_others)), present[:num_others], 0, (others,), False)
             with torch.no_grad():
                 for name, (total, num) in pretext.eval().validate(Batch((others,), drawn)).items():
                     found[name] = found.get(name, 0.0) + float(total / num) / 4
         return found
 
     before = validated()
-    for step in range(40):
-        drawn = pretext.train().draw(Draws(step, torch.arange(6)), present, 0, (training,), True)
+    for step in range(num_steps):
+        drawn = pretext.train().draw(Draws(step, torch.arange(num_training)), present, 0, (training,), True)
         optimizer.zero_grad()
-        (pretext(training, drawn) / 6).backward()
+        (pretext(training, drawn) / num_training).backward()
         optimizer.step()
-        pretext.after_step((step + 1) / 40)
+        pretext.after_step((step + 1) / num_steps)
     after = validated()
-    assert after["loss"] < before["loss"] - 0.2
-    assert after["reconstruction"] < 0.8 * before["reconstruction"]
-    assert after["global_similarity"] < before["global_similarity"] - 0.1
-    assert after["feature_deviation"] > 0.05
+    assert after["loss"] < before["loss"] - 0.1 and after["reconstruction"] < 0.75 * before["reconstruction"]
+    assert pretext.warning({name: [value] for name, value in after.items()}) == ""
 
 
 def make_unet(entry: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Views as PCRLv2 draws them: two global ones that overlap, with blocks that trade places, and local ones near both."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -96,8 +96,8 @@ def draw_pairs(draws: Draws, v: PairSettings, num_series: int, num_levels: int, 
     of_batch = Draws(draws.key, torch.zeros_like(draws.samples[:1]))
     level = (of_batch.uniform(What.TOKENS, 1 + v.num_local, first) * num_levels).long().repeat(len(uniform), 1)
     order = draws.integers(What.TOKENS, NUM_GLOBAL * num_blocks, first + 1 + v.num_local).unflatten(1, (NUM_GLOBAL, num_blocks))
-    placed = replace(views, centre=places(views, candidates, corners, v))
-    return Pairs(*placed.tensors, level, trade_places(order, round(v.swapped * num_blocks)))
+    placed = vars(views) | {"centre": places(views, candidates, corners, v)}
+    return Pairs(**placed, level=level, source=trade_places(order, round(v.swapped * num_blocks)))
 
 
 def places(
@@ -126,7 +126,7 @@ def places(
     high = torch.maximum(centre + one, second + two) + 2 * v.margin
     # within the patch
     low, high = low.clamp(min=-1), high.minimum(1 - 2 * local)
-    return torch.cat([centre, second, low + (high - low) * corners + local + local], 1)
+    return torch.cat([centre, second, low + (high - low) * corners + local], 1)
 
 
 def overlap(

@@ -22,7 +22,7 @@ from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.pyramid import Norm, Pyramid, convolution
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Batch, Pretext, Setup
-from nnunet_csm.pretext.dino import SAME_FEATURES, deviation
+from nnunet_csm.pretext.dino import deviation
 from nnunet_csm.pretext.pairs import Pairs, PairSettings, block_size, draw_pairs, num_blocks, swap
 from nnunet_csm.pretext.views import NUM_GLOBAL, changed, cut_views, global_and_local
 from nnunet_csm.schema import Size
@@ -31,9 +31,9 @@ from nnunet_csm.schema import Size
 DARKEST, BRIGHTEST = 0.005, 0.995
 # voxels of a series of a patch that they are taken from
 NUM_SAMPLED = 2**16
-
-# what a level tells of views, and what it predicts of others
-Told = tuple[Float[Tensor, "b n c"], Float[Tensor, "b n c"]]
+# means over places that differ less than this from sample to sample, of 1 where they have nothing in common: untrained ones, none
+# of them below 0, differ by about 0.06
+SAME_FEATURES = 0.003
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: Pyramid) -> None:
         super().__init__()
-        levels = list(zip(encoder.level_widths[:-1], encoder.level_widths[1:], encoder.strides, encoder.kernels[:-1], strict=True))
+        levels = list(
+            zip(encoder.level_widths[:-1], encoder.level_widths[1:], encoder.strides, encoder.kernels[:-1], strict=True)
+        )
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.ConvTranspose3d(below, below, stride, stride),
@@ -67,8 +69,20 @@ class Decoder(nn.Module):
         return maps
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a level tells of views, z, and what it predicts of what is told of others, q."""
+
+    z: Float[Tensor, "b n c"]
+    q: Float[Tensor, "b n c"]
+
+    def view(self, number: int) -> "Told":
+        """One of the views."""
+        return Told(self.z[:, number : number + 1], self.q[:, number : number + 1])
+
+
 class Head(nn.Module):
-    """What a level tells of views, z, and what it predicts of what it tells of others, q, over the samples of a step.
+    """What a level tells of views, z, and what it predicts of what is told of others, q, over the samples of a step.
 
     Batch norms keep no running statistics: validation, too, is over its batch, and nothing is to be exchanged between ranks.
     """
@@ -225,7 +239,7 @@ class PCRLv2(Pretext):
         terms = Terms(
             (squared_error(self.output(of_large[-1][:, 0]).float(), target) * weight).sum(1),
             torch.stack(errors, -1).gather(1, level)[:, 0],
-            torch.stack([between_globals(of_level) for of_level in told], -1).gather(1, level)[:, 0],
+            torch.stack([unlikeness(of_level.view(0), of_level.view(1))[:, 0] for of_level in told], -1).gather(1, level)[:, 0],
             torch.stack([to_globals(*of_level) for of_level in zip(told_locally, told, strict=True)], -1)
             .gather(2, local_levels)
             .mean((1, 2)),
@@ -268,9 +282,9 @@ class PCRLv2(Pretext):
         large, _, clean = self.views(volume, drawn)
         _, maps = self.decoded(large[:, :1])
         target, restored = grey_levels(clean, *grey_range(volume)), self.output(maps[-1][:, 0])
-        shown = (t[0].float().cpu().numpy() for t in (target, large[:, 0], restored))
+        view, seen, found = (t[0].float().cpu().numpy() for t in (target, large[:, 0], restored))
         present = series_present(volume)[0].cpu().numpy()
-        save_restoration(path, *shown, self.setup.architecture.series, present, title)
+        save_restoration(path, view, seen, found, self.setup.architecture.series, present, title)
 
 
 def grey_range(volume: Float[Tensor, "b s z y x"]) -> tuple[Float[Tensor, "b s 1 1 1"], Float[Tensor, "b s 1 1 1"]]:
@@ -308,27 +322,19 @@ def squared_error(found: Float[Tensor, "b s z y x"], wanted: Float[Tensor, "b s 
 
 
 def of_views(head: nn.Module, maps: Float[Tensor, "b n c z y x"], apart: bool) -> Told:
-    """What a level tells and predicts of views, normalised over the samples, of each view by itself or of all together."""
+    """What a level tells of views, normalised over the samples, of each view by itself or of all together."""
     if apart:
         z, q = zip(*(head(view) for view in maps.unbind(1)), strict=True)
-        return torch.stack(z, 1), torch.stack(q, 1)
-    z, q = head(maps.flatten(0, 1))
-    return z.unflatten(0, maps.shape[:2]), q.unflatten(0, maps.shape[:2])
+        return Told(torch.stack(z, 1), torch.stack(q, 1))
+    z, q = (told.unflatten(0, maps.shape[:2]) for told in head(maps.flatten(0, 1)))
+    return Told(z, q)
 
 
 def unlikeness(one: Told, other: Told) -> Float[Tensor, "b n"]:
     """From -1, where each of two views predicts what is told of the other, to 1; no gradient goes into what is told."""
-    (z, q), (other_z, other_q) = one, other
-    return -(F.cosine_similarity(q, other_z.detach(), -1) + F.cosine_similarity(other_q, z.detach(), -1)) / 2
-
-
-def between_globals(told: Told) -> Float[Tensor, " b"]:
-    """Compare the two global views of each sample."""
-    z, q = told
-    return unlikeness((z[:, :1], q[:, :1]), (z[:, 1:], q[:, 1:]))[:, 0]
+    return -(F.cosine_similarity(one.q, other.z.detach(), -1) + F.cosine_similarity(other.q, one.z.detach(), -1)) / 2
 
 
 def to_globals(local: Told, told: Told) -> Float[Tensor, "b n"]:
     """Compare each local view with both global ones of its own sample, the mean."""
-    z, q = told
-    return torch.stack([unlikeness(local, (z[:, n : n + 1], q[:, n : n + 1])) for n in range(NUM_GLOBAL)]).mean(0)
+    return torch.stack([unlikeness(local, told.view(number)) for number in range(NUM_GLOBAL)]).mean(0)

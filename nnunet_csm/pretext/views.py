@@ -153,6 +153,9 @@ def changed(views: Float[Tensor, "b n s z y x"], drawn: Views) -> Float[Tensor, 
     factor, shift, noise, smoothing = (
         t[..., None, None, None] for t in (drawn.factor, drawn.shift, drawn.noise, drawn.smoothing)
     )
-    means = F.avg_pool3d(views.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(views)
+    # torch refuses a mean over more voxels than there are
+    kernel = [3 if length >= 3 else 1 for length in views.shape[3:]]
+    padding = [k // 2 for k in kernel]
+    means = F.avg_pool3d(views.flatten(0, 1), kernel, stride=1, padding=padding, count_include_pad=False).view_as(views)
     made = torch.lerp(views, means, smoothing) * factor + shift + noise * torch.randn_like(views)
     return torch.where(views == 0, views, made)
