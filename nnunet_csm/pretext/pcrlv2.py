@@ -170,8 +170,8 @@ class PCRLv2(Pretext):
             (
                 "views",
                 f"{NUM_GLOBAL} of {large} and {v.num_local} of {small} voxels",
-                f"{low:.2%} to {high:.2%} and {least:.2%} to {most:.2%} of a patch, in which every series changes by itself; the "
-                f"two have {v.overlap:.0%} or more in common",
+                f"{100 * low:g}% to {100 * high:g}% and {100 * least:g}% to {100 * most:g}% of a patch, in which every series "
+                f"changes by itself; the two have {v.overlap:.0%} or more in common",
             ),
             (
                 "restored",
