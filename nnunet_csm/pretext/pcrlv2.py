@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -223,26 +223,24 @@ class PCRLv2(Pretext):
                 "pretraining, or train on fewer ranks or in fewer parts (-accumulate), so that each has 2 or more"
             )
         present = series_present(volume)
-        large, small, clean = self.views(volume, drawn)
-        features, of_large = self.decoded(large)
-        _, of_small = self.decoded(small)
+        global_views, local_views, clean = self.views(volume, drawn)
+        features, of_large = self.decoded(global_views)
+        _, of_small = self.decoded(local_views)
         target, weight = grey_levels(clean, *grey_range(volume)), present.float() / present.sum(1, keepdim=True)
         told = [of_views(head, maps, apart=True) for head, maps in zip(self.heads, of_large, strict=True)]
         told_locally = [of_views(head, maps, apart=False) for head, maps in zip(self.heads, of_small, strict=True)]
         wanted = (target * weight[:, :, None, None, None]).sum(1, keepdim=True)
         errors = [
             # squares of 16 bits would be rounded
-            squared_error(F.interpolate(restored(maps[:, 0]).float(), wanted.shape[2:], mode="trilinear"), wanted)[:, 0]
+            squared_error(F.interpolate(restored(maps[:, 0]).float(), wanted.shape[2:], mode="trilinear"), wanted)
             for restored, maps in zip(self.restored, of_large, strict=True)
         ]
-        level, local_levels = drawn.level[:, :1], drawn.level[:, 1:, None]
+        of_batch, of_locals = drawn.level[:, :1], drawn.level[:, 1:]
         terms = Terms(
             (squared_error(self.output(of_large[-1][:, 0]).float(), target) * weight).sum(1),
-            torch.stack(errors, -1).gather(1, level)[:, 0],
-            torch.stack([unlikeness(of_level.view(0), of_level.view(1))[:, 0] for of_level in told], -1).gather(1, level)[:, 0],
-            torch.stack([to_globals(*of_level) for of_level in zip(told_locally, told, strict=True)], -1)
-            .gather(2, local_levels)
-            .mean((1, 2)),
+            at_levels(errors, of_batch),
+            at_levels([unlikeness(large.view(0), large.view(1)) for large in told], of_batch),
+            at_levels([to_globals(small, large) for small, large in zip(told_locally, told, strict=True)], of_locals),
         )
         return terms, features
 
@@ -319,6 +317,11 @@ def grey_levels(
 def squared_error(found: Float[Tensor, "b s z y x"], wanted: Float[Tensor, "b s z y x"]) -> Float[Tensor, "b s"]:
     """The mean over voxels."""
     return (found - wanted).square().mean((2, 3, 4))
+
+
+def at_levels(found: Sequence[Float[Tensor, "b n"]], level: Int[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """What was found at the levels that were drawn, of what was found at each, the mean over n."""
+    return torch.stack(list(found), -1).gather(-1, level[..., None]).mean((1, 2))
 
 
 def of_views(head: nn.Module, maps: Float[Tensor, "b n c z y x"], apart: bool) -> Told:
