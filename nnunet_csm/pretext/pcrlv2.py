@@ -31,9 +31,9 @@ from nnunet_csm.schema import Size
 DARKEST, BRIGHTEST = 0.005, 0.995
 # voxels of a series of a patch that they are taken from
 NUM_SAMPLED = 2**16
-# means over places that differ less than this from sample to sample, of 1 where they have nothing in common: untrained ones, none
-# of them below 0, differ by about 0.06
-SAME_FEATURES = 0.003
+# means over places that differ less than this from sample to sample, of 1 where they have nothing in common; none of them is
+# below 0, and untrained ones differ by 0.007 on real patches
+SAME_FEATURES = 0.001
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class PCRLv2(Pretext):
         if len(volume) == 1:
             raise UserError(
                 "the heads of pcrlv2 normalise over the samples of a step, and this step has one; plan with a larger batch for "
-                "pretraining, or train on fewer ranks or in fewer parts (-accumulate), so that each has 2 or more"
+                "pretraining (a larger -gpu_memory_target), or train on fewer ranks or in fewer parts (-accumulate), of 2 or more"
             )
         present = series_present(volume)
         global_views, local_views, clean = self.views(volume, drawn)
