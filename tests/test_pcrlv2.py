@@ -25,6 +25,7 @@ from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.pairs import NUM_CANDIDATES, Pairs, PairSettings, overlap, places, swap, trade_places
 from nnunet_csm.pretext.pcrlv2 import PCRLv2, Told, grey_levels, grey_range, to_globals, unlikeness
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views
+from nnunet_csm.study.cost import pretraining_cost
 
 BLOCK: dict[str, Any] = {"name": "pcrlv2", "views": {"num_local": 3}}
 NETWORK = {"width": 24, "depth": 2, "decoder": "unet", "encoder": {"kind": "plain_unet", "base": 8}}
@@ -342,10 +343,13 @@ def test_the_plan_tells_and_tokens_of_all_views_are_counted() -> None:
         assert pretext.seen_tokens(torch.tensor([present])) == 2 * 12 + 3 * 8
 
 
-def test_memory_is_predicted() -> None:
+def test_memory_and_cost_are_predicted() -> None:
     setup = build().setup
     small, large = (pretraining_memory(PCRLv2, setup, num) for num in (2, 8))
     assert small.states == large.states and 0 < small.activations < large.activations
+    settings = read_configuration(plans(), "3d_fullres", "plans.json")
+    # of a crop, though a step wants two
+    assert 0 < pretraining_cost(settings, torch.ones(2, 3, dtype=torch.bool)).operations_per_crop < 1e9
 
 
 def test_equal_features_are_told_in_the_log() -> None:

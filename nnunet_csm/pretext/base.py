@@ -30,6 +30,7 @@ PRETEXTS = {
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
     "dino": "nnunet_csm.pretext.dino.DINO",
     "pcrlv2": "nnunet_csm.pretext.pcrlv2.PCRLv2",
+    "vox2vec": "nnunet_csm.pretext.vox2vec.Vox2Vec",
 }
 
 D = TypeVar("D", bound="Drawn")

@@ -150,12 +150,15 @@ def cut_views(
 
 def changed(views: Float[Tensor, "b n s z y x"], drawn: Views) -> Float[Tensor, "b n s z y x"]:
     """Smooth or sharpen, change contrast and add noise, each series by itself; what is 0 (no image, no series) stays 0."""
-    factor, shift, noise, smoothing = (
-        t[..., None, None, None] for t in (drawn.factor, drawn.shift, drawn.noise, drawn.smoothing)
-    )
+    factor, shift, noise = (t[..., None, None, None] for t in (drawn.factor, drawn.shift, drawn.noise))
+    made = smoothed(views, drawn.smoothing) * factor + shift + noise * torch.randn_like(views)
+    return torch.where(views == 0, views, made)
+
+
+def smoothed(views: Float[Tensor, "b n s z y x"], smoothing: Float[Tensor, "b n s"]) -> Float[Tensor, "b n s z y x"]:
+    """Smooth or sharpen, see `Views.smoothing`."""
     # torch refuses a mean over more voxels than there are
     kernel = [3 if length >= 3 else 1 for length in views.shape[3:]]
     padding = [k // 2 for k in kernel]
     means = F.avg_pool3d(views.flatten(0, 1), kernel, stride=1, padding=padding, count_include_pad=False).view_as(views)
-    made = torch.lerp(views, means, smoothing) * factor + shift + noise * torch.randn_like(views)
-    return torch.where(views == 0, views, made)
+    return torch.lerp(views, means, smoothing[..., None, None, None])
