@@ -13,7 +13,7 @@ from nnunet_csm.figures.canvas import COARSE_LEVELS, COLOURS, EMPTY
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.figures.overlays import save_overlay, save_overlays_of_folder
 from nnunet_csm.figures.page import Page, Table
-from nnunet_csm.figures.reconstructions import HIDDEN_COLOUR, save_reconstruction
+from nnunet_csm.figures.reconstructions import HIDDEN_COLOUR, save_reconstruction, save_restoration
 
 NAMES = ("FLAIR", "T1w", "T2w")
 LABELS = {0: "background", 1: "oedema", 2: "core"}
@@ -118,6 +118,17 @@ def test_reconstruction_shows_hidden_and_absent(tmp_path):
     # One panel and a half of twelve are hidden, one row of three is absent.
     panel = 190 * 190 / (width * height)
     assert share_of(tmp_path / "a.png", HIDDEN_COLOUR) == pytest.approx(1.5 * panel, rel=0.05)
+    assert share_of(tmp_path / "a.png", EMPTY) == pytest.approx(4 * panel, rel=0.05)
+
+
+def test_restorations_have_a_row_per_series(tmp_path):
+    view = np.random.default_rng(0).random((3, 6, 20, 20), dtype=np.float32)
+    present = np.array([True, False, True])
+    save_restoration(tmp_path / "a.png", view, 3 * view - 1, np.zeros_like(view), NAMES, present, "epoch 3")
+    width, height = Image.open(tmp_path / "a.png").size
+    panel = 190 * 190 / (width * height)
+    # nothing was restored, in two rows; one row of three is absent
+    assert share_of(tmp_path / "a.png", "#000000") == pytest.approx(2 * panel, rel=0.15)
     assert share_of(tmp_path / "a.png", EMPTY) == pytest.approx(4 * panel, rel=0.05)
 
 

@@ -45,6 +45,31 @@ def test_it_trains_resumes_and_is_judged(make_trainer: Callable[..., Any]) -> No
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def joint(entry: dict[str, Any]) -> None:
+    entry["architecture"]["arch_kwargs"]["encoder"] = {"kind": "joint_vit"}
+
+
+@pytest.mark.parametrize("masking", [{"name": "mae3d"}, {"name": "maesil", "noise": [0.0, 0.1]}])
+def test_maskers_of_joint_tokens_go_on_after_a_kill(make_trainer: Callable[..., Any], masking: dict[str, Any]) -> None:
+    decoder = {"width": 12, "depth": 1, "num_heads": 2, "normalize_targets": False}
+    given: dict[str, Any] = {
+        "pretext": {"masking": {"mask_ratio": 0.5}, "reconstruction": decoder, **masking},
+        "change": joint,
+    }
+    whole = make_trainer(True, **given)
+    whole.run_training()
+    expected = weights(whole.output_folder)
+    shutil.rmtree(whole.output_folder)
+    killed = make_trainer(True, **given)
+    kill_in(killed, epoch=1, step=1)
+    with pytest.raises(KilledError):
+        killed.run_training()
+    resumed = make_trainer(True, resume=True, **given)
+    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
+    resumed.run_training()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.output_folder).items())
+
+
 def test_its_teacher_is_what_fine_tuning_starts_from(make_trainer: Callable[..., Any]) -> None:
     pretrainer = make_trainer(True, pretext=TOY)
     pretrainer.run_training()

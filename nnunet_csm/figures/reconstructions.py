@@ -1,6 +1,6 @@
-"""What the encoder saw of a patch, and what was rebuilt of the rest."""
+"""What the encoder saw of a patch, and what was rebuilt of the rest, or restored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,8 @@ from nnunet_csm.figures.canvas import (
 PANEL_WIDTH = 190
 TITLE_HEIGHT = 62
 
-SEEN = "seen by the encoder"
-COLUMNS = ("patch", SEEN, "rebuilt", "absolute difference")
-
+COLUMNS = ("patch", "seen by the encoder", "rebuilt", "absolute difference")
+COLUMNS_OF_RESTORATION = ("view", "seen by the encoder", "restored", "absolute difference")
 SIDE_BY_SIDE = ("patch", "seen when masked", "rebuilt", "difference", "nothing hidden: rebuilt", "difference")
 # of intensities from 0 to 1, the difference that is white
 WHITE = 0.25
@@ -40,7 +39,7 @@ HIDDEN_COLOUR = "#3d5a80"
 def save_reconstruction(
     path: str | Path,
     patch: Float[np.ndarray, "s z y x"],
-    hidden_voxels: Bool[np.ndarray, "s z y x"] | None,
+    hidden_voxels: Bool[np.ndarray, "s z y x"],
     rebuilt: Float[np.ndarray, "s z y x"],
     series_names: Sequence[str],
     series_present: Bool[np.ndarray, " s"],
@@ -49,23 +48,65 @@ def save_reconstruction(
     """A row per series, its middle slice: the patch, what the encoder saw, rebuilt (visible voxels as they are), |difference|.
 
     A row has one grey window; its differences run from black at 0 to white at half that window's width. The mean squared error
-    beside a row is over all its hidden voxels, not over the slice alone. Of what hides nothing and rebuilds everything
-    (`hidden_voxels` is None) there is no second panel, and the error is over all voxels.
+    beside a row is over all its hidden voxels, not over the slice alone.
     """
-    assert patch.shape == rebuilt.shape and len(patch) == len(series_names) == len(series_present)
-    z, columns = patch.shape[1] // 2, [name for name in COLUMNS if name != SEEN or hidden_voxels is not None]
-    hidden_voxels = np.ones_like(patch, bool) if hidden_voxels is None else hidden_voxels
+    assert patch.shape == hidden_voxels.shape == rebuilt.shape and len(patch) == len(series_names) == len(series_present)
+    z = patch.shape[1] // 2
     filled = np.where(hidden_voxels, rebuilt, patch)
 
-    panel, names_width = (PANEL_WIDTH, PANEL_WIDTH * patch.shape[2] / patch.shape[3]), row_names_width([*series_names, NOTHING])
-    figure, rows = panel_grid(title, len(patch), len(columns), panel, (names_width, TITLE_HEIGHT), GAP)
+    def draw(series: int, panels: Sequence[Axes]) -> str:
+        hidden = hidden_voxels[series]
+        _draw_series(panels, patch[series], hidden, filled[series], z)
+        return _error_text(patch[series], rebuilt[series], hidden)
+
+    _save_rows(path, COLUMNS, patch, series_names, series_present, title, draw)
+
+
+def save_restoration(
+    path: str | Path,
+    view: Float[np.ndarray, "s z y x"],
+    seen: Float[np.ndarray, "s z y x"],
+    restored: Float[np.ndarray, "s z y x"],
+    series_names: Sequence[str],
+    series_present: Bool[np.ndarray, " s"],
+    title: str,
+) -> None:
+    """A row per series, its middle slice: the view from 0 to 1, what the encoder was given, what was restored, |difference|.
+
+    What the encoder was given has a grey window of its own, the others that from 0 to 1; differences run from black at 0 to
+    white at 0.5. The mean squared error beside a row is over the whole view.
+    """
+    assert view.shape == seen.shape == restored.shape and len(view) == len(series_names) == len(series_present)
+    z = view.shape[1] // 2
+
+    def draw(series: int, panels: Sequence[Axes]) -> str:
+        difference = np.abs(restored[series] - view[series])
+        windows = ((0.0, 1.0), grey_window(seen[series]), (0.0, 1.0), (0.0, 0.5))
+        images = (view[series], seen[series], restored[series], difference)
+        for axes, image, window in zip(panels, images, windows, strict=True):
+            draw_grey(axes, image[z], window)
+        return f"MSE {np.mean(difference.astype(np.float64) ** 2):.3g}"
+
+    _save_rows(path, COLUMNS_OF_RESTORATION, view, series_names, series_present, title, draw)
+
+
+def _save_rows(
+    path: str | Path,
+    columns: Sequence[str],
+    image: Float[np.ndarray, "s z y x"],
+    series_names: Sequence[str],
+    series_present: Bool[np.ndarray, " s"],
+    title: str,
+    draw: Callable[[int, Sequence[Axes]], str],
+) -> None:
+    """Write a row of panels per series, as `draw` draws them; `draw` gives what is written beside. `image` tells their shape."""
+    panel, names_width = (PANEL_WIDTH, PANEL_WIDTH * image.shape[2] / image.shape[3]), row_names_width([*series_names, NOTHING])
+    figure, rows = panel_grid(title, len(image), len(columns), panel, (names_width, TITLE_HEIGHT), GAP)
     for axes, name in zip(rows[0], columns, strict=True):
         write_above(figure, axes, name)
     for series, (series_name, panels) in enumerate(zip(series_names, rows, strict=True)):
-        hidden = hidden_voxels[series]
         if series_present[series]:
-            row_text = _error_text(patch[series], rebuilt[series], hidden)
-            _draw_series(panels, patch[series], hidden, filled[series], z)
+            row_text = draw(series, panels)
         else:
             row_text = "absent"
             for axes in panels:
@@ -137,11 +178,11 @@ def _draw_series(
     z: int,
 ) -> None:
     low, high = grey_window(true)
-    first, *seen, rebuilt, difference = panels
-    draw_grey(first, true[z], (low, high))
-    for axes in seen:
-        _draw_seen(axes, true[z], hidden[z], (low, high))
-        if hidden.all():
-            axes.text(0.5, 0.5, "hidden whole", transform=axes.transAxes, ha="center", va="center", color="white", fontsize=10)
-    draw_grey(rebuilt, filled[z], (low, high))
-    draw_grey(difference, np.abs(filled[z] - true[z]), (0.0, (high - low) / 2))
+    draw_grey(panels[0], true[z], (low, high))
+    _draw_seen(panels[1], true[z], hidden[z], (low, high))
+    if hidden.all():
+        panels[1].text(
+            0.5, 0.5, "hidden whole", transform=panels[1].transAxes, ha="center", va="center", color="white", fontsize=10
+        )
+    draw_grey(panels[2], filled[z], (low, high))
+    draw_grey(panels[3], np.abs(filled[z] - true[z]), (0.0, (high - low) / 2))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.data.intensities import percentile_range, scaled
 from nnunet_csm.errors import UserError
-from nnunet_csm.figures.reconstructions import save_reconstruction
+from nnunet_csm.figures.reconstructions import save_restoration
 from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.pyramid import Norm, Residual, ResidualUNet, convolution
 from nnunet_csm.plans import Architecture
@@ -211,11 +211,12 @@ class Autoencoder(Pretext):
 
     @torch.no_grad()
     def picture(self, path: Path, batch: Batch, title: str) -> None:
-        """The patch, what was rebuilt of it and the difference, a row for each series."""
-        ((image, _),) = self.rebuilt(batch).values()
-        patch, rebuilt = (t[0].float().cpu().numpy() for t in (batch.volumes[0], image))
-        present = np.asarray(patch.any(axis=(1, 2, 3)))
-        save_reconstruction(path, patch, None, rebuilt, self.setup.architecture.series, present, title)
+        """The patch from 0 to 1, as the encoder is given it, what was rebuilt and the difference, a row for each series."""
+        (volume,) = batch.volumes
+        image = self.image(*batch.args)[0].clamp(0, 1)
+        true, seen, rebuilt = (t[0].float().cpu().numpy() for t in (scaled(volume, *percentile_range(volume)), volume, image))
+        present = np.asarray(seen.any(axis=(1, 2, 3)))
+        save_restoration(path, true, seen, rebuilt, self.setup.architecture.series, present, title)
 
 
 class AE(Autoencoder):

@@ -29,6 +29,7 @@ PRETEXTS = {
     "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
     "dino": "nnunet_csm.pretext.dino.DINO",
+    "pcrlv2": "nnunet_csm.pretext.pcrlv2.PCRLv2",
     "vox2vec": "nnunet_csm.pretext.vox2vec.Vox2Vec",
     "ae": "nnunet_csm.pretext.autoencoders.AE",
     "vae": "nnunet_csm.pretext.autoencoders.VAE",

@@ -15,17 +15,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_csm.data.draws import Draws, What
+from nnunet_csm.data.draws import Draws
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder, Features, build_encoder
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Batch, Pretext, Setup
-from nnunet_csm.pretext.views import NUM_GLOBAL, Views, ViewSettings, between, changed, cut_views, global_and_local
+from nnunet_csm.pretext.views import NUM_GLOBAL, Views, ViewSettings, changed, cut_views, draw_views, global_and_local
 from nnunet_csm.schema import Size
 
-# uniform numbers for the place of a view, and for each of its series
-OF_PLACE, OF_SERIES = 7, 5
 # features that differ less than this from sample to sample, of 1 where they have nothing in common
 SAME_FEATURES = 0.01
 # of the entropy of an even distribution: what a collapsed teacher is beyond
@@ -117,34 +115,17 @@ class DINO(Pretext):
 
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
-        views, head = settings.views, settings.head
-        at_least = {
-            "views.num_local": (views.num_local, 1),
-            "head.hidden": (head.hidden, 1),
-            "head.bottleneck": (head.bottleneck, 1),
-            "head.num_prototypes": (head.num_prototypes, 2),
-            **{f"views.{name}": (min(getattr(views, name) or (1,)), 1) for name in ("global_grid", "local_grid")},
-        }
-        for name, (found, least) in at_least.items():
-            if found < least:
-                raise UserError(f"{where}.{name} is {found}, expected {least} or more")
-        shares = {name: getattr(settings, name) for name in ("momentum", "centre_momentum", "temperature_warmup", "frozen_share")}
-        shares |= {"views.flip": views.flip, "views.changed": views.changed}
-        shares |= {f"views.smoothed[{number}]": found for number, found in enumerate(views.smoothed)}
-        for name, found in shares.items():
-            if not 0.0 <= found <= 1.0:
-                raise UserError(f"{where}.{name} is {found}, expected a number from 0 to 1")
+        settings.views.check(f"{where}.views")
+        head = settings.head
+        at_least = {"hidden": 1, "bottleneck": 1, "num_prototypes": 2}
+        for name, least in at_least.items():
+            if getattr(head, name) < least:
+                raise UserError(f"{where}.head.{name} is {getattr(head, name)}, expected {least} or more")
+        for name in ("momentum", "centre_momentum", "temperature_warmup", "frozen_share"):
+            if not 0.0 <= getattr(settings, name) <= 1.0:
+                raise UserError(f"{where}.{name} is {getattr(settings, name)}, expected a number from 0 to 1")
         if not 0.0 <= settings.drop_path < 1.0:
             raise UserError(f"{where}.drop_path is {settings.drop_path}, expected 0 <= drop_path < 1")
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(views, name)
-            if not 0.0 < low <= high <= 1.0:
-                raise UserError(
-                    f"{where}.views.{name} is {low}, {high}, expected the least and the most share, 0 < least <= most <= 1"
-                )
-        for name in ("contrast", "noise"):
-            if getattr(views, name) < 0.0:
-                raise UserError(f"{where}.views.{name} is {getattr(views, name)}, expected 0 or more")
         if min(settings.student_temperature, *settings.teacher_temperature) <= 0.0:
             raise UserError(
                 f"{where}: student_temperature is {settings.student_temperature}, teacher_temperature "
@@ -179,37 +160,12 @@ class DINO(Pretext):
     @property
     def sizes(self) -> tuple[Size, Size]:
         """Voxels along (z, y, x) of a global and of a local view."""
-        of_token, grids = self.setup.architecture.token_size, self.settings.views.grids(self.setup.grid)
-        (z, y, x), (lz, ly, lx) = (tuple(n * t for n, t in zip(grid, of_token, strict=True)) for grid in grids)
-        return (z, y, x), (lz, ly, lx)
+        return self.settings.views.sizes(self.setup.grid, self.setup.architecture.token_size)
 
     def draw(
         self, draws: Draws, present: Bool[Tensor, "b s"], variant: int, volumes: tuple[Tensor, ...], training: bool
     ) -> Views:
-        """Draw views; what is not learned from gets no noise, whose voxels are drawn anew whenever it is looked at."""
-        v, num_series = self.settings.views, present.shape[1]
-        num_views, num_each = NUM_GLOBAL + v.num_local, OF_PLACE + OF_SERIES * num_series
-        uniform = draws.uniform(What.TOKENS, num_views * num_each).unflatten(1, (num_views, num_each))
-        share = torch.cat(
-            [between(uniform[:, :NUM_GLOBAL, 0], *v.global_scale), between(uniform[:, NUM_GLOBAL:, 0], *v.local_scale)], 1
-        )
-        # the same share of every axis
-        half_edge = share[..., None] ** (1 / 3)
-        centre = between(uniform[..., 1:4], -1.0, 1.0) * (1 - half_edge)
-        half_edge = torch.where(uniform[..., 4:7] < v.flip, -half_edge, half_edge)
-        kind, one, other, chance, strength = uniform[..., OF_PLACE:].unflatten(-1, (num_series, OF_SERIES)).unbind(-1)
-        contrast = kind < v.changed / 2
-        noisy = ~contrast & (kind < v.changed) & training
-        first, second, local = v.smoothed
-        smoothed = torch.cat([chance[:, :1] < first, chance[:, 1:2] < second, chance[:, 2:] < local], 1)
-        return Views(
-            half_edge,
-            centre,
-            factor=1 + contrast * between(one, -v.contrast, v.contrast),
-            shift=contrast * between(other, -v.contrast, v.contrast),
-            noise=noisy * v.noise * one,
-            smoothing=smoothed * between(strength, -1.0, 1.0),
-        )
+        return draw_views(draws, self.settings.views, present.shape[1], training)
 
     def views(self, volume: Float[Tensor, "b s z y x"], drawn: Views) -> tuple[Tensor, Tensor]:
         """The global and the local views of patches, each (b, n, s, z, y, x)."""

@@ -1,6 +1,6 @@
 """Views of a patch for pretexts that compare them: boxes of it, resized, flipped, each series changed by itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from einops import rearrange
@@ -8,10 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_csm.data.draws import Draws, What
+from nnunet_csm.errors import UserError
 from nnunet_csm.pretext.base import Drawn
 from nnunet_csm.schema import Size
 
 NUM_GLOBAL = 2
+# uniform numbers for the place of a view, and for each of its series
+OF_PLACE, OF_SERIES = 7, 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,34 @@ class ViewSettings:
         z, y, x = (min(n, max(2, n // 2)) for n in patch)
         return self.global_grid or patch, self.local_grid or (z, y, x)
 
+    def sizes(self, patch: Size, token_size: Size) -> tuple[Size, Size]:
+        """Voxels along (z, y, x) of a global and of a local view of a patch with so many tokens."""
+        (z, y, x), (lz, ly, lx) = (tuple(n * t for n, t in zip(grid, token_size, strict=True)) for grid in self.grids(patch))
+        return (z, y, x), (lz, ly, lx)
+
+    def check(self, where: str) -> None:
+        """Raise UserError when there can be no such views; `where` is what the message names."""
+        at_least = {name: min(getattr(self, name) or (1,)) for name in ("global_grid", "local_grid")}
+        for name, found in ({"num_local": self.num_local} | at_least).items():
+            if found < 1:
+                raise UserError(f"{where}.{name} is {found}, expected 1 or more")
+        shares = {"flip": self.flip, "changed": self.changed}
+        shares |= {f"smoothed[{number}]": found for number, found in enumerate(self.smoothed)}
+        for name, found in shares.items():
+            if not 0.0 <= found <= 1.0:
+                raise UserError(f"{where}.{name} is {found}, expected a number from 0 to 1")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high <= 1.0:
+                raise UserError(f"{where}.{name} is {low}, {high}, expected the least and the most share, 0 < least <= most <= 1")
+        for name in ("contrast", "noise"):
+            if getattr(self, name) < 0.0:
+                raise UserError(f"{where}.{name} is {getattr(self, name)}, expected 0 or more")
+
+    def num_drawn(self, num_series: int) -> int:
+        """Numbers of `What.TOKENS`, from 0 on, that `draw_views` takes for a sample."""
+        return (NUM_GLOBAL + self.num_local) * (OF_PLACE + OF_SERIES * num_series)
+
 
 @dataclass(frozen=True)
 class Views(Drawn):
@@ -70,7 +102,34 @@ def between(uniform: Tensor, low: float, high: float) -> Tensor:
 
 def global_and_local(drawn: Views) -> tuple[Views, Views]:
     """The draws of the global views, and of the others."""
-    return Views(*(t[:, :NUM_GLOBAL] for t in drawn.tensors)), Views(*(t[:, NUM_GLOBAL:] for t in drawn.tensors))
+    of_views = [getattr(drawn, field.name) for field in fields(Views)]
+    return Views(*(t[:, :NUM_GLOBAL] for t in of_views)), Views(*(t[:, NUM_GLOBAL:] for t in of_views))
+
+
+def draw_views(draws: Draws, v: ViewSettings, num_series: int, training: bool) -> Views:
+    """Draw views anywhere in the patch; what is not learned from gets no noise, whose voxels would be drawn anew every time."""
+    num_views, num_each = NUM_GLOBAL + v.num_local, OF_PLACE + OF_SERIES * num_series
+    uniform = draws.uniform(What.TOKENS, num_views * num_each).unflatten(1, (num_views, num_each))
+    share = torch.cat(
+        [between(uniform[:, :NUM_GLOBAL, 0], *v.global_scale), between(uniform[:, NUM_GLOBAL:, 0], *v.local_scale)], 1
+    )
+    # the same share of every axis
+    half_edge = share[..., None] ** (1 / 3)
+    centre = between(uniform[..., 1:4], -1.0, 1.0) * (1 - half_edge)
+    half_edge = torch.where(uniform[..., 4:7] < v.flip, -half_edge, half_edge)
+    kind, one, other, chance, strength = uniform[..., OF_PLACE:].unflatten(-1, (num_series, OF_SERIES)).unbind(-1)
+    contrast = kind < v.changed / 2
+    noisy = ~contrast & (kind < v.changed) & training
+    first, second, local = v.smoothed
+    smoothed = torch.cat([chance[:, :1] < first, chance[:, 1:2] < second, chance[:, 2:] < local], 1)
+    return Views(
+        half_edge,
+        centre,
+        factor=1 + contrast * between(one, -v.contrast, v.contrast),
+        shift=contrast * between(other, -v.contrast, v.contrast),
+        noise=noisy * v.noise * one,
+        smoothing=smoothed * between(strength, -1.0, 1.0),
+    )
 
 
 def cut_views(
@@ -98,5 +157,8 @@ def changed(views: Float[Tensor, "b n s z y x"], drawn: Views) -> Float[Tensor, 
 
 def smoothed(views: Float[Tensor, "b n s z y x"], smoothing: Float[Tensor, "b n s"]) -> Float[Tensor, "b n s z y x"]:
     """Smooth or sharpen, see `Views.smoothing`."""
-    means = F.avg_pool3d(views.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(views)
+    # torch refuses a mean over more voxels than there are
+    kernel = [3 if length >= 3 else 1 for length in views.shape[3:]]
+    padding = [k // 2 for k in kernel]
+    means = F.avg_pool3d(views.flatten(0, 1), kernel, stride=1, padding=padding, count_include_pad=False).view_as(views)
     return torch.lerp(views, means, smoothing[..., None, None, None])

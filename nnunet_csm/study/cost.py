@@ -51,7 +51,8 @@ def pretraining_cost(settings: Configuration, present: Bool[Tensor, "c s"]) -> C
     for variant, share in enumerate(network.variants(present).mean(0).tolist()):
         if share > 0:
             with fake:
-                operations += share * counted(network, *network.example(1, variant).args)
+                # batch norms refuse a single crop
+                operations += share * counted(network, *network.example(2, variant).args) / 2
     return Cost(schedule.num_iterations * schedule.batch_size, operations)
 
 
@@ -70,7 +71,7 @@ def finetuning_cost(settings: Configuration, num_channels: int, num_classes: int
 
 
 def counted(network: torch.nn.Module, *inputs: object) -> float:
-    """Operations of a step with one crop."""
+    """Operations of a step."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*inputs)
     return float(FORWARD_AND_BACKWARD * counter.get_total_flops())

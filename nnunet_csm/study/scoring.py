@@ -106,7 +106,7 @@ class Patch:
         volume: Float[Tensor, "1 s z y x"], rebuilt: Mapping[str, tuple[Tensor, Tensor]], architecture: Architecture
     ) -> "Patch":
         """Scale everything as the true voxels of each series want it."""
-        bounds = percentile_range(volume)
+        bounds = percentile_range(volume, exact=True)
         images = {
             given: (scaled(patch.cpu(), *bounds)[0].numpy(), where.cpu()[0].numpy()) for given, (patch, where) in rebuilt.items()
         }
