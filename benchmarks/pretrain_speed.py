@@ -12,6 +12,7 @@ pretext draws (for CSM, the numbers of hidden series); the peak is that of one l
     python benchmarks/pretrain_speed.py -o speed            # table, speed.json, speed.png
     python benchmarks/pretrain_speed.py --cpu               # small networks, where there is no GPU
     python benchmarks/pretrain_speed.py -presets mae3d own.json    # these only: any pretext that a preset names
+    python benchmarks/pretrain_speed.py --cpu -study methods_quick # what each arm of a study pretrains, to the first of them
     pip install monai                                       # for MONAI's rows
 """
 
@@ -46,6 +47,8 @@ from nnunet_csm.machine import num_workers
 from nnunet_csm.planning.presets import preset_names, read_preset
 from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.schema import Size
+from nnunet_csm.study.runs import arm_changes
+from nnunet_csm.study.spec import pretraining_changes, read_study
 from nnunet_csm.training.graphs import why_no_graphs
 
 NUM_CASES = 12
@@ -80,7 +83,8 @@ def rows(cpu: bool, monai: bool, presets: Sequence[str] = ()) -> list[Row]:
     """Rows of the table, or of some presets only; MONAI's first, so that the others' ratios are known when they are printed."""
     small: dict[str, Any] = {"shape": (70, 85, 70), "token_edge": 8} if cpu else {}
     preset, edge, batch = ("demo", 32, 16) if cpu else ("B", 96, 64)
-    of_presets = [Row(name, 4, edge, batch, **small) for name in presets or (() if cpu else ("S", "B", "L", *other_pretexts()))]
+    names = presets or (() if cpu else ("S", "B", "L", *other_pretexts()))
+    of_presets = [Row(name, 4, edge, batch, **small | {"token_edge": read_preset(name).token_edge}) for name in names]
     others = [Row(preset, 4, edge, size, monai=True, **small) for size in ((6, 32) if cpu else (6, 64))]
     if presets:
         return [*(others[1:] if monai else []), *of_presets]
@@ -94,6 +98,16 @@ def other_pretexts() -> list[str]:
     """A shipped preset for each pretext beside that of B."""
     by_pretext = {read_preset(name).pretext["name"]: name for name in preset_names()}
     return [name for pretext, name in by_pretext.items() if pretext != read_preset("B").pretext["name"]]
+
+
+def presets_of_study(name: str, folder: Path) -> list[str]:
+    """Preset files of what the arms of a study pretrain, each named as its arm."""
+    study, paths = read_study(name), []
+    for arm in study.arms:
+        if arm.pretrained and arm.nnunet is None:
+            paths.append(folder / f"{arm.name.replace('/', ' ')}.json")
+            paths[-1].write_text(json.dumps({"inherits_from": study.preset, **pretraining_changes(arm_changes(study, arm))}))
+    return [str(path) for path in paths]
 
 
 def write_cases(folder: Path, shape: Size) -> None:
@@ -230,10 +244,11 @@ def operations(row: Row) -> float:
     pretext = row.method.build()
     total = 0.0
     for variant, share in variants_of(pretext).items():
-        batch = pretext.example(1, variant)
+        # two crops, since norms over a batch want more than one
+        batch = pretext.example(2, variant)
         with FlopCounterMode(display=False) as counter:
             pretext(*batch.args).backward()
-        total += share * counter.get_total_flops()
+        total += share * counter.get_total_flops() / 2
     return total
 
 
@@ -271,16 +286,18 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def to_monai(found: list[dict[str, Any]]) -> float:
-    """How many times as fast as MONAI's the last row is."""
+def compared(found: list[dict[str, Any]], with_first: bool) -> float:
+    """How many times as fast as the first row, or as MONAI's, the last row is."""
     last = found[-1]
+    if with_first:
+        return last["crops_per_second"] / found[0]["crops_per_second"]
     same = [f for f in found if f["what"] == "MONAI" and all(f[k] == last[k] for k in ("edge", "batch_size", "num_series"))]
     return last["crops_per_second"] / same[0]["crops_per_second"] if same else math.nan
 
 
 def line(row: dict[str, Any]) -> str:
     return (
-        f"{row['what'] + ' ' + Path(row['preset']).stem:<17}{row['num_series']:>7}{row['edge']:>6}{row['batch_size']:>6}"
+        f"{row['what'] + ' ' + Path(row['preset']).stem:<30}{row['num_series']:>7}{row['edge']:>6}{row['batch_size']:>6}"
         f"{row['crops_per_second']:>10.1f}{row['operations'] / 1e9:>11.2f}{row['share_of_peak']:>9.1%}{row['peak'] / 2**30:>7.2f}"
         f"{row['first_step']:>10.1f}s{row['where']:>14}{row['ratio']:>10.2f}"
     )
@@ -292,6 +309,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=100, help="steps measured (default: 100)")
     parser.add_argument("-o", help="writes this name with .json and .png")
     parser.add_argument("-presets", nargs="+", default=[], help="only these, by name or file, on four series")
+    parser.add_argument("-study", default="", help="only what the arms of this study pretrain, by name or file")
     parser.add_argument("-only", "--only", default="", help="rows that begin so, such as 'CSM B 4'")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
@@ -305,11 +323,13 @@ def main() -> int:
     print(f"{machine}; one product: {peak / 1e12:.2f} TFLOP/s")
     if not monai:
         print("MONAI is not installed, so its rows are missing: pip install monai")
-    header = ("", "series", "patch", "batch", "crops/s", "GFLOP/crop", "of peak", "GiB", "first step", "volumes", "to MONAI")
-    print("{:<17}{:>7}{:>6}{:>6}{:>10}{:>11}{:>9}{:>7}{:>11}{:>14}{:>10}".format(*header))
+    last = "to first" if args.study else "to MONAI"
+    header = ("", "series", "patch", "batch", "crops/s", "GFLOP/crop", "of peak", "GiB", "first step", "volumes", last)
+    print("{:<30}{:>7}{:>6}{:>6}{:>10}{:>11}{:>9}{:>7}{:>11}{:>14}{:>10}".format(*header))
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        table = rows(args.cpu, monai, args.presets)
+        presets = presets_of_study(args.study, Path(temporary)) if args.study else args.presets
+        table = rows(args.cpu, monai and not args.study, presets)
         folder = Path(temporary) / "dataset" / "cases"
         folder.mkdir(parents=True)
         write_cases(folder, table[0].shape)
@@ -320,7 +340,7 @@ def main() -> int:
             flops = math.nan if row.monai else operations(row)
             measured |= {"operations": flops, "share_of_peak": measured["crops_per_second"] * flops / peak}
             found.append({"what": row.what, **dataclasses.asdict(row), **measured})
-            found[-1]["ratio"] = to_monai(found)
+            found[-1]["ratio"] = compared(found, bool(args.study))
             print(line(found[-1]), flush=True)
     if args.o:
         Path(f"{args.o}.json").write_text(json.dumps({"machine": machine, "peak": peak, "rows": found}, indent=1))
