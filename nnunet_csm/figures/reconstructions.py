@@ -131,7 +131,7 @@ def save_methods_of_patch(
             thing given, all voxels are rebuilt, and nothing is shown as hidden.
         title: of the picture.
     """
-    width = row_names_width(list(rebuilt))
+    width = row_names_width([f"{name} " for name in rebuilt])
     panel = (PANEL_WIDTH, PANEL_WIDTH * true.shape[0] / true.shape[1])
     figure, rows = panel_grid(title, len(rebuilt), len(SIDE_BY_SIDE), panel, (width, TITLE_HEIGHT), GAP)
     for axes, name in zip(rows[0], SIDE_BY_SIDE, strict=True):

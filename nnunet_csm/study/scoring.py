@@ -32,7 +32,7 @@ from nnunet_csm.pretext.batches import pick
 SCORES, SLICES = "scores.csv", "slices.pt"
 # what is scored of a patch
 HIDDEN_VOXELS, WHOLE_PATCH = "hidden voxels", "whole patch"
-# of each case; and cases of whose first patch the middle slices are kept
+# of each case; and cases of whose fullest patch the middle slices are kept
 NUM_PATCHES, NUM_DRAWN = 4, 2
 
 
@@ -62,12 +62,13 @@ def score(pretext: Pretext, bank: Bank, folder: Path, device: torch.device) -> N
     """Score `NUM_PATCHES` of every case, in full precision, and keep some slices for pictures."""
     rows: list[dict[str, Any]] = []
     slices: dict[str, dict[str, Any]] = {}
+    fullest: dict[str, int] = {}
     for number, batch in enumerate(tqdm(patches(bank, pretext), "patches", len(bank) * NUM_PATCHES, disable=None)):
         case, patch = bank.names[number // NUM_PATCHES].split("/")[-1], number % NUM_PATCHES
         seen = Patch.of(batch.volumes[0], pretext.rebuilt(batch.to(device)), pretext.setup.architecture)
         rows += [{"case": case, "patch": patch, **row} for row in seen.scores()]
-        if patch == 0 and len(slices) < NUM_DRAWN:
-            slices[case] = seen.slices()
+        if number < NUM_DRAWN * NUM_PATCHES and seen.inside.sum() > fullest.get(case, 0):
+            fullest[case], slices[case] = seen.inside.sum(), seen.slices()
     write_text(folder / SCORES, pd.DataFrame(rows).to_csv(index=False))
     with whole(folder / SLICES) as temporary:
         torch.save(slices, temporary)
