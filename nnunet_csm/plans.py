@@ -43,6 +43,22 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
+class FusionSettings:
+    """How the segmenter makes one map of the encoder's features of all series; in the plans a block, or its name alone.
+
+    Attributes:
+        name: a name in `model/fusion.py`.
+        refinement: whether the segmenter segments its uncertain voxels once more, see `model/deformable.py`: "threshold" those
+            with an entropy above half of the highest, "share" the tenth with the highest.
+        smoothness: weight in the loss of changes of the offset from a token to the next; of `deformable`.
+    """
+
+    name: str = "mean"
+    refinement: Literal["none", "threshold", "share"] = "none"
+    smoothness: float = 0.0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`).
 
@@ -50,7 +66,7 @@ class Architecture:
     `decoder`: of the segmenter; UNETR's, or a light one to which nothing comes but the encoder's features.
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
-    `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`.
+    `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`, or a block.
     """
 
     series: tuple[str, ...]
@@ -63,8 +79,13 @@ class Architecture:
     drop_path: float
     decoder: Literal["unetr", "light"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
-    fusion: str = "mean"
+    fusion: str | FusionSettings = "mean"
     encoder: EncoderSettings = EncoderSettings()
+
+    @property
+    def fusion_settings(self) -> FusionSettings:
+        """The block of a fusion that only its name stands for."""
+        return FusionSettings(self.fusion) if isinstance(self.fusion, str) else self.fusion
 
     @property
     def named(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dynamic_network_architectures.building_blocks.patch_encode_decode import La
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 
+from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.tokens import Size
 
 
@@ -81,7 +82,7 @@ class UNETRDecoder(nn.Module):
         )
         self.seg_layers = nn.ModuleList([nn.Conv3d(channels[0], num_classes, 1)])
 
-    def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor:
+    def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor | Outputs:
         for upsampling, block, skip in zip(self.upsamplings, self.blocks, reversed(skips), strict=True):
             x = upsampling(x)
             x = block(x if skip is None else torch.cat([x, skip], dim=1))

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.model.decoders import LightDecoder, Skip, UNETRDecoder, conv_block, level_strides
+from nnunet_csm.model.deformable import RefinedHead
 from nnunet_csm.model.fusion import build_fusion
+from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.planned import PlannedNetwork
 from nnunet_csm.model.tokens import Size
 
@@ -44,13 +48,22 @@ class CSMSegmenter(PlannedNetwork):
         kernel_sizes: list[Size] = [(3 if z > 1 else 1, 3 if y > 1 else 1, 3 if x > 1 else 1) for z, y, x in strides]
         widths = [a.features * 2**level for level in range(len(strides))]
         num_fused = len(a.series) if self.encoder.keeps_series_apart else 1
-        self.fusions = nn.ModuleList(build_fusion(a.fusion, num_fused, width) for _ in strides)
+        fusion = a.fusion_settings
+        self.fusions = nn.ModuleList(
+            build_fusion(fusion, num_fused, width, num_classes if level == len(strides) else None)
+            for level in range(1, len(strides) + 1)
+        )
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
         # no part of the weights: a trained network is open
         self.stem_opening: Tensor | None
         self.register_buffer("stem_opening", None, persistent=False)
         if a.decoder == "light":
+            if fusion.refinement != "none":
+                raise UserError(
+                    f"fusion.refinement in arch_kwargs is {fusion.refinement!r}, but the light decoder has no features at full "
+                    f"resolution to refine; make it 'none', or set decoder to 'unetr'"
+                )
             self.skips = nn.ModuleList()
             self.decoder: nn.Module = LightDecoder(width, len(strides), widths, strides, num_classes)
             return
@@ -65,9 +78,15 @@ class CSMSegmenter(PlannedNetwork):
             Skip(width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
         )
         self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes, finest_skip=a.stem != "none")
+        if fusion.refinement != "none":
+            self.decoder.seg_layers[0] = RefinedHead(widths[0], num_classes, kernel_sizes[0], fusion.refinement)
 
-    def forward(self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None) -> Float[Tensor, "b c z y x"]:
+    def forward(
+        self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None
+    ) -> Float[Tensor, "b c z y x"] | Outputs:
         """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
+
+        While it learns, with what its fusion and its head learn from beside them, where there is any.
 
         Args:
             volume: patches.
@@ -76,18 +95,24 @@ class CSMSegmenter(PlannedNetwork):
         """
         with in_bf16(volume.device.type):
             volume, present = self.present_series(volume)
-            logits = self.decode(volume, self.encode(volume, present, shown))
-        return logits.float() if logits.dtype == torch.bfloat16 else logits
+            levels = self.encode(volume, present, shown)
+            decoded = self.decode(volume, [level.main for level in levels])
+            on_grids = [output for level in levels for output in level.others]
+            size = volume.shape[2:]
+            upsampled = [(interpolate(logits, size, mode="trilinear"), weight) for logits, weight in on_grids]
+        logits = decoded.main.float() if decoded.main.dtype == torch.bfloat16 else decoded.main
+        penalties = [part.penalty for part in (decoded, *levels) if part.penalty is not None]
+        if not (upsampled or decoded.others or penalties):
+            return logits
+        return Outputs(logits, (*decoded.others, *upsampled), torch.stack(penalties).sum() if penalties else None)
 
-    def decode(
-        self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b e gz gy gx"]]
-    ) -> Float[Tensor, "b c z y x"]:
-        """Logits from the voxels of the series and the features of `encode`."""
+    def decode(self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b e gz gy gx"]]) -> Outputs:
+        """Logits from the voxels of the series and the maps of `encode`."""
         if isinstance(self.decoder, LightDecoder):
-            return self.decoder(features)
+            return Outputs.of(self.decoder(features))
         *taps, bottleneck = features
         skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
-        return self.decoder(bottleneck, skips)
+        return Outputs.of(self.decoder(bottleneck, skips))
 
     def from_voxels(self, volume: Float[Tensor, "b s z y x"]) -> Float[Tensor, "b c z y x"] | None:
         """The skip at full resolution, the only way past the encoder; None when there is none."""
@@ -107,7 +132,7 @@ class CSMSegmenter(PlannedNetwork):
 
     def encode(
         self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"], shown: Sequence[int] | None = None
-    ) -> list[Float[Tensor, "b e gz gy gx"]]:
+    ) -> list[Outputs]:
         """Maps of the encoder's levels, fused over the present series."""
         levels = self.encoder.levels(volume, present, len(self.fusions), shown)
-        return [fuse(f.tokens, f.present, f.grid, f.series) for fuse, f in zip(self.fusions, levels, strict=True)]
+        return [Outputs.of(fuse(f.tokens, f.present, f.grid, f.series)) for fuse, f in zip(self.fusions, levels, strict=True)]

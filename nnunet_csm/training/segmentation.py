@@ -23,6 +23,7 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
+from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
@@ -156,6 +157,11 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         name = self.plans_manager.dataset_name
         if not any(source.labelled for source in self.settings.csm.sources if source.dataset == name):
             raise UserError(f"{name} has no labels to fine-tune on; fine-tune another dataset from its encoder")
+        if self.settings.architecture.fusion_settings.refinement != "none" and self.label_manager.has_regions:
+            raise UserError(
+                f"{name} is trained on regions, which overlap: the refinement of uncertain voxels (fusion.refinement in "
+                f"arch_kwargs) wants classes that exclude each other; make it 'none'"
+            )
         if self.ranks.rank == 0:
             # of an earlier run
             (Path(self.output_folder) / encoder_share.FILE).unlink(missing_ok=True)
@@ -244,8 +250,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
         with self.autocast():
-            output = self.learning_network(batch["data"])
-            return self.loss(output.float(), batch["target"]) * len(batch["data"])
+            result = self.learning_network(batch["data"])
+            return total_loss(result, lambda logits: self.loss(logits.float(), batch["target"])) * len(batch["data"])
 
     def validation_step(self, batch: dict) -> dict:
         with self.averaged(), uncompiled():
