@@ -33,6 +33,7 @@ class EncoderSettings:
         series_embedding_std: deviation with which the embeddings of series begin; MAE draws such vectors with 0.02.
         query_key_gain: keys begin equal to queries, with this gain; 0: each by itself, as in MAE.
         embedding: one linear layer makes tokens of the voxels of all series, or one for each.
+        base: channels of a convolutional encoder at full resolution; they double from level to level, up to the width.
     """
 
     kind: str = "vit"
@@ -40,6 +41,7 @@ class EncoderSettings:
     series_embedding_std: float = 0.5
     query_key_gain: float = 4.0
     embedding: Literal["shared", "by_series"] = "shared"
+    base: int = 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class Architecture:
     """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`).
 
     `channels`: where each of the series stands in nnU-Net's tensor; channels of the dataset that are not named are not used.
-    `decoder`: of the segmenter; UNETR's, or a light one to which nothing comes but the encoder's features.
+    `width`, `depth`: of a ViT; of a convolutional encoder the most channels, and the blocks at each of its levels.
+    `num_heads`: of a ViT, and of the classifier's pooling.
+    `decoder`: of the segmenter; for a ViT UNETR's, or a light one to which nothing comes but the encoder's features; for a
+    convolutional encoder a U-Net's, or a linear or non-linear head.
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
     `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`, or a block.
@@ -77,7 +82,7 @@ class Architecture:
     num_heads: int
     features: int
     drop_path: float
-    decoder: Literal["unetr", "light"] = "unetr"
+    decoder: Literal["unetr", "light", "unet", "linear", "nonlinear"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
     fusion: str | FusionSettings = "mean"
     encoder: EncoderSettings = EncoderSettings()
@@ -383,33 +388,19 @@ def _check(configuration: Configuration, where: str) -> None:
     if not csm.sources:
         raise UserError(f"{where}.csm.sources is empty; pretraining needs images: plan again with `nnunet_csm plan`")
     check_width(architecture.width, architecture.num_heads, f"{where}: arch_kwargs")
-    check_depth(architecture, where)
     if "/" in csm.splits or not csm.splits.endswith(".json"):
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
     for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
             raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
-    if csm.finetuning.stem_closed_share and (architecture.stem == "none" or architecture.decoder == "light"):
+    if csm.finetuning.stem_closed_share and (architecture.stem == "none" or architecture.decoder != "unetr"):
         raise UserError(
             f"{where}.csm.finetuning.stem_closed_share is {csm.finetuning.stem_closed_share}, but the network has no stem; make "
             f"it 0, or set decoder to 'unetr' and stem to 'full' in arch_kwargs"
         )
-    num_blocks = csm.finetuning.transferred_blocks
-    if num_blocks is not None and not 0 <= num_blocks <= architecture.depth:
-        raise UserError(
-            f"{where}.csm.finetuning.transferred_blocks is {num_blocks}, the encoder has {architecture.depth}; null is all"
-        )
 
 
 def check_width(width: int, num_heads: int, where: str) -> None:
-    """Raise UserError when a ViT cannot have this width and as many heads."""
+    """Raise UserError when attention cannot have this width and as many heads."""
     if num_heads < 1 or width % num_heads or width < 6:
         raise UserError(f"{where}: width {width} must be a multiple of num_heads {num_heads} and at least 6")
-
-
-def check_depth(architecture: Architecture, where: str) -> None:
-    """Raise UserError when a decoder has more levels than the encoder has blocks."""
-    if architecture.depth < max(architecture.token_size).bit_length() - 1:
-        raise UserError(
-            f"{where}: depth {architecture.depth} is too small for a decoder over token_size {architecture.token_size}"
-        )

@@ -291,7 +291,7 @@ def test_whatever_series_a_batch_has_all_parameters_have_a_gradient(fusion: Any,
 @pytest.mark.parametrize("changes", [{}, {"stem": "gated"}, {"stem": "none"}, {"decoder": "light"}], ids=str)
 def test_every_weight_of_a_fusion_learns(fusion: Any, changes: dict) -> None:
     if fusion == METHODS["refined"] and "decoder" in changes:
-        with pytest.raises(UserError, match=r"fusion\.refinement in arch_kwargs is 'share', but the light decoder"):
+        with pytest.raises(UserError, match=r"fusion\.refinement in arch_kwargs is 'share', but decoder 'light'"):
             segmenter(fusion, **changes)
         return
     network = segmenter(fusion, **changes)

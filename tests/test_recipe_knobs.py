@@ -14,7 +14,7 @@ from torch import nn
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.classifier import build_classifier
-from nnunet_csm.model.encoder import Encoder, build_encoder
+from nnunet_csm.model.encoder import Encoder, build_encoder, check_encoder
 from nnunet_csm.model.segmenter import GATE, CSMSegmenter
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.planning.facts import Wishes
@@ -122,12 +122,16 @@ def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
         ("ema", -0.1),
         ("ema", 1),
         ("series_dropout", 1.0),
-        ("transferred_blocks", 4),
     ],
 )
 def test_values_that_cannot_be_name_themselves(knob: str, value: float) -> None:
     with pytest.raises(UserError, match=f"finetuning.{knob} is {value}"):
         settings(finetuning={knob: value})
+
+
+def test_more_blocks_than_there_are_cannot_be_transferred() -> None:
+    with pytest.raises(UserError, match="transferred_blocks is 4, the encoder has 3"):
+        check_encoder(settings(finetuning={"transferred_blocks": 4}), "plans")
 
 
 @pytest.mark.parametrize("network", [{"stem": "none"}, {"decoder": "light"}])

@@ -15,10 +15,10 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_csm.model.decoders import level_strides
 from nnunet_csm.model.fusion import MeanFusion, ProjectedFusion, mean_over_present
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.segmenter import CSMSegmenter
+from nnunet_csm.model.tokens import level_strides
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 
 NUM_CLASSES = 4

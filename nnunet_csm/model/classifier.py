@@ -69,7 +69,9 @@ class CSMClassifier(PlannedNetwork):
     ) -> None:
         super().__init__(input_channels, arch_kwargs)
         width = self.encoder.width
-        self.pooling = AttentivePooling(width, self.architecture.num_heads) if pooling == "attentive" else MeanPooling()
+        # of a pyramid's features, not every number of heads is a divisor
+        num_heads = math.gcd(width, self.architecture.num_heads)
+        self.pooling = AttentivePooling(width, num_heads) if pooling == "attentive" else MeanPooling()
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)

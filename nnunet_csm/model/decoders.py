@@ -1,29 +1,21 @@
-"""Decoders from features on the token grid to logits at full resolution: UNETR's decoder, and a light one.
+"""Decoders from an encoder's features to logits at full resolution.
 
-Level i has a resolution i halvings below the input; level n, where n = log2 of the longest token edge, is the token grid.
-A short token edge is halved at the coarse levels only, as nnU-Net treats thick slices.
+Of a ViT's, all on the token grid: UNETR's, and a light one. Of a pyramid's, one map for each level (`tokens.level_strides`): that
+of a U-Net, which is UNETR's without what brings tokens up, and the two heads of vox2vec.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from nnunet_csm.model.deformable import RefinedHead
 from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.tokens import Size
-
-
-def level_strides(token_size: Sequence[int]) -> list[Size]:
-    """Strides from level i to level i + 1, finest first; their product is the token size."""
-    halvings = [t.bit_length() - 1 for t in token_size]
-    num_levels = max(halvings)
-    strides = []
-    for level in range(num_levels):
-        z, y, x = (2 if level >= num_levels - h else 1 for h in halvings)
-        strides.append((z, y, x))
-    return strides
 
 
 def conv_block(input_channels: int, output_channels: int, kernel_size: Size) -> BasicBlockD:
@@ -57,7 +49,7 @@ class Skip(nn.Module):
 
 
 class UNETRDecoder(nn.Module):
-    """Upsample, concatenate with the skip of that level, convolve; logits at full resolution.
+    """Upsample, concatenate with the skip of that level, convolve; logits at full resolution (UNETR's, and any U-Net's).
 
     `seg_layers` is nnU-Net's name: `-pretrained_weights` leaves these out, so that other class counts load. Without
     `finest_skip`, the last block convolves the upsampled map alone.
@@ -81,6 +73,11 @@ class UNETRDecoder(nn.Module):
             conv_block(n * c, c, kernel_size) for n, (_, c, _, kernel_size) in zip(num_maps, levels, strict=True)
         )
         self.seg_layers = nn.ModuleList([nn.Conv3d(channels[0], num_classes, 1)])
+
+    def refine(self, kernel_size: Size, refinement: str) -> None:
+        """Segment twice, see `RefinedHead`."""
+        num_classes, channels = next(self.seg_layers.parameters()).shape[:2]
+        self.seg_layers[0] = RefinedHead(channels, num_classes, kernel_size, refinement)
 
     def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor | Outputs:
         for upsampling, block, skip in zip(self.upsamplings, self.blocks, reversed(skips), strict=True):
@@ -110,3 +107,38 @@ class LightDecoder(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.seg_layers[0](self.upsamplings(self.embedding(torch.cat(list(features), dim=1))))
+
+
+class LinearHead(nn.Module):
+    """The sum of a linear layer at each level of a pyramid, brought up to voxels by repetition (vox2vec's linear probe)."""
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.seg_layers = nn.ModuleList(nn.Conv3d(width, num_classes, 1, bias=not level) for level, width in enumerate(widths))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        *finer, x = [layer(m) for layer, m in zip(self.seg_layers, maps, strict=True)]
+        for of_level in reversed(finer):
+            x = F.interpolate(x, of_level.shape[2:], mode="nearest") + of_level
+        return x
+
+
+class NonlinearHead(nn.Module):
+    """Residual blocks of kernel 1, from the coarsest level of a pyramid up, each level added (vox2vec's non-linear probe).
+
+    No place meets another but where a level is brought up by repetition, so all context is the encoder's.
+    """
+
+    def __init__(self, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        finer = list(pairwise(widths))
+        self.ups = nn.ModuleList(nn.Conv3d(coarse, fine, 1) for fine, coarse in finer)
+        self.blocks = nn.ModuleList(conv_block(width, width, (1, 1, 1)) for width in widths)
+        self.seg_layers = nn.ModuleList([nn.Conv3d(widths[0], num_classes, 1)])
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        x = self.blocks[-1](maps[-1])
+        for level in reversed(range(len(self.ups))):
+            above = F.interpolate(self.ups[level](x), maps[level].shape[2:], mode="nearest")
+            x = self.blocks[level](above + maps[level])
+        return self.seg_layers[0](x)

@@ -4,16 +4,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.tokens import Size
-from nnunet_csm.plans import Architecture
+from nnunet_csm.plans import Architecture, Configuration
 
 # `encoder.kind` in the plans to its class, imported when it is asked for
-ENCODERS = {"vit": "nnunet_csm.model.vit.ViT", "joint_vit": "nnunet_csm.model.joint_vit.JointViT"}
+ENCODERS = {
+    "vit": "nnunet_csm.model.vit.ViT",
+    "joint_vit": "nnunet_csm.model.joint_vit.JointViT",
+    "plain_unet": "nnunet_csm.model.pyramid.PlainUNet",
+    "residual_unet": "nnunet_csm.model.pyramid.ResidualUNet",
+    "fpn": "nnunet_csm.model.pyramid.FPN",
+}
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,19 @@ class Encoder(nn.Module, ABC):
 
     Attributes:
         series: names, in the order in which patches have them.
-        width: of the features of every level.
+        width: of the features that `levels` gives of one level.
+        level_widths: of the features of each level of several.
         keeps_series_apart: whether there are features for each series.
+        attends: whether its cost grows faster than the number of tokens.
+        decoders: segmenters' decoders that can read it, see `plans.Architecture`.
     """
 
     keeps_series_apart = True
+    attends = True
+    decoders: ClassVar[tuple[str, ...]] = ()
     series: tuple[str, ...]
     width: int
+    level_widths: list[int]
 
     def __init__(self, architecture: Architecture, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -73,7 +86,7 @@ class Encoder(nn.Module, ABC):
         Args:
             volume: patches; absent series are all zero.
             present: series that each sample has.
-            num_levels: how many.
+            num_levels: 1, or as many as there are `level_widths`.
             shown: numbers of the series that are present in every sample, when no sample has any other: the others are then
                 left out. When None, samples may differ, and nobody looks at absent series, which is the same up to rounding.
         """
@@ -85,6 +98,21 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def compiled_parts(self) -> Iterator[nn.Module]:
         """What is compiled, see `compilation.py`."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, architecture: Architecture, where: str) -> None:
+        """Raise UserError when there can be no such encoder; `where` is what the message names."""
+
+    @classmethod
+    @abstractmethod
+    def num_blocks(cls, architecture: Architecture) -> int:
+        """Number of blocks from the input on, which can be transferred by themselves: of `stages` without the first."""
+
+    @classmethod
+    @abstractmethod
+    def told(cls, architecture: Architecture) -> str:
+        """Its size in words, for the plan."""
 
     @classmethod
     @abstractmethod
@@ -115,6 +143,35 @@ def encoder_class(architecture: Architecture) -> type[Encoder]:
     return found
 
 
+def check_encoder(configuration: Configuration, where: str) -> None:
+    """Raise UserError when plans ask for an encoder that there cannot be, or for blocks that it has not."""
+    architecture, num_blocks = configuration.architecture, configuration.csm.finetuning.transferred_blocks
+    found = encoder_class(architecture)
+    found.check(architecture, f"{where}: arch_kwargs")
+    most = found.num_blocks(architecture)
+    if num_blocks is not None and not 0 <= num_blocks <= most:
+        raise UserError(f"{where}: csm.finetuning.transferred_blocks is {num_blocks}, the encoder has {most}; null is all")
+
+
 def build_encoder(architecture: Architecture, drop_path: float = 0.0) -> Encoder:
-    """The encoder that the plans describe, as drawn."""
-    return encoder_class(architecture)(architecture, drop_path)
+    """The encoder that the plans describe, as drawn. Raises UserError when there can be none."""
+    found = encoder_class(architecture)
+    found.check(architecture, "arch_kwargs")
+    return found(architecture, drop_path)
+
+
+def numbers_by_name(source: Architecture, target: Architecture, origin: str, how: str) -> list[int]:
+    """Where the series of `target` stand in weights that hold all series of `source` in one layer.
+
+    Series that are not used are left out, as if they were absent.
+
+    Raises:
+        UserError: the pretraining did not have one; `origin` is where the weights come from, `how` what they do with series.
+    """
+    lacking = [name for name in target.series if name not in source.series]
+    if lacking:
+        raise UserError(
+            f"{origin}: its {how} {', '.join(source.series)}, this run also needs {', '.join(lacking)}; plan "
+            f"with -series {' '.join(source.series)}, or pretrain on all of them"
+        )
+    return [source.series.index(name) for name in target.series]

@@ -90,7 +90,9 @@ class ProjectedFusion(Fusion):
 
 
 def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"]) -> Float[Tensor, "b l e"]:
-    """Average over the series that are present; those that are absent contribute nothing."""
+    """Average over the series that are present; those that are absent contribute nothing. One map of all is what it is."""
+    if features.shape[1] == 1:
+        return features[:, 0]
     weight = series_present / series_present.sum(1, keepdim=True)
     return (features * weight[:, :, None, None].to(features.dtype)).sum(1)
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnunet_csm.errors import UserError
-from nnunet_csm.model.encoder import Features, Transferred
+from nnunet_csm.model.encoder import Features, Transferred, numbers_by_name
 from nnunet_csm.model.tokens import all_tokens, coordinates, grid_size, join, select, separate, to_tokens
 from nnunet_csm.model.vit import ViT
 from nnunet_csm.plans import Architecture
@@ -44,20 +43,11 @@ class JointViT(ViT):
     def carried(
         cls, weights: Mapping[str, Tensor], source: Architecture, target: Architecture, origin: str
     ) -> tuple[dict[str, Tensor], list[Transferred]]:
-        """Columns of the token embedding for each series by its name.
-
-        Those of series that are not used are left out, as if the series were absent; one that the pretraining did not have is an
-        error.
-        """
-        lacking = [name for name in target.series if name not in source.series]
-        if lacking:
-            raise UserError(
-                f"{origin}: its joint tokens hold {', '.join(source.series)}, this run also needs {', '.join(lacking)}; plan "
-                f"with -series {' '.join(source.series)}, or pretrain on all of them"
-            )
+        """Columns of the token embedding for each series by its name; one that the pretraining did not have is an error."""
+        numbers = numbers_by_name(source, target, origin, "joint tokens hold")
         weight = weights["embedding.weight"]
         # a row is laid out as a joint token is
-        by_name = separate(weight[:, None, None], len(source.series))[:, [source.series.index(name) for name in target.series]]
+        by_name = separate(weight[:, None, None], len(source.series))[:, numbers]
         shape = (len(weight), by_name.shape[-1])
         report = [Transferred(f"embedding.weight[{name}]", shape, f"by name, from {name}") for name in target.series]
         return {**weights, "embedding.weight": join(by_name)[:, 0, 0]}, report

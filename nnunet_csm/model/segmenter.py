@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.model.decoders import LightDecoder, Skip, UNETRDecoder, conv_block, level_strides
-from nnunet_csm.model.deformable import RefinedHead
+from nnunet_csm.model.decoders import LightDecoder, LinearHead, NonlinearHead, Skip, UNETRDecoder, conv_block
 from nnunet_csm.model.fusion import build_fusion
 from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.planned import PlannedNetwork
-from nnunet_csm.model.tokens import Size
+from nnunet_csm.model.tokens import level_kernels, level_strides
 
 # where the gate of the raw voxels starts: the encoder's features come first, and the stem still gets a gradient
 GATE = 1e-5
@@ -37,36 +36,61 @@ class CSMSegmenter(PlannedNetwork):
 
     Raises:
         ValueError: channels that are not the planned series, or deep supervision, which this network has not.
+        UserError: a decoder that cannot read this kind of encoder.
     """
 
     def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False, **arch_kwargs: Any) -> None:
         super().__init__(input_channels, arch_kwargs)
         if deep_supervision:
             raise ValueError("CSMSegmenter has no deep supervision; train it with nnUNetTrainerCSM")
-        a, width = self.architecture, self.encoder.width
+        a, encoder = self.architecture, self.encoder
+        if a.decoder not in encoder.decoders:
+            raise UserError(
+                f"decoder in arch_kwargs is {a.decoder!r}, but encoder.kind {a.encoder.kind!r} takes one of "
+                f"{', '.join(encoder.decoders)}; correct one of them"
+            )
         strides = level_strides(a.token_size)
-        kernel_sizes: list[Size] = [(3 if z > 1 else 1, 3 if y > 1 else 1, 3 if x > 1 else 1) for z, y, x in strides]
-        widths = [a.features * 2**level for level in range(len(strides))]
-        num_fused = len(a.series) if self.encoder.keeps_series_apart else 1
-        fusion = a.fusion_settings
+        kernel_sizes = level_kernels(strides)
+        num_fused = len(a.series) if encoder.keeps_series_apart else 1
+        fusion, ends = a.fusion_settings, [*[None] * (len(encoder.level_widths) - 1), num_classes]
         self.fusions = nn.ModuleList(
-            build_fusion(fusion, num_fused, width, num_classes if level == len(strides) else None)
-            for level in range(1, len(strides) + 1)
+            build_fusion(fusion, num_fused, width, end) for width, end in zip(encoder.level_widths, ends, strict=True)
         )
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
         # no part of the weights: a trained network is open
         self.stem_opening: Tensor | None
         self.register_buffer("stem_opening", None, persistent=False)
-        if a.decoder == "light":
-            if fusion.refinement != "none":
-                raise UserError(
-                    f"fusion.refinement in arch_kwargs is {fusion.refinement!r}, but the light decoder has no features at full "
-                    f"resolution to refine; make it 'none', or set decoder to 'unetr'"
+        self.skips = nn.ModuleList()
+        widths = [a.features * 2**level for level in range(len(strides))]
+        self.decoder: nn.Module
+        match a.decoder:
+            case "light":
+                self.decoder = LightDecoder(encoder.width, len(strides), widths, strides, num_classes)
+            case "linear":
+                self.decoder = LinearHead(encoder.level_widths, num_classes)
+            case "nonlinear":
+                self.decoder = NonlinearHead(encoder.level_widths, num_classes)
+            case "unet":
+                *finer, coarsest = encoder.level_widths
+                self.decoder = UNETRDecoder(coarsest, finer, strides, kernel_sizes, num_classes)
+            case "unetr":
+                self.bring_up(widths)
+                self.decoder = UNETRDecoder(
+                    encoder.width, widths, strides, kernel_sizes, num_classes, finest_skip=a.stem != "none"
                 )
-            self.skips = nn.ModuleList()
-            self.decoder: nn.Module = LightDecoder(width, len(strides), widths, strides, num_classes)
-            return
+        if fusion.refinement != "none":
+            if not isinstance(self.decoder, UNETRDecoder):
+                raise UserError(
+                    f"fusion.refinement in arch_kwargs is {fusion.refinement!r}, but decoder {a.decoder!r} has no features at "
+                    f"full resolution to refine; make it 'none', or set decoder to 'unetr' or 'unet'"
+                )
+            self.decoder.refine(kernel_sizes[0], fusion.refinement)
+
+    def bring_up(self, widths: Sequence[int]) -> None:
+        """Make what brings a map to each level of UNETR's decoder: the voxels to the finest, levels of the ViT to the others."""
+        a, strides = self.architecture, level_strides(self.architecture.token_size)
+        kernel_sizes = level_kernels(strides)
         if a.stem != "none":
             # the first layer holds all weights that belong to a series
             self.stem = nn.Sequential(
@@ -74,12 +98,10 @@ class CSMSegmenter(PlannedNetwork):
             )
         if a.stem == "gated":
             self.stem_gate = nn.Parameter(torch.full((1,), GATE))
-        self.skips = nn.ModuleList(
-            Skip(width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1]) for level in range(1, len(strides))
+        self.skips.extend(
+            Skip(self.encoder.width, widths[level], strides[level:][::-1], kernel_sizes[level:][::-1])
+            for level in range(1, len(strides))
         )
-        self.decoder = UNETRDecoder(width, widths, strides, kernel_sizes, num_classes, finest_skip=a.stem != "none")
-        if fusion.refinement != "none":
-            self.decoder.seg_layers[0] = RefinedHead(widths[0], num_classes, kernel_sizes[0], fusion.refinement)
 
     def forward(
         self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None
@@ -106,11 +128,13 @@ class CSMSegmenter(PlannedNetwork):
             return logits
         return Outputs(logits, (*decoded.others, *upsampled), torch.stack(penalties).sum() if penalties else None)
 
-    def decode(self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b e gz gy gx"]]) -> Outputs:
+    def decode(self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b _e _z _y _x"]]) -> Outputs:
         """Logits from the voxels of the series and the maps of `encode`."""
-        if isinstance(self.decoder, LightDecoder):
+        if not isinstance(self.decoder, UNETRDecoder):
             return Outputs.of(self.decoder(features))
         *taps, bottleneck = features
+        if self.architecture.decoder == "unet":
+            return Outputs.of(self.decoder(bottleneck, taps))
         skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
         return Outputs.of(self.decoder(bottleneck, skips))
 

@@ -6,6 +6,7 @@ k selected tokens, e embedding, v voxels of a token, z y x voxels.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -21,6 +22,26 @@ def grid_size(patch_size: Size, token_size: Size) -> Size:
         raise ValueError(f"patch of {tuple(patch_size)} voxels is not a multiple of token_size {tuple(token_size)}")
     z, y, x = (p // t for p, t in zip(patch_size, token_size, strict=True))
     return z, y, x
+
+
+def level_strides(token_size: Sequence[int]) -> list[Size]:
+    """Strides from level i to level i + 1, finest first; their product is the token size.
+
+    Level i has a resolution i halvings below the input; level n, where n = log2 of the longest token edge, is the token grid.
+    A short token edge is halved at the coarse levels only, as nnU-Net treats thick slices.
+    """
+    halvings = [t.bit_length() - 1 for t in token_size]
+    num_levels = max(halvings)
+    strides = []
+    for level in range(num_levels):
+        z, y, x = (2 if level >= num_levels - h else 1 for h in halvings)
+        strides.append((z, y, x))
+    return strides
+
+
+def level_kernels(strides: Sequence[Size]) -> list[Size]:
+    """Kernels of the convolutions at each level but the last: 1 along an axis that is not halved there."""
+    return [(3 if z > 1 else 1, 3 if y > 1 else 1, 3 if x > 1 else 1) for z, y, x in strides]
 
 
 def to_tokens(volume: Float[Tensor, "b s z y x"], token_size: Size) -> Float[Tensor, "b s l v"]:

@@ -11,6 +11,9 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder, Transferred, encoder_class
 from nnunet_csm.plans import Architecture, read_architecture
 
+# settings of an encoder that do not matter any more once there are weights
+HOW_WEIGHTS_BEGAN = frozenset({"series_embedding_std", "query_key_gain"})
+
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
@@ -83,8 +86,7 @@ def transfer(
                 f"pretrain with these plans, or plan with the same preset and token size"
             )
     mine, theirs = vars(target.encoder), vars(source.encoder)
-    # how weights began does not matter any more
-    different = [name for name in ("kind", "positions", "embedding") if mine[name] != theirs[name]]
+    different = [name for name in mine if name not in HOW_WEIGHTS_BEGAN and mine[name] != theirs[name]]
     if different:
         name = different[0]
         raise UserError(
@@ -100,7 +102,7 @@ def transfer(
         raise UserError(
             f"{pretrained.source}: tensors without an equal partner: {', '.join(wrong[:5])}; was it written by another version?"
         )
-    kept = set() if num_blocks is None else {name for name in state if beyond(name, num_blocks, target.depth)}
+    kept = set() if num_blocks is None else beyond(encoder, num_blocks)
     encoder.load_state_dict({name: state[name] if name in kept else tensor for name, tensor in weights.items()})
     named = {row.name.split("[")[0] for row in by_name}
     rows = list(by_name)
@@ -110,17 +112,21 @@ def transfer(
     return rows
 
 
-def beyond(name: str, num_blocks: int, depth: int) -> bool:
-    """Whether a tensor of an encoder comes after its first blocks; the last norm belongs to the last block."""
-    room, *rest = name.split(".")
-    return int(rest[0]) >= num_blocks if room == "blocks" else room == "norm" and num_blocks < depth
+def beyond(encoder: Encoder, num_blocks: int) -> set[str]:
+    """Names of the parameters after the first blocks of an encoder; what belongs to no stage belongs to the last."""
+    stages = encoder.stages()
+    loaded = {id(parameter) for stage in stages[: num_blocks + 1] for parameter in stage}
+    return {
+        name for name, parameter in encoder.named_parameters() if num_blocks < len(stages) - 1 and id(parameter) not in loaded
+    }
 
 
 def as_table(rows: Sequence[Transferred]) -> str:
-    """The rows as text; blocks of the ViT that were all loaded share a line."""
+    """The rows as text; tensors of a block share a line."""
     lines: dict[str, list[Transferred]] = {}
     for row in rows:
-        prefix = ".".join(row.name.split(".")[:2]) if row.name.startswith("blocks.") else row.name
+        room, *rest = row.name.split(".")
+        prefix = f"{room}.{rest[0]}" if len(rest) > 1 and rest[0].isdigit() else row.name
         lines.setdefault(prefix, []).append(row)
     table = []
     for prefix, group in lines.items():

@@ -11,8 +11,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder, Features, Transferred
-from nnunet_csm.model.tokens import all_tokens, coordinates, grid_size, select, to_tokens
+from nnunet_csm.model.tokens import all_tokens, coordinates, grid_size, level_strides, select, to_tokens
 from nnunet_csm.plans import Architecture
 
 # the longest period of our position embedding is 128 tokens, beyond any grid in use; of MAE's, made for sentences, 2 pi 10,000
@@ -128,10 +129,13 @@ class ViT(Encoder):
         drop_path: share of the samples in which the last block is left out while training.
     """
 
+    decoders = ("unetr", "light")
+
     def __init__(self, architecture: Architecture, drop_path: float = 0.0) -> None:
         super().__init__(architecture)
         a, options = architecture, architecture.encoder
         self.width, self.depth = a.width, a.depth
+        self.level_widths = [a.width] * len(level_strides(a.token_size))
         tz, ty, tx = a.token_size
         self.token_size = tz, ty, tx
         num_series, num_voxels = self.layout(a)
@@ -216,6 +220,21 @@ class ViT(Encoder):
     def compiled_parts(self) -> Iterator[nn.Module]:
         # equal, so that one is compiled for all
         yield from self.blocks
+
+    @classmethod
+    def check(cls, architecture: Architecture, where: str) -> None:
+        if architecture.depth < len(level_strides(architecture.token_size)):
+            raise UserError(
+                f"{where}: depth {architecture.depth} is too small for a decoder over token_size {architecture.token_size}"
+            )
+
+    @classmethod
+    def num_blocks(cls, architecture: Architecture) -> int:
+        return architecture.depth
+
+    @classmethod
+    def told(cls, architecture: Architecture) -> str:
+        return f"{architecture.width} wide, {architecture.depth} deep, {architecture.num_heads} heads"
 
     @classmethod
     def num_series_in(cls, weights: Mapping[str, Tensor], architecture: Architecture) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.encoder import check_encoder, encoder_class
 from nnunet_csm.planning.facts import Decision, Facts, Wishes
 from nnunet_csm.planning.presets import Preset, paper_preset
 from nnunet_csm.planning.schedules import length_text, schedule, schedule_reason
@@ -107,7 +108,7 @@ def plan(
         },
         "csm": to_dict(csm),
     }
-    parse_configuration(entry, plans_name)
+    check_encoder(parse_configuration(entry, plans_name), plans_name)
     plans = {**deepcopy(dict(base_plans)), "plans_name": plans_name, "configurations": {configuration: entry}}
     return plans, decisions
 
@@ -169,8 +170,8 @@ def source_decisions(sources: Sequence[Source], dataset: str, union: Sequence[st
 def network_decision(sized: Sized, name: str, why: str) -> Decision:
     """The network of a preset."""
     n = sized.architecture
-    decoder = f"UNETR features {n.features}" if n.decoder == "unetr" else "light decoder"
-    text = f"{n.width} wide, {n.depth} deep, {n.num_heads} heads; {decoder}"
+    decoder = f"UNETR features {n.features}" if n.decoder == "unetr" else f"decoder {n.decoder}"
+    text = f"{encoder_class(n).told(n)}; {decoder}"
     return Decision("network", text, f"preset {name}: {sized.preset.description}{why}")
 
 

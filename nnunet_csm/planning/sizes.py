@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from nnunet_csm.planning.presets import Preset
 from nnunet_csm.schema import Size
 
-# a shorter patch leaves a token too little context
+# a shorter patch leaves a token of a ViT too little context
 MIN_TOKENS_PER_AXIS = 4
 # of all series together; at that length attention costs a ViT-B as much as its linear layers
 MAX_TOKENS = 4096
@@ -37,7 +37,7 @@ def choose_token_size(preset: Preset, shape: Sequence[int], spacing: Sequence[fl
 
 
 def choose_patch_size(
-    preset: Preset, shape: Sequence[int], spacing: Sequence[float], token_size: Size, num_series: int
+    preset: Preset, shape: Sequence[int], spacing: Sequence[float], token_size: Size, num_series: int, least: int
 ) -> tuple[Size, str]:
     """Near the median shape, in whole tokens, within the preset's voxels and the longest sequence.
 
@@ -46,35 +46,37 @@ def choose_patch_size(
         shape: median shape of the dataset, in voxels.
         spacing: mm; the longest axis in mm is shortened first.
         token_size: of the patch.
-        num_series: whose tokens make one sequence.
+        num_series: whose tokens make one sequence; 0 when they make none, as places of a convolutional encoder.
+        least: tokens along each axis that are left.
     """
     if preset.patch_size is not None:
         return preset.patch_size, "as in the preset"
     whole = [max(1, round(length / t)) for length, t in zip(shape, token_size, strict=True)]
-    by_voxels, by_attention = preset.max_patch_voxels // math.prod(token_size), MAX_TOKENS // num_series
+    by_voxels = preset.max_patch_voxels // math.prod(token_size)
+    by_attention = MAX_TOKENS // num_series if num_series else by_voxels
     why = f"whole tokens near the median shape {as_text(shape)}"
     if math.prod(whole) > by_voxels:
         why += f", at most {preset.max_patch_voxels:,} voxels"
     if by_attention < min(math.prod(whole), by_voxels):
         why += f", at most {MAX_TOKENS:,} tokens in the {num_series} series together"
-    return shortened(whole, token_size, spacing, min(by_voxels, by_attention)), why
+    return shortened(whole, token_size, spacing, min(by_voxels, by_attention), least), why
 
 
-def squeeze(patch_size: Size, token_size: Size, spacing: Sequence[float], fits: Callable[[Size], bool]) -> Size:
+def squeeze(patch_size: Size, token_size: Size, spacing: Sequence[float], least: int, fits: Callable[[Size], bool]) -> Size:
     """The largest shorter patch that fits; the smallest there is when none does."""
     whole = [p // t for p, t in zip(patch_size, token_size, strict=True)]
     low, high = 0, math.prod(whole)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(shortened(whole, token_size, spacing, middle)) else (low, middle)
-    return shortened(whole, token_size, spacing, max(low, 1))
+        low, high = (middle, high) if fits(shortened(whole, token_size, spacing, middle, least)) else (low, middle)
+    return shortened(whole, token_size, spacing, max(low, 1), least)
 
 
-def shortened(whole: Sequence[int], token_size: Size, spacing: Sequence[float], most: int) -> Size:
-    """A patch of at most `most` tokens: the longest axis in millimetres is shortened first, none below four tokens."""
+def shortened(whole: Sequence[int], token_size: Size, spacing: Sequence[float], most: int, least: int) -> Size:
+    """A patch of at most `most` tokens: the longest axis in millimetres is shortened first, none below `least` tokens."""
     counts = list(whole)
     while math.prod(counts) > most:
-        lengths = [c * t * s if c > MIN_TOKENS_PER_AXIS else 0.0 for c, t, s in zip(counts, token_size, spacing, strict=True)]
+        lengths = [c * t * s if c > least else 0.0 for c, t, s in zip(counts, token_size, spacing, strict=True)]
         if not any(lengths):
             break
         counts[lengths.index(max(lengths))] -= 1

@@ -11,6 +11,7 @@ from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.facts import Decision, Facts, Wishes
 from nnunet_csm.planning.presets import Preset, read_preset
 from nnunet_csm.planning.sizes import (
+    MIN_TOKENS_PER_AXIS,
     as_text,
     choose_finetuning_batch,
     choose_patch_size,
@@ -19,7 +20,7 @@ from nnunet_csm.planning.sizes import (
     choose_token_size,
     squeeze,
 )
-from nnunet_csm.plans import Architecture, Source, check_depth
+from nnunet_csm.plans import Architecture, Source
 from nnunet_csm.pretext.base import Pretext, Setup, read_pretext
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, GIB, Memory
 from nnunet_csm.schema import Size
@@ -70,7 +71,8 @@ def sized_for(
     if wishes.token_size is not None:
         token, why_token = wishes.token_size, wishes.why
     architecture = preset.architecture(series, channels, token, f"preset {preset_name}")
-    check_depth(architecture, f"preset {preset_name}: network")
+    encoder = encoder_class(architecture)
+    encoder.check(architecture, f"preset {preset_name}: network")
     union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
     pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
 
@@ -82,13 +84,14 @@ def sized_for(
 
     wanted = preset.finetuning.batch_size
     # of separate tokens also when they are joint: strategies are compared on one patch
-    patch, why_patch = choose_patch_size(preset, shape, spacing, token, len(union))
+    num_together, least = (len(union), MIN_TOKENS_PER_AXIS) if encoder.attends else (0, 1)
+    patch, why_patch = choose_patch_size(preset, shape, spacing, token, num_together, least)
     squeezed = False
     if wishes.patch_size is not None:
         patch, why_patch = wishes.patch_size, wishes.why
     elif target is not None and preset.patch_size is None and finetuning(patch, wanted).total > target:
         squeezed = True
-        patch = squeeze(patch, token, spacing, lambda size: finetuning(size, wanted).total <= target)
+        patch = squeeze(patch, token, spacing, least, lambda size: finetuning(size, wanted).total <= target)
         why_patch += ", shortened to fit into memory"
     if any(p % t for p, t in zip(patch, token, strict=True)):
         raise UserError(

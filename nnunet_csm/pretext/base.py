@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws
 from nnunet_csm.errors import UserError
-from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.encoder import Encoder, check_encoder
 from nnunet_csm.model.tokens import grid_size
 from nnunet_csm.plans import Architecture, Configuration
 from nnunet_csm.schema import Size, from_dict, to_dict
@@ -263,6 +263,7 @@ def read_pretext(block: Mapping[str, Any], architecture: Architecture, where: st
 
 def setup_of(configuration: Configuration, where: str = "plans") -> tuple[type[Pretext], Setup]:
     """The pretext that the plans describe, and what it is built from. Raises UserError as `read_pretext`."""
+    check_encoder(configuration, where)
     architecture = configuration.pretraining_architecture
     cls, settings = read_pretext(configuration.csm.pretext, architecture, f"{where}: csm.pretext")
     return cls, Setup(architecture, settings, configuration.csm.pretraining_patch_size)

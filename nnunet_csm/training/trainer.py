@@ -33,7 +33,7 @@ from nnunet_csm.machine import (
     why_not_compiled,
 )
 from nnunet_csm.model.compilation import compile_parts
-from nnunet_csm.model.encoder import Encoder
+from nnunet_csm.model.encoder import Encoder, check_encoder
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.training.averaging import WeightAverage
@@ -67,6 +67,7 @@ class CSMTrainer(nnUNetTrainer):
             name = f"{plans['plans_name']}.json"
             source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
             self.settings = read_configuration(plans, configuration, source)
+            check_encoder(self.settings, source)
             self.schedule = self.choose_schedule(self.settings.csm)
             self.ranks = running()
             self.samples = self.ranks.samples_of(self.schedule.batch_size)
