@@ -74,7 +74,7 @@ def mean_square(logits: Tensor) -> Tensor:
 def weights_of(fuse: Any, features: Tensor, present: Tensor) -> Tensor:
     if isinstance(fuse, AdaptiveFusion):
         maps = [to_map(of_one, GRID_SIZE) for of_one in features.unbind(1)]
-        return fuse.weights(maps, to_map(mean_over_present(features, present), GRID_SIZE), present)
+        return fuse.adaptive.weights(maps, to_map(mean_over_present(features, present), GRID_SIZE), present)
     aligned = to_map(features.flatten(0, 1), GRID_SIZE)
     return fuse.weights(aligned, aligned, present)
 
@@ -111,7 +111,7 @@ def test_a_fusion_of_some_series_is_that_of_all_with_the_others_absent(cls: type
 def test_adaptive_fusion_knows_no_order_of_series() -> None:
     fuse, features, present, order = make(AdaptiveFusion).eval(), some_features(), presence("111", "110"), [2, 0, 1]
     permuted = copy.deepcopy(fuse)
-    permuted.weigh = torch.nn.ModuleList(fuse.weigh[number] for number in order)
+    permuted.adaptive.weigh = torch.nn.ModuleList(fuse.adaptive.weigh[number] for number in order)
     torch.testing.assert_close(permuted(features[:, order], present[:, order], GRID_SIZE), fuse(features, present, GRID_SIZE))
 
 
@@ -119,7 +119,7 @@ def test_a_series_alone_is_its_own_average() -> None:
     fuse, features = make(AdaptiveFusion).eval(), some_features()
     found = fuse(features, presence("010", "010"), GRID_SIZE)
     alone = to_map(features[:, 1], GRID_SIZE)
-    torch.testing.assert_close(found, fuse.output(torch.cat([alone, alone], dim=1)))
+    torch.testing.assert_close(found, fuse.adaptive.output(torch.cat([alone, alone], dim=1)))
 
 
 # --- offsets -----------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ FUSIONS = {
     "projected": "nnunet_csm.model.fusion.ProjectedFusion",
     "adaptive": "nnunet_csm.model.adaptive.AdaptiveFusion",
     "deformable": "nnunet_csm.model.deformable.DeformableFusion",
+    "apart": "nnunet_csm.model.fusion.SideBySide",
 }
 
 
@@ -87,6 +88,27 @@ class ProjectedFusion(Fusion):
         share = present / present.sum(1, keepdim=True)
         side_by_side = (features * share[:, :, None, None].to(features.dtype)).transpose(1, 2).flatten(2)
         return to_map(side_by_side @ weight.flatten(0, 1), grid)
+
+
+class SideBySide(Fusion):
+    """No fusion: the features of all series in one map, those of absent ones 0, for the adaptive decoder."""
+
+    def __init__(self, num_series: int, *of_others: Any) -> None:
+        super().__init__(num_series, *of_others)
+        self.num_series = num_series
+
+    def forward(
+        self,
+        features: Float[Tensor, "b m l e"],
+        present: Bool[Tensor, "b m"],
+        grid: Size,
+        series: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "b _side_by_side gz gy gx"]:
+        there = [to_map(of_one, grid) for of_one in torch.where(present[:, :, None, None], features, 0.0).unbind(1)]
+        if series is not None:
+            absent = torch.zeros_like(there[0])
+            there = [there[series.index(number)] if number in series else absent for number in range(self.num_series)]
+        return torch.cat(there, dim=1)
 
 
 def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"]) -> Float[Tensor, "b l e"]:

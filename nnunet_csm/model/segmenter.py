@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.adaptive import AdaptiveDecoder
 from nnunet_csm.model.decoders import LightDecoder, LinearHead, NonlinearHead, Skip, UNETRDecoder, conv_block
 from nnunet_csm.model.fusion import build_fusion
 from nnunet_csm.model.outputs import Outputs
-from nnunet_csm.model.planned import PlannedNetwork
+from nnunet_csm.model.planned import PlannedNetwork, series_present
 from nnunet_csm.model.tokens import level_kernels, level_strides
 
 # where the gate of the raw voxels starts: the encoder's features come first, and the stem still gets a gradient
@@ -52,6 +53,11 @@ class CSMSegmenter(PlannedNetwork):
         strides = level_strides(a.token_size)
         kernel_sizes = level_kernels(strides)
         num_fused = len(a.series) if encoder.keeps_series_apart else 1
+        if (a.decoder == "adaptive") != (a.fusion_settings.name == "apart"):
+            raise UserError(
+                f"decoder in arch_kwargs is {a.decoder!r}, fusion {a.fusion_settings.name!r}; the decoder 'adaptive' takes the "
+                f"fusion 'apart', and no other does: correct one of them"
+            )
         fusion, ends = a.fusion_settings, [*[None] * (len(encoder.level_widths) - 1), num_classes]
         self.fusions = nn.ModuleList(
             build_fusion(fusion, num_fused, width, end) for width, end in zip(encoder.level_widths, ends, strict=True)
@@ -74,6 +80,8 @@ class CSMSegmenter(PlannedNetwork):
             case "unet":
                 *finer, coarsest = encoder.level_widths
                 self.decoder = UNETRDecoder(coarsest, finer, strides, kernel_sizes, num_classes)
+            case "adaptive":
+                self.decoder = AdaptiveDecoder(encoder.level_widths, strides, a.depth, len(a.series), num_classes)
             case "unetr":
                 self.bring_up(widths)
                 self.decoder = UNETRDecoder(
@@ -119,17 +127,18 @@ class CSMSegmenter(PlannedNetwork):
             volume, present = self.present_series(volume)
             levels = self.encode(volume, present, shown)
             decoded = self.decode(volume, [level.main for level in levels])
-            on_grids = [output for level in levels for output in level.others]
-            size = volume.shape[2:]
-            upsampled = [(interpolate(logits, size, mode="trilinear"), weight) for logits, weight in on_grids]
+            beside = [output for part in (decoded, *levels) for output in part.others]
+            others = tuple((interpolate(logits, volume.shape[2:], mode="trilinear"), weight) for logits, weight in beside)
         logits = decoded.main.float() if decoded.main.dtype == torch.bfloat16 else decoded.main
         penalties = [part.penalty for part in (decoded, *levels) if part.penalty is not None]
-        if not (upsampled or decoded.others or penalties):
+        if not (others or penalties):
             return logits
-        return Outputs(logits, (*decoded.others, *upsampled), torch.stack(penalties).sum() if penalties else None)
+        return Outputs(logits, others, torch.stack(penalties).sum() if penalties else None)
 
     def decode(self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b _e _z _y _x"]]) -> Outputs:
         """Logits from the voxels of the series and the maps of `encode`."""
+        if isinstance(self.decoder, AdaptiveDecoder):
+            return Outputs.of(self.decoder(features, series_present(volume)))
         if not isinstance(self.decoder, UNETRDecoder):
             return Outputs.of(self.decoder(features))
         *taps, bottleneck = features

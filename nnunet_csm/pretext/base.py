@@ -29,6 +29,7 @@ PRETEXTS = {
     "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
     "dino": "nnunet_csm.pretext.dino.DINO",
+    "none": "nnunet_csm.pretext.none.Nothing",
 }
 
 D = TypeVar("D", bound="Drawn")
@@ -130,6 +131,7 @@ class Pretext(nn.Module, ABC):
         Draw: what `draw` gives.
         parts: names of what `validate` gives beside the loss; they are logged and plotted.
         network_draws: whether `forward` draws by torch's own generators (drop path), which the trainer then keys.
+        learns: whether there is anything to pretrain.
         encoder: what pretraining is for.
         setup: what it was built from.
     """
@@ -138,6 +140,7 @@ class Pretext(nn.Module, ABC):
     Draw: ClassVar[type[Drawn]]
     parts: ClassVar[tuple[str, ...]] = ()
     network_draws: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     encoder: Encoder
 
     def __init__(self, setup: Setup) -> None:

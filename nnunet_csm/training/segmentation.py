@@ -81,9 +81,10 @@ class AugmentedBatches:
         purpose: Purpose,
         channels: Sequence[int] = (),
         series_dropout: float = 0.0,
+        series_dropout_epochs: str = "all",
     ) -> None:
         self.loader, self.samples, self.seed, self.purpose = loader, samples, seed, purpose
-        self.channels, self.series_dropout = channels, series_dropout
+        self.channels, self.series_dropout, self.alternating = channels, series_dropout, series_dropout_epochs == "alternating"
         self.first_oversampled = round(batch_size * (1 - loader.oversample_foreground_percent))
         loader.batch_size = 1
 
@@ -96,7 +97,8 @@ class AugmentedBatches:
         # nnU-Net's rule: the last samples of a batch hold foreground
         self.loader.get_do_oversample = lambda _: place >= self.first_oversampled
         sample = self.loader.generate_train_batch()
-        if self.series_dropout > 0:
+        # alternating: the first epoch has all series
+        if self.series_dropout > 0 and (epoch % 2 == 1 or not self.alternating):
             for_series = key(self.seed, self.purpose, epoch, step, place, What.SERIES)
             drop_series(sample["data"][0], self.channels, self.series_dropout, for_series)
         return sample
@@ -127,7 +129,17 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     `nnUNet_csm_encoder`: auto, all, scratch, or a path.
     """
 
-    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "stem_closed_share", "ema", "series_dropout"})
+    rests_on = frozenset(
+        {
+            "patch_size",
+            "finetuning_schedule",
+            "frozen_share",
+            "stem_closed_share",
+            "ema",
+            "series_dropout",
+            "series_dropout_epochs",
+        }
+    )
     max_gradient_norm = 12.0  # nnU-Net's
     share: encoder_share.EncoderShare | None = None
 
@@ -221,7 +233,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         num_train, num_val = self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         workers = num_workers(self.device)
         shared = self.schedule.batch_size, self.samples, self.settings.csm.seed
-        dropout = self.settings.architecture.channels, self.settings.csm.finetuning.series_dropout
+        finetuning = self.settings.csm.finetuning
+        dropout = self.settings.architecture.channels, finetuning.series_dropout, finetuning.series_dropout_epochs
         make_train = AugmentedBatches(training.data_loader, *shared, Purpose.TRAINING, *dropout)
         make_val = AugmentedBatches(validation.data_loader, *shared, Purpose.VALIDATION)
         return (
