@@ -23,6 +23,7 @@ def read_inherited(
     merge: Callable[[Json, Json], Json],
     others: Sequence[str] = (),
     children: tuple[str, ...] = (),
+    root: bool = True,
 ) -> Json:
     """A file of `folder` by name, or any by path, merged over what its `inherits_from` names, and so on.
 
@@ -33,6 +34,7 @@ def read_inherited(
         merge: puts a file over what it inherits.
         others: further names that the caller understands, for the message when there is no such file.
         children: that inherit from this file.
+        root: whether the file that inherits from none is part of it.
 
     Raises:
         UserError: no such file, not JSON, no object, or files that inherit from each other.
@@ -51,7 +53,7 @@ def read_inherited(
         raise UserError(f"{kind} {name}: expected a JSON object, found {type(data).__name__}")
     parent = data.pop("inherits_from", None)
     if parent is None:
-        return data
+        return data if root else {}
     if not isinstance(parent, str):
         raise UserError(
             f"{kind} {name}: inherits_from is {parent!r}; expected the name of another {kind} or the path of its file"
@@ -60,4 +62,4 @@ def read_inherited(
         parent = str(path.parent / parent)
     if parent in (name, *children):
         raise UserError(f"{kind} {name}: inherits from {parent}, which inherits from it; leave inherits_from out in one of them")
-    return merge(read_inherited(kind, parent, folder, merge, others, (*children, name)), data)
+    return merge(read_inherited(kind, parent, folder, merge, others, (*children, name), root), data)

@@ -27,6 +27,8 @@ from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
 from nnunet_csm import cli, nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.encoder import encoder_class
+from nnunet_csm.planning.presets import method_of, read_preset
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study import execution, measured
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
@@ -34,7 +36,7 @@ from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.divisions import divide, everybody, labelled, taken_away
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
-from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, essence
+from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, arm_changes, essence
 from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
 
 JOINT = {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d", "masking": {"mask_ratio": 0.75}}}
@@ -83,8 +85,31 @@ def expand(dataset: Dataset) -> Callable[..., Runs]:
 
 
 @pytest.mark.parametrize("name", study_names())
-def test_shipped_studies_are_valid(name: str) -> None:
-    assert read_study(name).arms
+def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
+    study = read_study(name)
+    for number, arm in enumerate(study.arms):
+        content = {"inherits_from": study.preset, **arm_changes(study, arm)}
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(content))
+        preset = read_preset(str(path))
+        architecture = preset.architecture(("FLAIR", "T1w"), (0, 1), preset.token_size or (preset.token_edge,) * 3)
+        encoder_class(architecture).check(architecture, arm.name)
+
+
+def test_the_method_of_an_arm_is_a_preset_without_its_size(expand: Callable[..., Runs]) -> None:
+    lines = method_of("nemesis")
+    assert lines["pretext"]["noise"] == [0.0, 0.05, 0.15, 0.25] and lines["pretext"]["name"] == "maesil"
+    assert "max_patch_voxels" not in lines and "description" not in lines
+    assert method_of("B") == {}
+    arms = [{"name": "MAE3D", "changes": {"pretext": {"reconstruction": {"width": 12, "depth": 1, "num_heads": 2}}}}]
+    runs = expand(arms=[{**arms[0], "method": "mae3d"}])
+    plans = next(plans for plans in runs.plans.values())
+    entry = plans["configurations"]["3d_fullres"]
+    assert entry["csm"]["pretext"]["name"] == "mae3d" and entry["csm"]["pretext"]["masking"]["mask_ratio"] == 0.75
+    assert entry["csm"]["pretext"]["reconstruction"]["width"] == 12
+    assert entry["architecture"]["arch_kwargs"]["encoder"]["kind"] == "joint_vit"
+    with pytest.raises(UserError, match="no preset 'no_such'"):
+        expand(arms=[{"name": "x", "method": "no_such"}])
 
 
 def test_the_papers_tables_are_shipped() -> None:

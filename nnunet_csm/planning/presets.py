@@ -92,6 +92,16 @@ def read_preset(name: str) -> Preset:
     return preset
 
 
+def method_of(name: str) -> dict[str, Any]:
+    """What a preset changes about the one that it inherits from in the end: the method, whatever the size.
+
+    Raises:
+        UserError: no such preset.
+    """
+    content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), root=False)
+    return {key: value for key, value in content.items() if key not in ("description", "series")}
+
+
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """`base` with `changes`, objects merged key by key; another pretext takes over what it knows of the settings of the first.
 

@@ -15,7 +15,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import split_problems
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import encoder_class
-from nnunet_csm.planning.presets import merged
+from nnunet_csm.planning.presets import merged, method_of
 from nnunet_csm.plans import PLANS_NAME, Configuration
 from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.study.dataset import Dataset, hashed
@@ -25,6 +25,11 @@ from nnunet_csm.study.spec import Arm, Study, pretraining_changes
 PRETRAINER, SEGMENTER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
 YARDSTICK = "nnUNetTrainerCSMYardstick"
 ALL = "all"
+
+
+def arm_changes(study: Study, arm: Arm) -> dict[str, Any]:
+    """What an arm changes about the preset: what the study changes, then its method, then itself."""
+    return merged(merged(study.changes, method_of(arm.method) if arm.method else {}), arm.changes)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class Expansion:
         Returns:
             None as long as not all of them were tried; then runs that try them have been added.
         """
-        changes = dict(merged(self.study.changes, arm.changes))
+        changes = arm_changes(self.study, arm)
         if not self.study.search:
             return changes
         tried = []

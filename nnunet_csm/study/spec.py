@@ -60,7 +60,8 @@ class Arm:
 
     Attributes:
         name: what the row is called.
-        changes: to the study's preset, as a preset file has them; what concerns pretraining tells pretrainings apart.
+        method: a preset whose changes to what it inherits from (B, for those shipped) are made to the study's preset first.
+        changes: to that, as a preset file has them; what concerns pretraining tells pretrainings apart.
         pretrained: False for initial weights.
         pretraining_series: names of the series that pretraining sees, or how many of the dataset's first; all when None.
         incomplete: fine-tune and test with series missing.
@@ -69,6 +70,7 @@ class Arm:
 
     name: str
     changes: dict[str, Any]
+    method: str = ""
     pretrained: bool = True
     pretraining_series: tuple[str, ...] | int | None = None
     incomplete: Incomplete | None = None
@@ -176,8 +178,10 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
         others = [one.name for one in study.arms if one.nnunet is None]
         if arm.nnunet.minutes_of not in others:
             raise UserError(f"{where}: minutes_of is {arm.nnunet.minutes_of!r}, expected one of the arms {', '.join(others)}")
-        if arm.incomplete is not None or arm.pretraining_series is not None or arm.changes:
-            raise UserError(f"{where}: stock nnU-Net has no changes, no pretraining and no incomplete series; leave them out")
+        if arm.incomplete is not None or arm.pretraining_series is not None or arm.changes or arm.method:
+            raise UserError(
+                f"{where}: stock nnU-Net has no method, no changes, no pretraining and no incomplete series; leave them out"
+            )
         if study.finetuned != "all" or study.tested != "all":
             raise UserError(f"{where}: stock nnU-Net is trained and tested on all series; leave out finetuned and tested")
     lost = arm.incomplete
