@@ -23,6 +23,7 @@ from nnunet_csm.pretext.base import Batch, setup_of
 from nnunet_csm.pretext.dino import DINO, Head, HeadSettings, agreement, collapsed, deviation, mean_token
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views, cut_views
+from nnunet_csm.study.cost import pretraining_cost
 
 HEAD = {"hidden": 16, "bottleneck": 8, "num_prototypes": 12}
 BLOCK: dict[str, Any] = {"name": "dino", "views": {"num_local": 3}, "head": HEAD, "drop_path": 0.2}
@@ -323,10 +324,12 @@ def test_the_plan_tells_and_tokens_of_all_views_are_counted() -> None:
     assert joint.seen_tokens(present) == 4 * 30 + 3 * 8 and apart.seen_tokens(present) == 2 * joint.seen_tokens(present)
 
 
-def test_memory_is_predicted() -> None:
+def test_memory_and_cost_are_predicted() -> None:
     setup = build().setup
     small, large = (pretraining_memory(DINO, setup, num) for num in (2, 8))
     assert small.states == large.states and 0 < small.activations < large.activations
+    settings = read_configuration(plans(), "3d_fullres", "plans.json")
+    assert pretraining_cost(settings, torch.ones(2, 3, dtype=torch.bool)).operations_per_crop > 0
 
 
 def make_joint(entry: dict[str, Any]) -> None:

@@ -155,10 +155,8 @@ def check_encoder(configuration: Configuration, where: str) -> None:
 
 
 def build_encoder(architecture: Architecture, drop_path: float = 0.0) -> Encoder:
-    """The encoder that the plans describe, as drawn. Raises UserError when there can be none."""
-    found = encoder_class(architecture)
-    found.check(architecture, "arch_kwargs")
-    return found(architecture, drop_path)
+    """The encoder that the plans describe, as drawn."""
+    return encoder_class(architecture)(architecture, drop_path)
 
 
 def numbers_by_name(source: Architecture, target: Architecture, origin: str, how: str) -> list[int]:

@@ -69,6 +69,7 @@ class Pyramid(Encoder):
 
     def __init__(self, architecture: Architecture, drop_path: float = 0.0) -> None:
         super().__init__(architecture)
+        self.check(architecture, "arch_kwargs")
         self.strides = level_strides(architecture.token_size)
         self.kernels: list[Size] = [*level_kernels(self.strides), (3, 3, 3)]
         self.level_widths = level_widths(architecture)

@@ -29,6 +29,7 @@ PRETEXTS = {
     "mae3d": "nnunet_csm.pretext.mae3d.MAE3D",
     "maesil": "nnunet_csm.pretext.maesil.MAESIL",
     "dino": "nnunet_csm.pretext.dino.DINO",
+    "vox2vec": "nnunet_csm.pretext.vox2vec.Vox2Vec",
     "none": "nnunet_csm.pretext.none.Nothing",
 }
 

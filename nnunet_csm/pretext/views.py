@@ -91,9 +91,12 @@ def cut_views(
 
 def changed(views: Float[Tensor, "b n s z y x"], drawn: Views) -> Float[Tensor, "b n s z y x"]:
     """Smooth or sharpen, change contrast and add noise, each series by itself; what is 0 (no image, no series) stays 0."""
-    factor, shift, noise, smoothing = (
-        t[..., None, None, None] for t in (drawn.factor, drawn.shift, drawn.noise, drawn.smoothing)
-    )
-    means = F.avg_pool3d(views.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(views)
-    made = torch.lerp(views, means, smoothing) * factor + shift + noise * torch.randn_like(views)
+    factor, shift, noise = (t[..., None, None, None] for t in (drawn.factor, drawn.shift, drawn.noise))
+    made = smoothed(views, drawn.smoothing) * factor + shift + noise * torch.randn_like(views)
     return torch.where(views == 0, views, made)
+
+
+def smoothed(views: Float[Tensor, "b n s z y x"], smoothing: Float[Tensor, "b n s"]) -> Float[Tensor, "b n s z y x"]:
+    """Smooth or sharpen, see `Views.smoothing`."""
+    means = F.avg_pool3d(views.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(views)
+    return torch.lerp(views, means, smoothing[..., None, None, None])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.model.classifier import build_classifier
@@ -35,11 +36,13 @@ def pretraining_cost(settings: Configuration, present: Bool[Tensor, "c s"]) -> C
     """Operations of a pretraining on cases with these series, on average over the kinds of its batches."""
     pretext, setup = setup_of(settings)
     schedule, operations = settings.csm.pretraining, 0.0
-    with torch.device("meta"):
+    # tensors that say they lie on a CPU, which autocast asks for
+    fake = FakeTensorMode()
+    with fake:
         network = pretext(setup)
     for variant, share in enumerate(network.variants(present).mean(0).tolist()):
         if share > 0:
-            with torch.device("meta"):
+            with fake:
                 operations += share * counted(network, *network.example(1, variant).args)
     return Cost(schedule.num_iterations * schedule.batch_size, operations)
 
