@@ -346,6 +346,17 @@ def test_the_encoder_is_that_of_any_other_fusion() -> None:
     assert {name.split(".")[0] for other in others for name in set(other.state_dict()) - kept} == {"fusions", "decoder"}
 
 
+@ALL
+def test_other_class_counts_load_but_for_the_last_layers(fusion: Any) -> None:
+    torch.manual_seed(0)
+    of_dataset: dict[str, Any] = {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE, "fusion": fusion}
+    other = CSMSegmenter(3, NUM_CLASSES + 1, **TINY, **of_dataset).state_dict()
+    # nnU-Net's -pretrained_weights leaves these out, by name
+    assert all(
+        tensor.shape == other[name].shape or ".seg_layers." in name for name, tensor in segmenter(fusion).state_dict().items()
+    )
+
+
 def test_a_block_with_a_name_only_is_the_name() -> None:
     with torch.no_grad():
         assert segmenter({"name": "adaptive"}).eval()(volume()).equal(segmenter("adaptive").eval()(volume()))

@@ -110,6 +110,13 @@ def test_series_in_another_order_give_the_same_logits() -> None:
         torch.testing.assert_close(permuted(volume()[:, order]), network(volume()), rtol=1e-4, atol=1e-5)
 
 
+def test_other_class_counts_load_but_for_the_last_layers() -> None:
+    network = segmenter()
+    other = CSMSegmenter(3, NUM_CLASSES + 1, **(NETWORK | {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE}))
+    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
+    assert all(tensor.shape == shapes[name] or ".seg_layers." in name for name, tensor in network.state_dict().items())
+
+
 def test_a_series_without_a_unet_is_refused() -> None:
     source, target = segmenter(SERIES[:2]), segmenter()
     pretrained = PretrainedEncoder("file", source.architecture, source.encoder.state_dict())
