@@ -9,13 +9,14 @@ from factories import SERIES, GuessedMemory, base_plans, facts_of, masking_of, s
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.nnunet import save_json
 from nnunet_csm.planning.command import restricted
 from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.planner import plan
 from nnunet_csm.planning.presets import merged, paper_preset, preset_names, read_preset
 from nnunet_csm.planning.schedules import num_crops
-from nnunet_csm.planning.sizes import MAX_TOKENS, MIN_TOKENS_PER_AXIS
+from nnunet_csm.planning.sizes import MAX_TOKENS, MIN_PLACES_PER_AXIS, MIN_TOKENS_PER_AXIS
 from nnunet_csm.plans import NETWORK_CLASS, read_configuration
 from nnunet_csm.pretext.masking import num_visible
 
@@ -68,13 +69,15 @@ def test_sizes_fit_the_data_and_the_budget(dataset, preset):
     budget = read_preset(preset).max_patch_voxels
 
     assert all(p % t == 0 and t & (t - 1) == 0 for p, t in zip(patch, token, strict=True))
-    # a token is at most a quarter of the volume, and of the patch
-    assert all(t == 1 or 4 * t <= length for t, length in zip(token, shape, strict=True))
-    assert all(t == 1 or 4 * t <= p for p, t in zip(patch, token, strict=True))
+    # a token is at most a quarter of the volume, and of the patch; half of them where convolutions look beyond it
+    attends = encoder_class(settings.architecture).attends
+    least = MIN_TOKENS_PER_AXIS if attends else MIN_PLACES_PER_AXIS
+    assert all(t == 1 or least * t <= length for t, length in zip(token, shape, strict=True))
+    assert all(t == 1 or least * t <= p for p, t in zip(patch, token, strict=True))
     # no more voxels than the budget, unless no axis can give any
-    assert math.prod(patch) <= budget or all(c <= MIN_TOKENS_PER_AXIS for c in counts)
+    assert math.prod(patch) <= budget or all(c <= least for c in counts)
     # nor a sequence that attention would spend its time on
-    assert s * math.prod(counts) <= MAX_TOKENS or all(c <= MIN_TOKENS_PER_AXIS for c in counts)
+    assert not attends or s * math.prod(counts) <= MAX_TOKENS or all(c <= least for c in counts)
     # not larger than the volume by more than half a token
     assert all(p <= length + t / 2 for p, t, length in zip(patch, token, shape, strict=True))
     # pretraining's patch is made of the same tokens, and no larger

@@ -8,6 +8,9 @@ from nnunet_csm.schema import Size
 
 # a shorter patch leaves a token of a ViT too little context
 MIN_TOKENS_PER_AXIS = 4
+# a convolutional encoder looks beyond its tokens' borders at every level
+MIN_PLACES_PER_AXIS = 2
+SHARES = {MIN_TOKENS_PER_AXIS: "a quarter", MIN_PLACES_PER_AXIS: "half"}
 # of all series together; at that length attention costs a ViT-B as much as its linear layers
 MAX_TOKENS = 4096
 # a patch of whole tokens, each axis rounded to the nearest, holds at least this share of the volume
@@ -21,18 +24,19 @@ def as_text(numbers: Sequence[int]) -> str:
     return " x ".join(map(str, numbers))
 
 
-def choose_token_size(preset: Preset, shape: Sequence[int], spacing: Sequence[float]) -> tuple[Size, str]:
-    """Cubes where spacing is near isotropic, shorter along a thick axis, and never more than a quarter of the volume."""
+def choose_token_size(preset: Preset, shape: Sequence[int], spacing: Sequence[float], least: int) -> tuple[Size, str]:
+    """Cubes where spacing is near isotropic, shorter along a thick axis, and at least `least` of them along each axis."""
     if preset.token_size is not None:
         return preset.token_size, "as in the preset"
     edges = []
     for length, step in zip(shape, spacing, strict=True):
         wanted = 2 ** round(math.log2(max(1.0, preset.token_edge * min(spacing) / step)))
-        fits = 2 ** int(math.log2(max(1, length // MIN_TOKENS_PER_AXIS)))
+        fits = 2 ** int(math.log2(max(1, length // least)))
         edges.append(min(wanted, fits))
     z, y, x = edges
     millimetres = " x ".join(f"{e * s:.3g}" for e, s in zip(edges, spacing, strict=True))
-    why = f"{millimetres} mm at a spacing of {' x '.join(f'{s:.3g}' for s in spacing)} mm; at most a quarter of the median shape"
+    spacings = " x ".join(f"{s:.3g}" for s in spacing)
+    why = f"{millimetres} mm at a spacing of {spacings} mm; at most {SHARES[least]} of the median shape"
     return (z, y, x), why
 
 

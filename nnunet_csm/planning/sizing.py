@@ -11,6 +11,7 @@ from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.facts import Decision, Facts, Wishes
 from nnunet_csm.planning.presets import Preset, read_preset
 from nnunet_csm.planning.sizes import (
+    MIN_PLACES_PER_AXIS,
     MIN_TOKENS_PER_AXIS,
     as_text,
     choose_finetuning_batch,
@@ -67,13 +68,14 @@ def sized_for(
     preset = read_preset(preset_name)
     shape, spacing = [max(1, round(n)) for n in entry["median_image_size_in_voxels"]], entry["spacing"]
     target = None if wishes.gpu_memory_target is None else wishes.gpu_memory_target * GIB - CUDA_CONTEXT
-    token, why_token = choose_token_size(preset, shape, spacing)
+    union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
+    encoder = encoder_class(preset.architecture(series, channels, (preset.token_edge,) * 3, f"preset {preset_name}"))
+    num_together, least = (len(union), MIN_TOKENS_PER_AXIS) if encoder.attends else (0, MIN_PLACES_PER_AXIS)
+    token, why_token = choose_token_size(preset, shape, spacing, least)
     if wishes.token_size is not None:
         token, why_token = wishes.token_size, wishes.why
     architecture = preset.architecture(series, channels, token, f"preset {preset_name}")
-    encoder = encoder_class(architecture)
     encoder.check(architecture, f"preset {preset_name}: network")
-    union = tuple(dict.fromkeys(name for source in sources for name in source.channels))
     pretraining_architecture = dataclasses.replace(architecture, series=union, channels=tuple(range(len(union))))
 
     def finetuning(patch_size: Size, batch_size: int) -> Memory:
@@ -84,7 +86,6 @@ def sized_for(
 
     wanted = preset.finetuning.batch_size
     # of separate tokens also when they are joint: strategies are compared on one patch
-    num_together, least = (len(union), MIN_TOKENS_PER_AXIS) if encoder.attends else (0, 1)
     patch, why_patch = choose_patch_size(preset, shape, spacing, token, num_together, least)
     squeezed = False
     if wishes.patch_size is not None:
