@@ -327,7 +327,7 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
         "-preset",
         default="auto",
         help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, paper (chosen by the series), for comparison "
-        "mae3d, dino, pcrlv2, vox2vec, maesil, nemesis, unime, bm_mae, or the path of a preset file",
+        "mae3d, dino, pcrlv2, vox2vec, maesil, nemesis, unime, bm_mae, a2fseg, or the path of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")

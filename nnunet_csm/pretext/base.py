@@ -31,6 +31,7 @@ PRETEXTS = {
     "dino": "nnunet_csm.pretext.dino.DINO",
     "pcrlv2": "nnunet_csm.pretext.pcrlv2.PCRLv2",
     "vox2vec": "nnunet_csm.pretext.vox2vec.Vox2Vec",
+    "none": "nnunet_csm.pretext.none.Nothing",
 }
 
 D = TypeVar("D", bound="Drawn")
@@ -132,6 +133,7 @@ class Pretext(nn.Module, ABC):
         Draw: what `draw` gives.
         parts: names of what `validate` gives beside the loss; they are logged and plotted.
         network_draws: whether `forward` draws by torch's own generators (drop path), which the trainer then keys.
+        learns: whether there is anything to pretrain.
         encoder: what pretraining is for.
         setup: what it was built from.
     """
@@ -140,6 +142,7 @@ class Pretext(nn.Module, ABC):
     Draw: ClassVar[type[Drawn]]
     parts: ClassVar[tuple[str, ...]] = ()
     network_draws: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     encoder: Encoder
 
     def __init__(self, setup: Setup) -> None:
