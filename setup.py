@@ -28,6 +28,7 @@ INSTALL_REQUIRES = [
     "jinja2>=3.1,<4",  # the self-contained HTML page
     "scipy>=1.11,<2",  # tests of paired differences
     "joblib>=1.3,<2",  # cores that a container or a cluster gives
+    "scikit-image>=0.22,<0.27",  # PSNR and SSIM of what pretrainings rebuild; nnunetv2 brings it along
     "scikit-learn>=1.4,<2",  # folds by patient; which of two equal series is the original
     "tqdm>=4.66,<5",  # progress of the longer steps
 ]

@@ -274,7 +274,12 @@ def build_parser() -> argparse.ArgumentParser:
         "Run a table of methods, label shares and repeats; write it with intervals, as LaTeX and a page; go on where it was.",
         "nnunet_csm study table1 -d 1 -num_gpus 4 --dry_run",
     )
-    p.add_argument("file", nargs="?", help="a shipped study, or the path of a JSON file; without it, the shipped ones are listed")
+    p.add_argument(
+        "file",
+        nargs="?",
+        help="a shipped study (`nnunet_csm study reconstruction -d 21`: what pretrainings rebuild, PSNR and SSIM), or the path of "
+        "a JSON file; without it, the shipped ones are listed",
+    )
     p.add_argument("-d", help="dataset name or ID")
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-o", help="folder of the study; default: study_NAME below the dataset's results")
@@ -327,7 +332,7 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
         "-preset",
         default="auto",
         help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, paper (chosen by the series), for comparison "
-        "mae3d, dino, pcrlv2, vox2vec, maesil, nemesis, unime, bm_mae, a2fseg, or the path of a preset file",
+        "mae3d, dino, pcrlv2, vox2vec, ae, vae, vqvae, maesil, nemesis, unime, bm_mae, a2fseg, or the path of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")

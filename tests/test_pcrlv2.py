@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_csm.data.draws import Draws
+from nnunet_csm.data.intensities import percentile_range
 from nnunet_csm.errors import UserError
 from nnunet_csm.plans import Architecture, EncoderSettings, read_configuration
 from nnunet_csm.pretext import pcrlv2
 from nnunet_csm.pretext.base import Batch, Setup, setup_of
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.pairs import NUM_CANDIDATES, Pairs, PairSettings, overlap, places, swap, trade_places
-from nnunet_csm.pretext.pcrlv2 import PCRLv2, Told, grey_levels, grey_range, to_globals, unlikeness
+from nnunet_csm.pretext.pcrlv2 import PCRLv2, Told, grey_levels, to_globals, unlikeness
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views
 from nnunet_csm.study.cost import pretraining_cost
 
@@ -76,7 +77,7 @@ def test_the_terms_are_those_of_views_and_samples_one_by_one(level: int) -> None
     drawn = replace(drawn, level=torch.cat([drawn.level[:, :1], of_locals.expand(4, -1)], 1))
     large, small, clean = pretext.views(volume, drawn)
     assert large.shape == (4, NUM_GLOBAL, 3, 4, 8, 6) and small.shape == (4, 3, 3, 4, 8, 4) and clean.shape == (4, 3, 4, 8, 6)
-    target = grey_levels(clean, *grey_range(volume))
+    target = grey_levels(clean, *percentile_range(volume))
 
     def maps(views: Tensor) -> list[Tensor]:
         return pretext.decoder(pretext.encoder.maps(views)[-1])
@@ -185,7 +186,7 @@ def test_absent_series_stay_zero_and_teach_nothing() -> None:
     large, small, clean = pretext.views(batch.volumes[0], loud)
     assert not large[1, :, 2].any() and not small[1, :, 2].any() and not clean[1, 2].any()
     assert large[0].flatten(2).any(2).all() and small[0].flatten(2).any(2).all()
-    assert not grey_levels(clean, *grey_range(batch.volumes[0]))[1, 2].any()
+    assert not grey_levels(clean, *percentile_range(batch.volumes[0]))[1, 2].any()
     # of samples none of which has the last series, that output learns nothing
     volume = batch.volumes[0].clone()
     volume[:, 2] = 0
@@ -215,7 +216,7 @@ def test_grey_levels_are_percentiles_of_the_foreground() -> None:
     volume[:, :, :, :20] = 0  # outside of a mask
     volume[0, 1, :, 20:30] = -9.0  # background that was normalised with the rest
     volume[1, 2] = 0
-    low, high = grey_range(volume.half())
+    low, high = percentile_range(volume.half())
     for sample, series in ((0, 0), (0, 1), (1, 0)):
         values = volume[sample, series]
         expected = np.percentile(values[(values != 0) & (values != -9.0)], (0.5, 99.5))
@@ -225,7 +226,7 @@ def test_grey_levels_are_percentiles_of_the_foreground() -> None:
     assert low[1, 2] == 0 and high[1, 2] == 1
     # of a series that does not vary
     constant = torch.full((1, 1, 2, 4, 4), 3.0)
-    assert grey_levels(constant, *grey_range(constant)).isfinite().all()
+    assert grey_levels(constant, *percentile_range(constant)).isfinite().all()
 
 
 # --- views ----------------------------------------------------------------------------------------------------------------------

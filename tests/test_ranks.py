@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,24 +220,47 @@ def test_ranks_pretrain_what_one_process_does(dataset: PlannedDataset, pretraine
 
 
 @pytest.mark.slow
-def test_ranks_share_a_teacher_and_its_centre(dataset: PlannedDataset, tmp_path: Path) -> None:
-    """Without what each rank draws for itself: drop path and noise."""
-    folder = dataset.folders.preprocessed / dataset.name
+@pytest.mark.parametrize(
+    ("network", "block", "moved"),
+    [
+        # without what each rank draws for itself: drop path and noise
+        (
+            {"encoder": {"kind": "joint_vit"}},
+            {
+                "name": "dino",
+                "views": {"noise": 0.0},
+                "head": {"hidden": 16, "bottleneck": 8, "num_prototypes": 12},
+                "drop_path": 0.0,
+            },
+            "centre",
+        ),
+        # so few idle steps that codes are replaced
+        (
+            {"width": 16, "depth": 1, "decoder": "unet", "encoder": {"kind": "residual_unet", "base": 4}},
+            {"name": "vqvae", "num_codes": 12, "code_width": 5, "idle_steps": 2},
+            "codes",
+        ),
+    ],
+    ids=["teacher and centre", "codebook"],
+)
+def test_ranks_share_what_follows_a_step(
+    dataset: PlannedDataset, tmp_path: Path, network: dict[str, Any], block: dict[str, Any], moved: str
+) -> None:
+    folder, name = dataset.folders.preprocessed / dataset.name, f"{PLANS}{moved}"
     plans = json.loads((folder / f"{PLANS}.json").read_text())
-    plans["plans_name"] = f"{PLANS}DINO"
+    plans["plans_name"] = name
     configuration = plans["configurations"]["3d_fullres"]
-    configuration["architecture"]["arch_kwargs"]["encoder"] = {"kind": "joint_vit"}
-    head = {"hidden": 16, "bottleneck": 8, "num_prototypes": 12}
-    configuration["csm"]["pretext"] = {"name": "dino", "views": {"noise": 0.0}, "head": head, "drop_path": 0.0}
+    configuration["architecture"]["arch_kwargs"] |= network
+    configuration["csm"]["pretext"] = block
     configuration["csm"]["pretraining"] |= {"num_epochs": 3}
-    (folder / f"{PLANS}DINO.json").write_text(json.dumps(plans))
-    typed = ("pretrain", "-p", f"{PLANS}DINO")
+    (folder / f"{name}.json").write_text(json.dumps(plans))
+    typed = ("pretrain", "-p", name)
     one, three = (train(with_results(dataset, tmp_path / str(num)), num, *typed) for num in (1, 3))
     parts = train(with_results(dataset, tmp_path / "parts"), 1, *typed, "-accumulate", "3")
     for found in (three, parts):
         assert_alike(found, one)
-        torch.testing.assert_close(found["network_weights"]["centre"], one["network_weights"]["centre"], rtol=0, atol=1e-4)
-    assert one["network_weights"]["centre"].abs().max() > 0.01
+        torch.testing.assert_close(found["network_weights"][moved], one["network_weights"][moved], rtol=0, atol=1e-4)
+    assert one["network_weights"][moved].abs().max() > 0.01
 
 
 @pytest.mark.slow

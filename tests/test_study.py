@@ -40,6 +40,13 @@ from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, arm_changes,
 from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
 
 JOINT = {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d", "masking": {"mask_ratio": 0.75}}}
+AUTOENCODER = {
+    "name": "AE",
+    "changes": {
+        "network": {"width": 16, "depth": 1, "decoder": "unet", "encoder": {"kind": "residual_unet", "base": 4}},
+        "pretext": {"name": "ae"},
+    },
+}
 SCRATCH, MAE3D, CSM = {"name": "scratch", "pretrained": False}, {"name": "MAE3D", "changes": JOINT}, {"name": "CSM"}
 
 
@@ -54,6 +61,11 @@ def spec(**given: Any) -> dict[str, Any]:
         "arms": [SCRATCH, CSM],
         **given,
     }
+
+
+def reconstruction(*arms: Any, **given: Any) -> dict[str, Any]:
+    """A study of what pretrainings rebuild."""
+    return spec(**({"task": "reconstruction", "arms": list(arms) or [CSM]} | given))
 
 
 def make_table(num_patients: int, num_positive: int, cases_each: int = 1) -> ClassTable:
@@ -137,6 +149,13 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"surprise": 1}, "unknown surprise"),
         ({"arms": [{**CSM, "colour": "red"}]}, "unknown colour"),
         ({"arms": [{**CSM, "pretraining_series": 0}]}, "at least one"),
+        (reconstruction(CSM, SCRATCH), "arm 'scratch': pretrained does nothing for reconstruction"),
+        (reconstruction(labels=[0.5]), "labels does nothing"),
+        (reconstruction(tested="subsets"), "tested does nothing"),
+        (reconstruction(structures=["WT"]), "structures does nothing"),
+        (reconstruction(repeats={"kind": "folds", "number": 2, "seeds": 3}), "repeats.seeds does nothing"),
+        (reconstruction({**CSM, "incomplete": {"share": 0.5, "remove": [1]}}), "arm 'CSM': incomplete does nothing"),
+        (reconstruction({**CSM, "changes": {"finetuning": {"learning_rate": 0.1}}}), "finetuning does nothing for recon"),
     ],
 )
 def test_what_a_study_cannot_mean_is_an_error_that_names_it(given: dict[str, Any], complaint: str) -> None:
@@ -350,6 +369,32 @@ def test_seeds_of_the_yardstick_are_networks_of_their_own(expand: Callable[..., 
     rows = [row for row in expand(records, **given).rows if row.arm == "n"]
     assert len({row.run for row in rows}) == len({row.repeat for row in rows}) == len(rows) == 2 * 3
     assert all(row.repeat // 3 == row.division for row in rows)
+
+
+def test_runs_are_pretrainings_on_one_size_of_patch_scored_on_unseen_cases(expand: Callable[..., Runs]) -> None:
+    smaller = {"name": "smaller", "changes": {"pretraining_grid": [2, 2, 2]}}
+    runs = expand(**reconstruction(CSM, MAE3D, smaller, AUTOENCODER))
+    # arms that differ in the size of patches only are one
+    assert {run.kind for run in runs.runs.values()} == {"pretraining"} and len(runs.runs) == 3 * 2 and len(runs.rows) == 4 * 2
+    sizes = set()
+    for run in runs.runs.values():
+        csm = runs.plans[run.plans_name]["configurations"]["3d_fullres"]["csm"]
+        sizes.add(tuple(csm["pretraining_patch_size"]))
+        sides = runs.splits[csm["splits"]][run.fold]
+        (test,) = run.tests
+        assert set(test.channels) == set(sides["test"]) and not set(sides["test"]) & {*sides["train"], *sides["val"]}
+    (size,) = sizes
+    token = runs.plans[next(iter(runs.plans))]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["token_size"]
+    assert size == tuple(2 * edge for edge in token)
+
+
+def test_arms_that_cannot_be_compared_are_refused(expand: Callable[..., Runs]) -> None:
+    head = {"hidden": 8, "bottleneck": 4, "num_prototypes": 8}
+    dino = {"name": "DINO", "changes": {"pretext": {"name": "dino", "head": head}}}
+    with pytest.raises(UserError, match="arm 'DINO': dino rebuilds nothing"):
+        expand(**reconstruction(CSM, dino))
+    with pytest.raises(UserError, match="different series"):
+        expand(**reconstruction(CSM, {"name": "one", "pretraining_series": 1}))
 
 
 def test_what_would_stop_runs_hours_later_is_told_at_once(expand: Callable[..., Runs]) -> None:
@@ -574,3 +619,22 @@ def test_a_study_that_was_killed_does_only_what_is_missing_and_gives_the_same_ta
         assert {"report.html", "tables.md", "tables.tex", "costs.csv", "study.json"} <= {f.name for f in folder.iterdir()}
         record = json.loads(next(folder.glob("runs/*/record.json")).read_text())
         assert record["seconds"] > 0 and record["peak_memory_gb"] > 0 and record["software"]["torch"]
+
+
+@pytest.mark.slow
+def test_a_study_of_reconstructions_to_its_page(planned_dataset: PlannedDataset, tmp_path: Path) -> None:
+    study = reconstruction(CSM, MAE3D, AUTOENCODER)
+    (tmp_path / "r.json").write_text(json.dumps(study))
+    output = tmp_path / "out"
+    assert ended_well(start_study(planned_dataset, tmp_path / "r.json", output)), output.with_suffix(".txt").read_text()
+    results = pd.read_csv(output / "results.csv")
+    assert set(results["arm"]) == {"CSM", "MAE3D", "AE"} and np.isfinite(results["ssim"]).all()
+    truths = [torch.load(path, weights_only=True) for path in output.glob("runs/*/slices.pt")]
+    assert len(truths) == 3 * 2
+    of_cases: dict[str, Any] = {}
+    for truth in truths:
+        for case, of_case in truth.items():
+            for series, kept in of_case.items():
+                assert kept["true"].equal(of_cases.setdefault(f"{case} {series}", kept["true"]))
+    text = (output / "report.html").read_text()
+    assert "Cost" in text and "The same patches" in text and "Pretraining" in text

@@ -1,6 +1,6 @@
 """What the encoder saw of a patch, and what was rebuilt of the rest, or restored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,9 @@ TITLE_HEIGHT = 62
 
 COLUMNS = ("patch", "seen by the encoder", "rebuilt", "absolute difference")
 COLUMNS_OF_RESTORATION = ("view", "seen by the encoder", "restored", "absolute difference")
+SIDE_BY_SIDE = ("patch", "seen when masked", "rebuilt", "difference", "nothing hidden: rebuilt", "difference")
+# of intensities from 0 to 1, the difference that is white
+WHITE = 0.25
 
 NOTHING = "nothing hidden"
 
@@ -113,6 +116,53 @@ def _save_rows(
     save_figure(figure, path)
 
 
+def save_methods_of_patch(
+    path: str | Path,
+    true: Float[np.ndarray, "y x"],
+    rebuilt: Mapping[str, Mapping[str, tuple[Float[np.ndarray, "y x"], Bool[np.ndarray, "y x"]]]],
+    title: str,
+) -> None:
+    """A row per method: the slice as it is, what the method saw, rebuilt and |difference|; the last two also with nothing hidden.
+
+    Args:
+        path: of the picture.
+        true: intensities from 0 to 1.
+        rebuilt: by method, then by what it was given: the slice with visible voxels as they are, and which were rebuilt. Of one
+            thing given, all voxels are rebuilt, and nothing is shown as hidden.
+        title: of the picture.
+    """
+    width = row_names_width(list(rebuilt))
+    panel = (PANEL_WIDTH, PANEL_WIDTH * true.shape[0] / true.shape[1])
+    figure, rows = panel_grid(title, len(rebuilt), len(SIDE_BY_SIDE), panel, (width, TITLE_HEIGHT), GAP)
+    for axes, name in zip(rows[0], SIDE_BY_SIDE, strict=True):
+        write_above(figure, axes, name)
+    for (method, by_given), panels in zip(rebuilt.items(), rows, strict=True):
+        write_beside(figure, panels[0], method, fontsize=11, fontweight="bold")
+        draw_grey(panels[0], true, (0.0, 1.0))
+        *masked, (whole, _) = by_given.values()
+        for axes in panels[1:4]:
+            axes.set_axis_off()
+        for image, hidden in masked:
+            _draw_seen(panels[1], true, hidden, (0.0, 1.0))
+            _draw_rebuilt(panels[2:4], true, image)
+        _draw_rebuilt(panels[4:], true, whole)
+    save_figure(figure, path)
+
+
+def _draw_rebuilt(panels: Sequence[Axes], true: Float[np.ndarray, "y x"], rebuilt: Float[np.ndarray, "y x"]) -> None:
+    draw_grey(panels[0], rebuilt, (0.0, 1.0))
+    draw_grey(panels[1], np.abs(rebuilt - true), (0.0, WHITE))
+
+
+def _draw_seen(axes: Axes, true: Float[np.ndarray, "y x"], hidden: Bool[np.ndarray, "y x"], window: tuple[float, float]) -> None:
+    """Hidden voxels in a colour of their own."""
+    low, high = window
+    seen = np.repeat(np.clip((true[..., None] - low) / (high - low), 0, 1), 3, axis=-1)
+    seen[hidden] = to_rgb(HIDDEN_COLOUR)
+    axes.imshow(seen, interpolation="nearest")
+    axes.set_axis_off()
+
+
 def _error_text(true: Float[np.ndarray, "z y x"], rebuilt: Float[np.ndarray, "z y x"], hidden: Bool[np.ndarray, "z y x"]) -> str:
     if not hidden.any():
         return NOTHING
@@ -129,10 +179,7 @@ def _draw_series(
 ) -> None:
     low, high = grey_window(true)
     draw_grey(panels[0], true[z], (low, high))
-    seen = np.repeat(np.clip((true[z, ..., None] - low) / (high - low), 0, 1), 3, axis=-1)
-    seen[hidden[z]] = to_rgb(HIDDEN_COLOUR)
-    panels[1].imshow(seen, interpolation="nearest")
-    panels[1].set_axis_off()
+    _draw_seen(panels[1], true[z], hidden[z], (low, high))
     if hidden.all():
         panels[1].text(
             0.5, 0.5, "hidden whole", transform=panels[1].transAxes, ha="center", va="center", color="white", fontsize=10

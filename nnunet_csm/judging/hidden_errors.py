@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnunet_csm.judging.kinds import KINDS, error_table, foreground, kinds_of, num_voxels, squared_errors
+from nnunet_csm.data.intensities import foreground
+from nnunet_csm.judging.kinds import KINDS, error_table, kinds_of, num_voxels, squared_errors
 from nnunet_csm.judging.token_regression import CHUNK, HELD_OUT, TokenRidge
 from nnunet_csm.pretext.base import Batch
 from nnunet_csm.pretext.masking import Mask

@@ -13,11 +13,6 @@ HIDDEN_PART = "series visible elsewhere"
 KINDS = (HIDDEN_WHOLE, HIDDEN_WHOLE_ALONE, HIDDEN_PART)
 
 
-def foreground(tokens: Float[Tensor, "b s l v"]) -> Bool[Tensor, "b s l v"]:
-    """Voxels that are not background: nnU-Net leaves it 0 when it normalises within a mask, else it is a patch's lowest value."""
-    return (tokens != 0) & (tokens > tokens.amin((2, 3), keepdim=True))
-
-
 def kinds_of(hidden: Bool[Tensor, "b s l"], present: Bool[Tensor, "b s"]) -> Bool[Tensor, "c b s l"]:
     """The hidden tokens of present series, apart by `KINDS`: every one is of one kind."""
     visible = ~hidden

@@ -19,10 +19,10 @@ from torch.nn.functional import interpolate
 from nnunet_csm.data.bank import Bank
 from nnunet_csm.data.crops import Crops, cut
 from nnunet_csm.data.draws import Purpose, key
+from nnunet_csm.data.intensities import foreground
 from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError
 from nnunet_csm.judging.average_precision import LabelledTokens, average_precision
-from nnunet_csm.judging.kinds import foreground
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.fusion import mean_over_present
 from nnunet_csm.model.tokens import to_map, to_tokens

@@ -31,8 +31,14 @@ PRETEXTS = {
     "dino": "nnunet_csm.pretext.dino.DINO",
     "pcrlv2": "nnunet_csm.pretext.pcrlv2.PCRLv2",
     "vox2vec": "nnunet_csm.pretext.vox2vec.Vox2Vec",
+    "ae": "nnunet_csm.pretext.autoencoders.AE",
+    "vae": "nnunet_csm.pretext.autoencoders.VAE",
+    "vqvae": "nnunet_csm.pretext.autoencoders.VQVAE",
     "none": "nnunet_csm.pretext.none.Nothing",
 }
+
+# what a network that rebuilds was given, see `Pretext.rebuilt`
+MASKED, NOTHING_HIDDEN = "masked", "nothing hidden"
 
 D = TypeVar("D", bound="Drawn")
 
@@ -232,6 +238,18 @@ class Pretext(nn.Module, ABC):
         draws = Draws(0, torch.arange(num_samples))
         present = torch.ones(num_samples, num_series, dtype=torch.bool)
         return Batch(volumes, self.draw(draws, present, variant, volumes, training=True))
+
+    def rebuilt(self, batch: Batch) -> dict[str, tuple[Float[Tensor, "1 s z y x"], Bool[Tensor, "1 s z y x"]]]:
+        """What it makes of a patch, to be scored; empty when it rebuilds nothing.
+
+        Args:
+            batch: of one sample.
+
+        Returns:
+            By what the network was given, `MASKED` or `NOTHING_HIDDEN` first in the name: the patch in the units of the input,
+            with visible voxels as they are, and which of its voxels were rebuilt, none of absent series.
+        """
+        return {}
 
     def picture(self, path: Path, batch: Batch, title: str) -> None:
         """Draw what it makes of the first sample of a batch; nothing, unless said otherwise. The folder need not be there yet."""

@@ -91,6 +91,12 @@ class JointRebuilding(Rebuilding):
         places = mask.asked[:, : mask.asked.shape[1] // num_series]
         return separate(self.decoder(encoded, mask.visible, places, grid)[:, None], num_series).flatten(1, 2)
 
+    def nothing_hidden(self, mask: Mask, present: Bool[Tensor, "1 s"]) -> Mask:
+        """As in CSM, with joint tokens, which hold absent series too, as zeros."""
+        hidden = torch.zeros_like(mask.hidden)
+        places, asked = (torch.arange(num, device=hidden.device)[None] for num in (hidden.shape[2], hidden[0].numel()))
+        return replace(mask, hidden=hidden, rebuilt=~hidden & present[..., None], visible=places, asked=asked)
+
     def moments(self, tokens: Float[Tensor, "b n l v"], present: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
         """Moments of joint tokens, over the voxels of present series."""
         return joint_moments(tokens, present)

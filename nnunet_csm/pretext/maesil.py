@@ -54,7 +54,8 @@ class Settings:
 class NoisyMask(Mask):
     """A mask, and what is added to what the encoder sees."""
 
-    noise: Float[Tensor, "b k w"]
+    # a mask that hides nothing is made of one of fewer visible tokens
+    noise: Float[Tensor, "b _k w"]
     """Noise of every voxel of the visible joint tokens; w is 0 where there is none."""
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_csm.data.draws import Draws
+from nnunet_csm.data.intensities import percentile_range
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.reconstructions import save_restoration
 from nnunet_csm.model.encoder import build_encoder, encoder_class
@@ -27,10 +28,6 @@ from nnunet_csm.pretext.pairs import Pairs, PairSettings, block_size, draw_pairs
 from nnunet_csm.pretext.views import NUM_GLOBAL, changed, cut_views, global_and_local
 from nnunet_csm.schema import Size
 
-# percentiles of the foreground that a target has as 0 and 1, as shares
-DARKEST, BRIGHTEST = 0.005, 0.995
-# voxels of a series of a patch that they are taken from
-NUM_SAMPLED = 2**16
 # means over places that differ less than this from sample to sample, of 1 where they have nothing in common; none of them is
 # below 0, and untrained ones differ by 0.007 on real patches
 SAME_FEATURES = 0.001
@@ -226,7 +223,7 @@ class PCRLv2(Pretext):
         global_views, local_views, clean = self.views(volume, drawn)
         features, of_large = self.decoded(global_views)
         _, of_small = self.decoded(local_views)
-        target, weight = grey_levels(clean, *grey_range(volume)), present.float() / present.sum(1, keepdim=True)
+        target, weight = grey_levels(clean, *percentile_range(volume)), present.float() / present.sum(1, keepdim=True)
         told = [of_views(head, maps, apart=True) for head, maps in zip(self.heads, of_large, strict=True)]
         told_locally = [of_views(head, maps, apart=False) for head, maps in zip(self.heads, of_small, strict=True)]
         wanted = (target * weight[:, :, None, None, None]).sum(1, keepdim=True)
@@ -279,31 +276,10 @@ class PCRLv2(Pretext):
         assert isinstance(drawn, Pairs)
         large, _, clean = self.views(volume, drawn)
         _, maps = self.decoded(large[:, :1])
-        target, restored = grey_levels(clean, *grey_range(volume)), self.output(maps[-1][:, 0])
+        target, restored = grey_levels(clean, *percentile_range(volume)), self.output(maps[-1][:, 0])
         view, seen, found = (t[0].float().cpu().numpy() for t in (target, large[:, 0], restored))
         present = series_present(volume)[0].cpu().numpy()
         save_restoration(path, view, seen, found, self.setup.architecture.series, present, title)
-
-
-def grey_range(volume: Float[Tensor, "b s z y x"]) -> tuple[Float[Tensor, "b s 1 1 1"], Float[Tensor, "b s 1 1 1"]]:
-    """The 0.5 and the 99.5 percentile of the foreground of each series of a patch; 0 and 1 where there is none.
-
-    Taken from voxels at equal distances, at most twice `NUM_SAMPLED`: sorting all would cost more than it tells, and
-    `torch.quantile` takes 16 million numbers at most. Foreground is neither 0, which nnU-Net leaves around a mask, nor the
-    patch's lowest value.
-    """
-    flat = volume.flatten(2)
-    step, plane = max(1, flat.shape[2] // NUM_SAMPLED), volume.shape[3] * volume.shape[4]
-    # in rows of another length every time
-    while math.gcd(step, plane) > 1:
-        step += 1
-    seen = flat[..., ::step].float()
-    foreground = (seen != 0) & (seen > flat.amin(-1, keepdim=True))
-    num = foreground.sum(-1, keepdim=True)
-    ordered = seen.masked_fill(~foreground, math.inf).sort(-1).values
-    low, high = (ordered.gather(-1, (share * (num - 1).clamp(min=0)).round().long()) for share in (DARKEST, BRIGHTEST))
-    low, high = torch.where(num > 0, low, 0.0), torch.where(num > 0, high, 1.0)
-    return low[..., None, None], high[..., None, None]
 
 
 def grey_levels(

@@ -1,7 +1,7 @@
 """Pretexts that hide tokens and rebuild them: what they share, from the loss to the pictures (paper Eq. 1 and 2)."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.reconstructions import save_reconstruction
+from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.tokens import Size, grid_size, select, to_tokens, to_volume, to_voxels
 from nnunet_csm.plans import Architecture, check_width
-from nnunet_csm.pretext.base import Batch, Drawn, Pretext
-from nnunet_csm.pretext.masking import Mask
+from nnunet_csm.pretext.base import MASKED, NOTHING_HIDDEN, Batch, Drawn, Pretext
+from nnunet_csm.pretext.masking import Mask, apart
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,35 @@ class Rebuilding(Pretext):
             return self.moments(tokens, present)
         shift = tokens.new_zeros(len(tokens), 1, tokens.shape[2], 1)
         return shift, torch.ones_like(shift)
+
+    def nothing_hidden(self, mask: Mask, present: Bool[Tensor, "1 s"]) -> Mask:
+        """A mask with all tokens of present series visible and asked for, which no training step has.
+
+        Args:
+            mask: of the same sample, as drawn.
+            present: series that it has.
+        """
+        shown = present[..., None].expand_as(mask.hidden)
+        visible, _ = apart(~shown.flatten(1), int(shown.sum()))
+        return replace(mask, hidden=~shown, rebuilt=shown, visible=visible, asked=visible)
+
+    @torch.no_grad()
+    def rebuilt(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The hidden tokens of present series by the others, and all of them with none hidden ("r = 0").
+
+        Of normalised targets the network is not asked for mean and deviation: it is given the true ones, and its names say so.
+        """
+        (volume,), mask = batch.volumes, batch.drawn
+        assert isinstance(mask, Mask) and len(batch) == 1
+        given = "; mean and deviation of tokens given" if self.settings.reconstruction.normalize_targets else ""
+        present = series_present(volume)
+        there, token_size = present[..., None].expand_as(mask.hidden), self.setup.architecture.token_size
+        masks = {MASKED: (mask, mask.hidden & there), NOTHING_HIDDEN: (self.nothing_hidden(mask, present), there)}
+        sizes = self.setup.grid, token_size
+        return {
+            f"{name}{given}": (to_volume(self.rebuild(volume, shown).tokens, *sizes), to_voxels(rebuilt, *sizes))
+            for name, (shown, rebuilt) in masks.items()
+        }
 
     @torch.no_grad()
     def picture(self, path: Path, batch: Batch, title: str) -> None:

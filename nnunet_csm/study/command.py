@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from nnunet_csm.study.collection import collect_costs, collect_predictions, coll
 from nnunet_csm.study.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.execution import cluster, local, perform, read_records
+from nnunet_csm.study.reconstruction import collect_scores, slices_of, write_reconstruction_report
 from nnunet_csm.study.report import CaseFiles, write_report
 from nnunet_csm.study.runs import Expansion, Run, Runs
 from nnunet_csm.study.spec import Study, read_study, study_names
@@ -145,7 +147,7 @@ def told(run: Run, record: Mapping[str, Any], runs: Runs) -> str:
     """A run in half a line."""
     rows = [row for row in runs.rows if run.id in (row.run, runs.runs[row.run].needs)]
     arms = ", ".join(dict.fromkeys(row.arm for row in rows)) or "search"
-    shares = {row.labels for row in rows if row.run == run.id}
+    shares = {row.labels for row in rows if row.run == run.id and run.kind == "fine-tuning"}
     what = f"{arms}{f' with {max(shares):.0%} of the labels' if shares else ''}, division {run.fold}"
     score = f", validation {record['validation']:.3f}" if "validation" in record else ""
     return f"{what}: {record.get('seconds', 0.0) / 60:.1f} min{score}"
@@ -200,31 +202,38 @@ def chosen(runs: Runs) -> list[dict[str, Any]]:
 def report(study: Study, name: str, dataset: Dataset, runs: Runs, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Write results.csv, predictions.csv, costs.csv, the tables and report.html."""
     folder = dataset.folder
-    results = collect_results(name, runs.rows, dataset, study.structures)
-    predictions = collect_predictions(name, [row for row in runs.rows if row.run in records], runs.runs)
     costs = collect_costs(runs.rows, runs.runs, records)
+    done = sum(row.run in records for row in runs.rows)
+    text = f"{study.description}. Dataset {dataset.name}, {done} of {len(runs.rows)} runs of the tables are done."
+    if study.task == "reconstruction":
+        results, predictions = collect_scores(name, runs.rows, dataset), pd.DataFrame()
+    else:
+        results = collect_results(name, runs.rows, dataset, study.structures)
+        predictions = collect_predictions(name, [row for row in runs.rows if row.run in records], runs.runs)
     if results.empty and predictions.empty:
         print("no run is done yet, there is nothing to report")
         return
     for file, table in (("results.csv", results), ("predictions.csv", predictions), ("costs.csv", costs)):
         if not table.empty:
             write_text(folder / file, table.to_csv(index=False))
-    done = sum(row.run in records for row in runs.rows)
-    text = f"{study.description}. Dataset {dataset.name}, {done} of {len(runs.rows)} runs of the tables are done."
     if not results.empty and study.structures and not set(study.structures) & set(results["structure"]):
         shown = ", ".join(dict.fromkeys(results["structure"]))
         text += f" The dataset has none of the structures to report ({', '.join(study.structures)}); shown: {shown}."
-    page = write_report(
-        folder,
-        f"Study {name}",
-        results,
-        predictions,
-        costs,
-        study.baseline_arm,
-        cases=case_files(dataset),
-        pictures=list(reconstructions(runs)),
-        text=f"{text} Settings that were searched for: {chosen(runs)}." if runs.chosen else text,
-    )
+    title, pictures = f"Study {name}", list(reconstructions(runs))
+    if study.task == "reconstruction":
+        page = write_reconstruction_report(folder, title, results, costs, slices_of(runs.rows, folder), pictures, text)
+    else:
+        page = write_report(
+            folder,
+            title,
+            results,
+            predictions,
+            costs,
+            study.baseline_arm,
+            cases=case_files(dataset),
+            pictures=pictures,
+            text=f"{text} Settings that were searched for: {chosen(runs)}." if runs.chosen else text,
+        )
     print(f"{text}\n{(folder / 'tables.md').read_text(encoding='utf-8')}\nTables and pictures: {page}")
 
 
@@ -240,7 +249,7 @@ def reconstructions(runs: Runs) -> Iterator[tuple[Path, str]]:
     """The last picture of every pretraining of the first division, and how it went."""
     for run in runs.runs.values():
         if run.kind == "pretraining" and run.fold == 0:
-            arms = dict.fromkeys(row.arm for row in runs.rows if runs.runs[row.run].needs == run.id)
+            arms = dict.fromkeys(row.arm for row in runs.rows if run.id in (row.run, runs.runs[row.run].needs))
             last = sorted((run.folder / "reconstructions").glob("*_0.png"))[-1:]
             for path in (*last, run.folder / "progress.png"):
                 if path.is_file():

@@ -32,6 +32,14 @@ class Cost:
         return self.num_crops * self.operations_per_crop / (SHARE_OF_PEAK * speed)
 
 
+def mean_seen_tokens(settings: Configuration, present: Bool[Tensor, "c s"]) -> float:
+    """Tokens of a pretraining crop that the encoder sees, over cases and draws."""
+    pretext, setup = setup_of(settings)
+    with torch.device("meta"):
+        network = pretext(setup)
+    return network.seen_tokens(present)
+
+
 def pretraining_cost(settings: Configuration, present: Bool[Tensor, "c s"]) -> Cost:
     """Operations of a pretraining on cases with these series, on average over the kinds of its batches."""
     pretext, setup = setup_of(settings)

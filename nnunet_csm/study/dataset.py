@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -24,6 +25,7 @@ from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.request import PlanRequest
 from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, parse_configuration
 from nnunet_csm.raw.manifest import patients_of
+from nnunet_csm.schema import Size
 from nnunet_csm.study.divisions import everybody
 
 # between the series of a subset
@@ -132,6 +134,14 @@ class Dataset:
 
     def settings(self, plans: Mapping[str, Any]) -> Configuration:
         return parse_configuration(plans["configurations"][self.configuration], plans["plans_name"])
+
+
+def common_patch(settings: Sequence[Configuration]) -> Size:
+    """The largest patch of whole tokens of all of them that lies in each one's patch of pretraining."""
+    sizes = np.array([one.csm.pretraining_patch_size for one in settings])
+    tokens = np.lcm.reduce([one.architecture.token_size for one in settings])
+    z, y, x = (np.maximum(sizes.min(0) // tokens, 1) * tokens).tolist()
+    return z, y, x
 
 
 def hashed(content: Any) -> str:

@@ -30,6 +30,7 @@ from nnunet_csm.training.yardstick import SECONDS_FILE
 RECORD = "record.json"
 TRAIN = "nnunetv2.run.run_training:run_training_entry"
 PREDICT = "nnunetv2.inference.predict_from_raw_data:predict_entry_point"
+SCORE = "nnunet_csm.study.scoring:main"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def execute(run: Run, study: Path, place: Place) -> None:
     if run.kind == "fine-tuning":
         record["validation"] = validation_score(run)
         record["encoder_share"] = encoder_share.share(encoder_share.read(run.folder))
-    tables = [test(run, one, folder, place) for one in run.tests]
+    elif run.tests:
+        weights = run.folder / "checkpoint_final.pth"
+        step(folder / "score.json", place, SCORE, str(weights), str(folder), place.device)
+    tables = [test(run, one, folder, place) for one in run.tests if run.kind == "fine-tuning"]
     if tables:
         scores = pd.concat(tables, ignore_index=True)
         write_text(folder / "scores.csv", scores.to_csv(index=False))

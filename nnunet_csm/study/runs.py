@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import split_problems
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import merged, method_of
-from nnunet_csm.plans import PLANS_NAME, Configuration
-from nnunet_csm.pretext.base import setup_of
-from nnunet_csm.study.dataset import Dataset, hashed
+from nnunet_csm.plans import PLANS_NAME
+from nnunet_csm.pretext.base import Pretext, setup_of
+from nnunet_csm.schema import Size
+from nnunet_csm.study.cost import mean_seen_tokens
+from nnunet_csm.study.dataset import Dataset, common_patch, hashed
 from nnunet_csm.study.divisions import SEED, divide, labelled, taken_away
 from nnunet_csm.study.spec import Arm, Study, pretraining_changes
 
@@ -48,7 +47,7 @@ class Run:
         id: unique in a study; also the name of its folder.
         needs: the pretraining it starts from.
         encoder: that one's checkpoint.
-        tests: none for pretraining, and for classification, whose trainer tests by itself.
+        tests: none for classification, whose trainer tests by itself, and for pretraining, unless what it rebuilds is scored.
         num_crops: that it learns from.
         visible_tokens: of a crop, by the encoder, on average.
     """
@@ -138,6 +137,9 @@ class Expansion:
                         )
 
     def expand(self) -> Runs:
+        if self.study.task == "reconstruction":
+            self.add_reconstructions()
+            return self.result
         for arm, share in itertools.product(self.own, self.study.labels):
             for fold in range(len(self.divisions)):
                 changes = self.searched(arm, share, fold)
@@ -220,10 +222,29 @@ class Expansion:
             visible_tokens=float(num_tokens),
         )
 
-    def add_pretraining(self, arm: Arm, fold: int, changes: Mapping[str, Any]) -> Run:
+    def add_reconstructions(self) -> None:
+        """Pretrainings whose networks rebuild patches of test cases, the same for all arms.
+
+        Raises:
+            UserError: an arm that rebuilds nothing, or arms of different series.
+        """
+        changes = {arm.name: arm_changes(self.study, arm) for arm in self.own}
+        settings = {name: self.dataset.settings(self.dataset.plans(self.study.preset, of)) for name, of in changes.items()}
+        for name, one in settings.items():
+            if setup_of(one)[0].rebuilt is Pretext.rebuilt:
+                raise UserError(f"study {self.name}: arm {name!r}: {one.csm.pretext['name']} rebuilds nothing; leave the arm out")
+        if len({self.pretraining_series(arm) for arm in self.own}) > 1:
+            raise UserError(f"study {self.name}: arms are pretrained on different series, and share no patches to be scored on")
+        patch = common_patch([*settings.values()])
+        for arm, fold in itertools.product(self.own, range(len(self.divisions))):
+            run = self.add_pretraining(arm, fold, changes[arm.name], patch)
+            self.result.rows.append(self.row(run, arm, 1.0, fold, 0, ALL))
+
+    def add_pretraining(self, arm: Arm, fold: int, changes: Mapping[str, Any], scored: Size | None = None) -> Run:
+        """Add the pretraining of an arm in a division; `scored` is the size of the patches that it learns and is scored on."""
         plans = self.dataset.plans(self.study.preset, pretraining_changes(changes))
         csm = plans["configurations"][self.dataset.configuration]["csm"]
-        csm |= {"seed": SEED, "splits": self.splits(1.0, 0)}
+        csm |= {"seed": SEED, "splits": self.splits(1.0, 0)} | ({"pretraining_patch_size": [*scored]} if scored else {})
         wanted = self.pretraining_series(arm)
         for source in csm["sources"]:
             source["channels"] = {name: channel for name, channel in source["channels"].items() if name in wanted}
@@ -234,6 +255,7 @@ class Expansion:
             plans,
             PRETRAINER,
             fold,
+            tests=self.tests(fold, wanted, {}) if scored else (),
             num_crops=schedule.num_iterations * schedule.batch_size,
             visible_tokens=mean_seen_tokens(settings, self.dataset.presence(wanted)),
         )
@@ -375,11 +397,3 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             here = here.setdefault(parent, {})
         here[last] = value
     return result
-
-
-def mean_seen_tokens(settings: Configuration, present: Bool[Tensor, "c s"]) -> float:
-    """Tokens of a pretraining crop that the encoder sees, over cases and draws."""
-    pretext, setup = setup_of(settings)
-    with torch.device("meta"):
-        network = pretext(setup)
-    return network.seen_tokens(present)

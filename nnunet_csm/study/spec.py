@@ -83,12 +83,12 @@ class Study:
 
     Attributes:
         description: said above the tables.
-        task: which fine-tuning.
+        task: which fine-tuning; "reconstruction" has none, and scores what the pretrainings themselves rebuild.
         preset: of all arms.
         changes: to it, for all arms.
         repeats: see there.
-        labels: shares of the training patients that are labelled; the smaller hold patients of the larger.
         arms: rows.
+        labels: shares of the training patients that are labelled; the smaller hold patients of the larger.
         baseline: the arm that all others are compared with; the first when empty.
         finetuned: "all" series, "each" by itself and their mean, or "both".
         tested: the series given at test time, to one network: "all"; "one_missing": all, and all but each; "subsets": every
@@ -100,12 +100,12 @@ class Study:
     """
 
     description: str
-    task: Literal["segmentation", "classification"]
+    task: Literal["segmentation", "classification", "reconstruction"]
     preset: str
     changes: dict[str, Any]
     repeats: Repeats
-    labels: tuple[float, ...]
     arms: tuple[Arm, ...]
+    labels: tuple[float, ...] = (1.0,)
     baseline: str = ""
     finetuned: Literal["all", "each", "both"] = "all"
     tested: Literal["all", "one_missing", "subsets"] = "all"
@@ -166,11 +166,26 @@ def _check(study: Study, where: str) -> None:
             raise UserError(f"{where}: search.{path} concerns pretraining; make arms of its values, so that each is shown")
     for arm in study.arms:
         _check_arm(study, arm, f"{where}: arm {arm.name!r}")
+    if study.task == "reconstruction":
+        _check_without_finetuning(study, where)
     if study.task == "classification":
         if study.tested != "all":
             raise UserError(f"{where}: tested is {study.tested!r}; classifiers are tested on all series they were trained on")
         if wrong := [arm.name for arm in study.arms if arm.nnunet is not None or arm.incomplete is not None]:
             raise UserError(f"{where}: arms {', '.join(wrong)}: stock nnU-Net and incomplete series are for segmentation")
+
+
+def _check_without_finetuning(study: Study, where: str) -> None:
+    """Raise UserError for what a study of reconstructions would not heed."""
+    plain = Study("", "reconstruction", "", {}, study.repeats, study.arms)
+    names = ("labels", "finetuned", "tested", "search", "structures")
+    idle = [name for name in names if getattr(study, name) != getattr(plain, name)]
+    idle += ["repeats.seeds"] * (study.repeats.seeds > 1)
+    for arm in study.arms:
+        stated = {"pretrained": not arm.pretrained, "incomplete": arm.incomplete, "nnunet": arm.nnunet}
+        idle += [f"arm {arm.name!r}: {name}" for name, is_stated in stated.items() if is_stated]
+    if idle:
+        raise UserError(f"{where}: {idle[0]} does nothing for reconstruction, which trains no segmenter; leave it out")
 
 
 def _check_arm(study: Study, arm: Arm, where: str) -> None:
@@ -210,13 +225,17 @@ OTHER_TASKS_KEYS = {
     ),
     "segmentation": frozenset({"classification"}),
 }
+OTHER_TASKS_KEYS["reconstruction"] = frozenset().union(*OTHER_TASKS_KEYS.values())
 ENCODER_KEYS = frozenset({"width", "depth", "num_heads", "encoder"})
 
 
 def pretraining_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an arm's changes that its pretraining depends on: arms that agree in it share their pretrainings."""
     kept = {key: value for key, value in changes.items() if key in PRETRAINING_KEYS}
-    network = {key: value for key, value in changes.get("network", {}).items() if key in ENCODER_KEYS}
+    network = changes.get("network", {})
+    # another kind of encoder may have no segmenter with the preset's decoder
+    keys = ENCODER_KEYS | {"decoder"} if "kind" in network.get("encoder", {}) else ENCODER_KEYS
+    network = {key: value for key, value in network.items() if key in keys}
     return kept | ({"network": network} if network else {})
 
 

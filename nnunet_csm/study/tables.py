@@ -40,7 +40,7 @@ class Tables:
 
     Attributes:
         summary: as `summarize`; AUC too.
-        comparisons: as `compare`; AUC too.
+        comparisons: as `compare`; AUC too. Without columns where nothing is compared.
         costs: as `costs_by_arm`; empty when no costs are known.
         layouts: the same, for readers.
     """
@@ -58,12 +58,11 @@ class Tables:
         return "\n".join([needed, *(layout.to_latex() for layout in self.layouts)])
 
     def save(self, folder: Path) -> None:
-        """Write summary.csv, comparisons.csv, costs_by_arm.csv (where there are costs), tables.md and tables.tex."""
+        """Write summary.csv, comparisons.csv and costs_by_arm.csv (where there are any), tables.md and tables.tex."""
         folder.mkdir(parents=True, exist_ok=True)
+        numbers = {"summary.csv": self.summary, "comparisons.csv": self.comparisons, "costs_by_arm.csv": self.costs}
         texts = {
-            "summary.csv": self.summary.to_csv(index=False),
-            "comparisons.csv": self.comparisons.to_csv(index=False),
-            **({} if self.costs.empty else {"costs_by_arm.csv": self.costs.to_csv(index=False)}),
+            **{name: table.to_csv(index=False) for name, table in numbers.items() if len(table.columns)},
             "tables.md": self.to_markdown(),
             "tables.tex": self.to_latex(),
         }
@@ -98,9 +97,15 @@ def make_tables(
         summaries.append(summarize_classes(predictions))
         comparisons.append(compare_classes(predictions, contrasts))
     summary, compared = _stacked(summaries), _stacked(comparisons)
-    by_arm = costs if costs.empty else costs_by_arm(costs)
+    by_arm, of_study = cost_tables(costs)
     layouts = [layout for name in dict.fromkeys(summary["table"]) for layout in _layouts_of(name, summary, compared)]
-    return Tables(summary, compared, by_arm, (*layouts, *_cost_layout(by_arm)))
+    return Tables(summary, compared, by_arm, (*layouts, *of_study))
+
+
+def cost_tables(costs: pd.DataFrame) -> tuple[pd.DataFrame, tuple[TableLayout, ...]]:
+    """As `costs_by_arm`, and for readers; empty when no costs are known."""
+    by_arm = costs if costs.empty else costs_by_arm(costs)
+    return by_arm, tuple(_cost_layout(by_arm))
 
 
 def arms_of(results: pd.DataFrame, predictions: pd.DataFrame) -> list[str]:
@@ -161,11 +166,11 @@ def _is_subset(table: pd.DataFrame) -> pd.Series:
     return table["tested"] != table["finetuned"]
 
 
-def mean_and_sd(mean: float, sd: float) -> str:
+def mean_and_sd(mean: float, sd: float, digits: int = 4, digits_of_sd: int = 3) -> str:
     """Write as in the paper: 0.8345 ± 0.007. Of one repeat there is no deviation."""
     if np.isnan(mean):
         return UNDEFINED
-    return f"{mean:.4f}" if np.isnan(sd) else f"{mean:.4f} ± {sd:.3f}"
+    return f"{mean:.{digits}f}" if np.isnan(sd) else f"{mean:.{digits}f} ± {sd:.{digits_of_sd}f}"
 
 
 def share_of_labels(share: float, least: int, most: int) -> str:
