@@ -277,8 +277,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "file",
         nargs="?",
-        help="a shipped study (`nnunet_csm study reconstruction -d 21`: what pretrainings rebuild, PSNR and SSIM), or the path of "
-        "a JSON file; without it, the shipped ones are listed",
+        help="a shipped study (`nnunet_csm study reconstruction -d 21`: what pretrainings rebuild, PSNR and SSIM), or the path "
+        "of a JSON file; without it, the shipped ones are listed",
     )
     p.add_argument("-d", help="dataset name or ID")
     p.add_argument("-c", default="3d_fullres", help="configuration")
