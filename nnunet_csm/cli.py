@@ -277,8 +277,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "file",
         nargs="?",
-        help="a shipped study (`nnunet_csm study reconstruction -d 21`: what pretrainings rebuild), or the path of "
-        "a JSON file; without it, the shipped ones are listed",
+        help="a shipped study (`nnunet_csm study reconstruction -d 21`: what pretrainings rebuild, PSNR and SSIM), or the path "
+        "of a JSON file; without it, the shipped ones are listed",
     )
     p.add_argument("-d", help="dataset name or ID")
     p.add_argument("-c", default="3d_fullres", help="configuration")
@@ -332,7 +332,7 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
         "-preset",
         default="auto",
         help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, paper (chosen by the series), for comparison "
-        "mae3d, dino, pcrlv2, vox2vec, ae, vae, vqvae, maesil, nemesis, unime, bm_mae, or the path of a preset file",
+        "mae3d, dino, pcrlv2, vox2vec, ae, vae, vqvae, maesil, nemesis, unime, bm_mae, a2fseg, or the path of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")

@@ -45,6 +45,22 @@ class EncoderSettings:
 
 
 @dataclass(frozen=True)
+class FusionSettings:
+    """How the segmenter makes one map of the encoder's features of all series; in the plans a block, or its name alone.
+
+    Attributes:
+        name: a name in `model/fusion.py`.
+        refinement: whether the segmenter segments its uncertain voxels once more, see `model/deformable.py`: "threshold" those
+            with an entropy above half of the highest, "share" the tenth with the highest.
+        smoothness: weight in the loss of changes of the offset from a token to the next; of `deformable`.
+    """
+
+    name: str = "mean"
+    refinement: Literal["none", "threshold", "share"] = "none"
+    smoothness: float = 0.0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Arguments of the encoder and of the segmenter built on it (nnU-Net's `arch_kwargs`).
 
@@ -52,10 +68,10 @@ class Architecture:
     `width`, `depth`: of a ViT; of a convolutional encoder the most channels, and the blocks at each of its levels.
     `num_heads`: of a ViT, and of the classifier's pooling.
     `decoder`: of the segmenter; for a ViT UNETR's, or a light one to which nothing comes but the encoder's features; for a
-    convolutional encoder a U-Net's, or a linear or non-linear head.
+    convolutional encoder a U-Net's, or a linear or non-linear head; for a U-Net by series the adaptive one.
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
-    `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`.
+    `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`, or a block.
     """
 
     series: tuple[str, ...]
@@ -66,10 +82,15 @@ class Architecture:
     num_heads: int
     features: int
     drop_path: float
-    decoder: Literal["unetr", "light", "unet", "linear", "nonlinear"] = "unetr"
+    decoder: Literal["unetr", "light", "unet", "linear", "nonlinear", "adaptive"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
-    fusion: str = "mean"
+    fusion: str | FusionSettings = "mean"
     encoder: EncoderSettings = EncoderSettings()
+
+    @property
+    def fusion_settings(self) -> FusionSettings:
+        """The block of a fusion that only its name stands for."""
+        return FusionSettings(self.fusion) if isinstance(self.fusion, str) else self.fusion
 
     @property
     def named(self) -> dict[str, Any]:
@@ -121,6 +142,7 @@ class Finetuning:
         ema: decay by iteration of the average of the weights that validation and prediction use; 0: the last weights.
         series_dropout: share of the training samples that lose one or more of their series, so that the segmenter learns to do
             without any of them.
+        series_dropout_epochs: in which epochs they do: all, or every second one (alternating, as in A2FSeg).
     """
 
     encoder: str
@@ -130,6 +152,7 @@ class Finetuning:
     transferred_blocks: int | None = None
     ema: float = 0.0
     series_dropout: float = 0.0
+    series_dropout_epochs: Literal["all", "alternating"] = "all"
 
 
 @dataclass(frozen=True)
@@ -369,9 +392,11 @@ def _check(configuration: Configuration, where: str) -> None:
     check_width(architecture.width, architecture.num_heads, f"{where}: arch_kwargs")
     if "/" in csm.splits or not csm.splits.endswith(".json"):
         raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
-    for name in ("frozen_share", "stem_closed_share", "ema", "series_dropout"):
+    for name in ("frozen_share", "stem_closed_share", "ema"):
         if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
             raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
+    if not 0.0 <= (value := csm.finetuning.series_dropout) <= 1.0:
+        raise UserError(f"{where}.csm.finetuning.series_dropout is {value}, expected 0 <= series_dropout <= 1; 0 is without")
     if csm.finetuning.stem_closed_share and (architecture.stem == "none" or architecture.decoder != "unetr"):
         raise UserError(
             f"{where}.csm.finetuning.stem_closed_share is {csm.finetuning.stem_closed_share}, but the network has no stem; make "

@@ -12,6 +12,7 @@ import torch
 
 from nnunet_csm.judging import encoder_share
 from nnunet_csm.judging.encoder_share import EncoderShare, FeaturesOfOthers, as_dice, said, share
+from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.segmenter import CSMSegmenter
 
 
@@ -41,8 +42,8 @@ def test_every_patch_is_decoded_with_the_features_of_its_place_in_the_batch_befo
     torch.testing.assert_close(exchanged(batches[0]), network(batches[0]))
     for before, batch in itertools.pairwise(batches):
         found = exchanged(batch)
-        features = network.encode(*network.present_series(before))
-        torch.testing.assert_close(found, network.decode(network.present_series(batch)[0], features))
+        features = [level.main for level in network.encode(*network.present_series(before))]
+        torch.testing.assert_close(found, network.decode(network.present_series(batch)[0], features).main)
         assert not torch.allclose(found, network(batch))
 
 
@@ -89,7 +90,7 @@ def test_finetuning_says_what_comes_through_the_encoder(
     if deaf:
         # nothing but the stem, whatever is learned
         encode = network.encode
-        network.encode = lambda *given: [torch.zeros_like(features) for features in encode(*given)]
+        network.encode = lambda *given: [Outputs(torch.zeros_like(level.main)) for level in encode(*given)]
     trainer.run_training()
     assert trainer.bare_network is network
     found = json.loads((Path(trainer.output_folder) / encoder_share.FILE).read_text())

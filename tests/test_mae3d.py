@@ -337,7 +337,7 @@ def segmenter(series=SERIES, seed=2, **changes):
 
 def encoded(network, volume):
     with torch.no_grad():
-        return network.encode(volume, series_present(volume))
+        return [level.main for level in network.encode(volume, series_present(volume))]
 
 
 def source_of(network, architecture):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
 from nnunet_csm.data.draws import Draws
+from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.model.segmenter import CSMSegmenter
-from nnunet_csm.plans import Architecture, EncoderSettings
+from nnunet_csm.plans import Architecture, EncoderSettings, FusionSettings
 from nnunet_csm.pretext import mae3d, maesil
 from nnunet_csm.pretext.base import Batch, Pretext, Setup
 from nnunet_csm.pretext.csm import CSM
@@ -123,7 +125,7 @@ def finetuning_step(a: Architecture, patch_size: Size, batch_size: int, backend:
         # held until the end of the step, as nnU-Net holds them
         volume = torch.randn(batch_size, len(a.series), *patch_size)
         target = torch.randint(NUM_CLASSES, (batch_size, 1, *patch_size), dtype=torch.int16)
-        value = criterion(network(volume), target)
+        value: Any = total_loss(network(volume), lambda logits: criterion(logits, target))
         value.batch = volume, target
         return value
 
@@ -154,6 +156,21 @@ def test_finetuning_takes_what_was_predicted(num_series, token_size, width, dept
     a = architecture(num_series, token_size, width, depth)
     predicted = finetuning_memory(a, NUM_CLASSES, patch_size, batch_size, None, FP32).total
     assert close_and_not_below(predicted, finetuning_step(a, patch_size, batch_size, FP32))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fusion": "adaptive"},
+        {"fusion": FusionSettings("deformable", "threshold", 0.01)},
+        {"fusion": "apart", "decoder": "adaptive", "depth": 2, "encoder": EncoderSettings("unet_by_series", base=8)},
+    ],
+    ids=["adaptive", "deformable", "unet_by_series"],
+)
+def test_what_is_learned_beside_the_segmentation_takes_what_was_predicted(changes):
+    a = dataclasses.replace(architecture(3), **changes)
+    predicted = finetuning_memory(a, NUM_CLASSES, (32, 32, 32), 2, None, FP32).total
+    assert close_and_not_below(predicted, finetuning_step(a, (32, 32, 32), 2, FP32))
 
 
 @pytest.mark.parametrize("backend", [FP32, BF16], ids=["fp32", "bf16"])

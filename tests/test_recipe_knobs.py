@@ -121,7 +121,7 @@ def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
         ("stem_closed_share", 1.0),
         ("ema", -0.1),
         ("ema", 1),
-        ("series_dropout", 1.0),
+        ("series_dropout", 1.1),
     ],
 )
 def test_values_that_cannot_be_name_themselves(knob: str, value: float) -> None:

@@ -131,13 +131,13 @@ def test_the_light_decoder_reads_nothing_but_the_features(token_size, kind):
     volume = random_volume(patch_size=patch_size)
     with torch.no_grad():
         volume, present = network.present_series(volume)
-        features = network.encode(volume, present)
-        found = network.decode(volume, features)
+        features = [level.main for level in network.encode(volume, present)]
+        found = network.decode(volume, features).main
         assert found.shape == (2, NUM_CLASSES, *patch_size)
-        assert network.decode(torch.zeros_like(volume), features).equal(found)
+        assert network.decode(torch.zeros_like(volume), features).main.equal(found)
         # a token's voxels come from its features alone
         changed = [torch.cat([f[..., :1] + 1, f[..., 1:]], dim=-1) for f in features]
-        same = network.decode(volume, changed) == found
+        same = network.decode(volume, changed).main == found
     assert same[..., token_size[-1] :].all() and not same[..., : token_size[-1]].all()
     assert network.stem is None and network.stem_gate is None and not len(network.skips)
 
@@ -227,7 +227,7 @@ def test_taps_lie_at_equal_shares_of_the_depth_and_end_with_the_last_block(depth
     assert sorted(set(taps)) == taps
     assert all(abs(tap - depth * share) <= 0.5 for tap, share in zip(taps, (0.25, 0.5, 0.75, 1), strict=True))
     volume = random_volume(1, patch_size=(2, 16, 8))
-    assert [f.shape for f in network.encode(volume, series_present(volume))] == [(1, 6, 1, 1, 2)] * 4
+    assert [level.main.shape for level in network.encode(volume, series_present(volume))] == [(1, 6, 1, 1, 2)] * 4
 
 
 @pytest.mark.parametrize("absent", [(), (0,), (0, 2), (0, 1, 2)])

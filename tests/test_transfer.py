@@ -78,7 +78,7 @@ def test_features_are_equal_before_and_after(tmp_path):
     transfer(read_encoder(str(path)), network.encoder, architecture)
     assert features(network.encoder, volume).equal(expected)
     with torch.no_grad():
-        last = network.encode(volume, series_present(volume))[-1]
+        last = network.encode(volume, series_present(volume))[-1].main
     torch.testing.assert_close(last, to_map(expected.mean(1), GRID_SIZE))
 
 

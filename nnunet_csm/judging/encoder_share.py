@@ -41,10 +41,10 @@ class FeaturesOfOthers(nn.Module):
     def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c z y x"]:
         with in_bf16(volume.device.type):
             volume, present = self.segmenter.present_series(volume)
-            own = self.segmenter.encode(volume, present)
+            own = [level.main for level in self.segmenter.encode(volume, present)]
             self.exchanged = self.before is not None
             others, self.before = self.before or own, own
-            return self.segmenter.decode(volume, others).float()
+            return self.segmenter.decode(volume, others).main.float()
 
 
 class EncoderShare:

@@ -13,6 +13,8 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_csm.model.deformable import RefinedHead
+from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.tokens import Size
 
 
@@ -72,7 +74,12 @@ class UNETRDecoder(nn.Module):
         )
         self.seg_layers = nn.ModuleList([nn.Conv3d(channels[0], num_classes, 1)])
 
-    def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor:
+    def refine(self, kernel_size: Size, refinement: str) -> None:
+        """Segment twice, see `RefinedHead`."""
+        num_classes, channels = next(self.seg_layers.parameters()).shape[:2]
+        self.seg_layers[0] = RefinedHead(channels, num_classes, kernel_size, refinement)
+
+    def forward(self, x: Tensor, skips: Sequence[Tensor | None]) -> Tensor | Outputs:
         for upsampling, block, skip in zip(self.upsamplings, self.blocks, reversed(skips), strict=True):
             x = upsampling(x)
             x = block(x if skip is None else torch.cat([x, skip], dim=1))

@@ -20,6 +20,7 @@ ENCODERS = {
     "plain_unet": "nnunet_csm.model.pyramid.PlainUNet",
     "residual_unet": "nnunet_csm.model.pyramid.ResidualUNet",
     "fpn": "nnunet_csm.model.pyramid.FPN",
+    "unet_by_series": "nnunet_csm.model.unet_by_series.UNetBySeries",
 }
 
 

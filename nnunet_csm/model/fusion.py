@@ -1,18 +1,40 @@
 """One feature per place out of one per series and place, as a map; every way is a class here and a name in the plans."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.tokens import Size, to_map
+from nnunet_csm.plans import FusionSettings
+
+# `fusion` in the plans to its class, imported when it is asked for
+FUSIONS = {
+    "mean": "nnunet_csm.model.fusion.MeanFusion",
+    "projected": "nnunet_csm.model.fusion.ProjectedFusion",
+    "adaptive": "nnunet_csm.model.adaptive.AdaptiveFusion",
+    "deformable": "nnunet_csm.model.deformable.DeformableFusion",
+    "apart": "nnunet_csm.model.fusion.SideBySide",
+}
 
 
 class Fusion(nn.Module, ABC):
-    """One map of the features of all series; one of these for every level of the segmenter."""
+    """One map of the features of all series; one of these for every level of the segmenter.
+
+    Args:
+        num_series: that the encoder keeps apart.
+        width: of a feature.
+        num_classes: of logits that it may give beside its map, at the encoder's end; None at the levels before.
+        smoothness: of offsets, see `plans.FusionSettings`.
+    """
+
+    def __init__(self, num_series: int, width: int, num_classes: int | None = None, smoothness: float = 0.0) -> None:
+        super().__init__()
 
     @abstractmethod
     def forward(
@@ -21,15 +43,15 @@ class Fusion(nn.Module, ABC):
         present: Bool[Tensor, "b m"],
         grid: Size,
         series: tuple[int, ...] | None = None,
-    ) -> Float[Tensor, "b e gz gy gx"]:
-        """Fuse; series that are absent contribute nothing. For the arguments, see `encoder.Features`."""
+    ) -> Float[Tensor, "b e gz gy gx"] | Outputs:
+        """Fuse; series that are absent contribute nothing. For the arguments, see `encoder.Features`.
+
+        While it learns, a fusion may give logits on its grid and a penalty beside the map.
+        """
 
 
 class MeanFusion(Fusion):
     """The average over the series that are present."""
-
-    def __init__(self, num_series: int, width: int) -> None:
-        super().__init__()
 
     def forward(
         self,
@@ -48,8 +70,8 @@ class ProjectedFusion(Fusion):
     each, this is one linear layer over the features of all series side by side (docs/experiments.md, E1, E2 and E7).
     """
 
-    def __init__(self, num_series: int, width: int) -> None:
-        super().__init__()
+    def __init__(self, num_series: int, width: int, *of_others: Any) -> None:
+        super().__init__(num_series, width, *of_others)
         self.weight = nn.Parameter(torch.empty(num_series, width, width))
         for weight in self.weight:
             # the average of the rotated features of all series then has the size of one of them
@@ -68,7 +90,25 @@ class ProjectedFusion(Fusion):
         return to_map(side_by_side @ weight.flatten(0, 1), grid)
 
 
-FUSIONS: dict[str, Callable[[int, int], Fusion]] = {"mean": MeanFusion, "projected": ProjectedFusion}
+class SideBySide(Fusion):
+    """No fusion: the features of all series in one map, those of absent ones 0, for the adaptive decoder."""
+
+    def __init__(self, num_series: int, *of_others: Any) -> None:
+        super().__init__(num_series, *of_others)
+        self.num_series = num_series
+
+    def forward(
+        self,
+        features: Float[Tensor, "b m l e"],
+        present: Bool[Tensor, "b m"],
+        grid: Size,
+        series: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "b _side_by_side gz gy gx"]:
+        there = [to_map(of_one, grid) for of_one in torch.where(present[:, :, None, None], features, 0.0).unbind(1)]
+        if series is not None:
+            absent = torch.zeros_like(there[0])
+            there = [there[series.index(number)] if number in series else absent for number in range(self.num_series)]
+        return torch.cat(there, dim=1)
 
 
 def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[Tensor, "b s"]) -> Float[Tensor, "b l e"]:
@@ -79,12 +119,20 @@ def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[T
     return (features * weight[:, :, None, None].to(features.dtype)).sum(1)
 
 
-def build_fusion(name: str, num_series: int, width: int) -> Fusion:
-    """The fusion that the plans name; with one map of all series there is nothing to fuse but that.
+def build_fusion(settings: FusionSettings, num_series: int, width: int, num_classes: int | None = None) -> Fusion:
+    """The fusion that the plans name; with one map of all series there is nothing to fuse but that. See `Fusion`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it has not what the settings ask for.
     """
+    name = settings.name
     if name not in FUSIONS:
         raise UserError(f"fusion in arch_kwargs is {name!r}, expected one of {', '.join(FUSIONS)}; correct it in the plans")
-    return (FUSIONS[name] if num_series > 1 else MeanFusion)(num_series, width)
+    if settings.smoothness < 0 or (settings.smoothness and name != "deformable"):
+        raise UserError(
+            f"fusion.smoothness in arch_kwargs is {settings.smoothness:g} with fusion {name!r}; expected a weight of 0 or more, "
+            f"above 0 only with 'deformable', which has offsets; correct it in the plans"
+        )
+    module, _, attribute = FUSIONS[name].rpartition(".")
+    found: type[Fusion] = getattr(import_module(module), attribute)
+    return (found if num_series > 1 else MeanFusion)(num_series, width, num_classes, settings.smoothness)

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.model.adaptive import AdaptiveDecoder
 from nnunet_csm.model.decoders import LightDecoder, LinearHead, NonlinearHead, Skip, UNETRDecoder, conv_block
 from nnunet_csm.model.fusion import build_fusion
-from nnunet_csm.model.planned import PlannedNetwork
+from nnunet_csm.model.outputs import Outputs
+from nnunet_csm.model.planned import PlannedNetwork, series_present
 from nnunet_csm.model.tokens import level_kernels, level_strides
 
 # where the gate of the raw voxels starts: the encoder's features come first, and the stem still gets a gradient
@@ -50,7 +53,15 @@ class CSMSegmenter(PlannedNetwork):
         strides = level_strides(a.token_size)
         kernel_sizes = level_kernels(strides)
         num_fused = len(a.series) if encoder.keeps_series_apart else 1
-        self.fusions = nn.ModuleList(build_fusion(a.fusion, num_fused, width) for width in encoder.level_widths)
+        if (a.decoder == "adaptive") != (a.fusion_settings.name == "apart"):
+            raise UserError(
+                f"decoder in arch_kwargs is {a.decoder!r}, fusion {a.fusion_settings.name!r}; the decoder 'adaptive' takes the "
+                f"fusion 'apart', and no other does: correct one of them"
+            )
+        fusion, ends = a.fusion_settings, [*[None] * (len(encoder.level_widths) - 1), num_classes]
+        self.fusions = nn.ModuleList(
+            build_fusion(fusion, num_fused, width, end) for width, end in zip(encoder.level_widths, ends, strict=True)
+        )
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
         # no part of the weights: a trained network is open
@@ -69,11 +80,20 @@ class CSMSegmenter(PlannedNetwork):
             case "unet":
                 *finer, coarsest = encoder.level_widths
                 self.decoder = UNETRDecoder(coarsest, finer, strides, kernel_sizes, num_classes)
+            case "adaptive":
+                self.decoder = AdaptiveDecoder(encoder.level_widths, strides, a.depth, len(a.series), num_classes)
             case "unetr":
                 self.bring_up(widths)
                 self.decoder = UNETRDecoder(
                     encoder.width, widths, strides, kernel_sizes, num_classes, finest_skip=a.stem != "none"
                 )
+        if fusion.refinement != "none":
+            if not isinstance(self.decoder, UNETRDecoder):
+                raise UserError(
+                    f"fusion.refinement in arch_kwargs is {fusion.refinement!r}, but decoder {a.decoder!r} has no features at "
+                    f"full resolution to refine; make it 'none', or set decoder to 'unetr' or 'unet'"
+                )
+            self.decoder.refine(kernel_sizes[0], fusion.refinement)
 
     def bring_up(self, widths: Sequence[int]) -> None:
         """Make what brings a map to each level of UNETR's decoder: the voxels to the finest, levels of the ViT to the others."""
@@ -91,8 +111,12 @@ class CSMSegmenter(PlannedNetwork):
             for level in range(1, len(strides))
         )
 
-    def forward(self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None) -> Float[Tensor, "b c z y x"]:
+    def forward(
+        self, volume: Float[Tensor, "b n z y x"], shown: Sequence[int] | None = None
+    ) -> Float[Tensor, "b c z y x"] | Outputs:
         """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
+
+        While it learns, with what its fusion and its head learn from beside them, where there is any.
 
         Args:
             volume: patches.
@@ -101,20 +125,27 @@ class CSMSegmenter(PlannedNetwork):
         """
         with in_bf16(volume.device.type):
             volume, present = self.present_series(volume)
-            logits = self.decode(volume, self.encode(volume, present, shown))
-        return logits.float() if logits.dtype == torch.bfloat16 else logits
+            levels = self.encode(volume, present, shown)
+            decoded = self.decode(volume, [level.main for level in levels])
+            beside = [output for part in (decoded, *levels) for output in part.others]
+            others = tuple((interpolate(logits, volume.shape[2:], mode="trilinear"), weight) for logits, weight in beside)
+        logits = decoded.main.float() if decoded.main.dtype == torch.bfloat16 else decoded.main
+        penalties = [part.penalty for part in (decoded, *levels) if part.penalty is not None]
+        if not (others or penalties):
+            return logits
+        return Outputs(logits, others, torch.stack(penalties).sum() if penalties else None)
 
-    def decode(
-        self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b _e _z _y _x"]]
-    ) -> Float[Tensor, "b c z y x"]:
-        """Logits from the voxels of the series and the features of `encode`."""
+    def decode(self, volume: Float[Tensor, "b s z y x"], features: Sequence[Float[Tensor, "b _e _z _y _x"]]) -> Outputs:
+        """Logits from the voxels of the series and the maps of `encode`."""
+        if isinstance(self.decoder, AdaptiveDecoder):
+            return Outputs.of(self.decoder(features, series_present(volume)))
         if not isinstance(self.decoder, UNETRDecoder):
-            return self.decoder(features)
+            return Outputs.of(self.decoder(features))
         *taps, bottleneck = features
         if self.architecture.decoder == "unet":
-            return self.decoder(bottleneck, taps)
+            return Outputs.of(self.decoder(bottleneck, taps))
         skips = [self.from_voxels(volume), *(skip(tap) for skip, tap in zip(self.skips, taps, strict=True))]
-        return self.decoder(bottleneck, skips)
+        return Outputs.of(self.decoder(bottleneck, skips))
 
     def from_voxels(self, volume: Float[Tensor, "b s z y x"]) -> Float[Tensor, "b c z y x"] | None:
         """The skip at full resolution, the only way past the encoder; None when there is none."""
@@ -134,7 +165,7 @@ class CSMSegmenter(PlannedNetwork):
 
     def encode(
         self, volume: Float[Tensor, "b s z y x"], present: Bool[Tensor, "b s"], shown: Sequence[int] | None = None
-    ) -> list[Float[Tensor, "b _e _z _y _x"]]:
+    ) -> list[Outputs]:
         """Maps of the encoder's levels, fused over the present series."""
         levels = self.encoder.levels(volume, present, len(self.fusions), shown)
-        return [fuse(f.tokens, f.present, f.grid, f.series) for fuse, f in zip(self.fusions, levels, strict=True)]
+        return [Outputs.of(fuse(f.tokens, f.present, f.grid, f.series)) for fuse, f in zip(self.fusions, levels, strict=True)]

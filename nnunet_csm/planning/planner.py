@@ -218,7 +218,8 @@ def knob_decisions(preset: Preset, num_series: int) -> list[Decision]:
     if preset.series_dropout and num_series == 1:
         told.append(Decision("series dropped", "none", "there is one series"))
     elif preset.series_dropout:
-        value = f"one or more, in {preset.series_dropout:.0%} of the training samples"
+        epochs = "" if preset.series_dropout_epochs == "all" else " of every second epoch"
+        value = f"one or more, in {preset.series_dropout:.0%} of the training samples{epochs}"
         told.append(Decision("series dropped", value, "the segmenter is to do without any; docs/planning.md"))
     return told
 

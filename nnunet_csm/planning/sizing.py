@@ -82,7 +82,7 @@ def sized_for(
         return predict.finetuning_memory(architecture, facts.num_classes, patch_size, batch_size, len(facts.channels))
 
     def pretraining(batch_size: int) -> Memory:
-        return predict.pretraining_memory(pretext, setup, batch_size)
+        return predict.pretraining_memory(pretext, setup, batch_size) if pretext.learns else Memory(0, 0, 0)
 
     wanted = preset.finetuning.batch_size
     # of separate tokens also when they are joint: strategies are compared on one patch

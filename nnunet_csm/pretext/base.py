@@ -34,6 +34,7 @@ PRETEXTS = {
     "ae": "nnunet_csm.pretext.autoencoders.AE",
     "vae": "nnunet_csm.pretext.autoencoders.VAE",
     "vqvae": "nnunet_csm.pretext.autoencoders.VQVAE",
+    "none": "nnunet_csm.pretext.none.Nothing",
 }
 
 # what a network that rebuilds was given, see `Pretext.rebuilt`
@@ -138,6 +139,7 @@ class Pretext(nn.Module, ABC):
         Draw: what `draw` gives.
         parts: names of what `validate` gives beside the loss; they are logged and plotted.
         network_draws: whether `forward` draws by torch's own generators (drop path), which the trainer then keys.
+        learns: whether there is anything to pretrain.
         encoder: what pretraining is for.
         setup: what it was built from.
     """
@@ -146,6 +148,7 @@ class Pretext(nn.Module, ABC):
     Draw: ClassVar[type[Drawn]]
     parts: ClassVar[tuple[str, ...]] = ()
     network_draws: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     encoder: Encoder
 
     def __init__(self, setup: Setup) -> None:

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_csm.model.compilation import parts
+from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Pretext, Setup
@@ -178,12 +179,14 @@ def finetuning_memory(
         return torch.empty(batch_size, input_channels, *patch_size), target
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor], ledger: "Ledger") -> Tensor:
-        logits = network(batch[0])
-        ledger.write(logits)
-        # Dice is compiled too
-        ledger.fuse = backend.compiled
-        # autocast on a GPU takes softmax in fp32, that on a CPU does not
-        return dice_and_cross_entropy(logits.float() if backend.cuda else logits, batch[1])
+        def loss_of(logits: Tensor) -> Tensor:
+            ledger.write(logits)
+            # Dice is compiled too
+            ledger.fuse = backend.compiled
+            # autocast on a GPU takes softmax in fp32, that on a CPU does not
+            return dice_and_cross_entropy(logits.float() if backend.cuda else logits, batch[1])
+
+        return total_loss(network(batch[0]), loss_of)
 
     def build() -> nn.Module:
         return CSMSegmenter(input_channels, num_classes, **to_dict(architecture))

@@ -213,7 +213,15 @@ PRETRAINING_KEYS = frozenset(
 # what the trainer of the one task does not read of a preset
 OTHER_TASKS_KEYS = {
     "classification": frozenset(
-        {"finetuning", "frozen_share", "stem_closed_share", "transferred_blocks", "ema", "series_dropout"}
+        {
+            "finetuning",
+            "frozen_share",
+            "stem_closed_share",
+            "transferred_blocks",
+            "ema",
+            "series_dropout",
+            "series_dropout_epochs",
+        }
     ),
     "segmentation": frozenset({"classification"}),
 }

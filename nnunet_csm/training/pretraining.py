@@ -59,6 +59,11 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         super().__init__(plans, configuration, fold, dataset_json, device)
         with exit_on_user_error():
             self.pretext_class, self.setup = setup_of(self.settings, plans["plans_name"])
+            if not self.pretext_class.learns:
+                raise UserError(
+                    f"{plans['plans_name']}: csm.pretext.name is {self.settings.csm.pretext['name']!r}, so there is nothing to "
+                    f"pretrain; fine-tune at once from scratch (csm.finetuning.encoder 'scratch'), or plan with another preset"
+                )
         self.network_draws = self.pretext_class.network_draws
         self.logged = (*logged_names(self.pretext_class), "crops_per_second", LOGGED_PRECISION)
         for name in self.logged:

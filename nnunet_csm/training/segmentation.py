@@ -23,6 +23,7 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
+from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
@@ -80,9 +81,10 @@ class AugmentedBatches:
         purpose: Purpose,
         channels: Sequence[int] = (),
         series_dropout: float = 0.0,
+        series_dropout_epochs: str = "all",
     ) -> None:
         self.loader, self.samples, self.seed, self.purpose = loader, samples, seed, purpose
-        self.channels, self.series_dropout = channels, series_dropout
+        self.channels, self.series_dropout, self.alternating = channels, series_dropout, series_dropout_epochs == "alternating"
         self.first_oversampled = round(batch_size * (1 - loader.oversample_foreground_percent))
         loader.batch_size = 1
 
@@ -95,7 +97,8 @@ class AugmentedBatches:
         # nnU-Net's rule: the last samples of a batch hold foreground
         self.loader.get_do_oversample = lambda _: place >= self.first_oversampled
         sample = self.loader.generate_train_batch()
-        if self.series_dropout > 0:
+        # alternating: the first epoch has all series
+        if self.series_dropout > 0 and (epoch % 2 == 1 or not self.alternating):
             for_series = key(self.seed, self.purpose, epoch, step, place, What.SERIES)
             drop_series(sample["data"][0], self.channels, self.series_dropout, for_series)
         return sample
@@ -126,7 +129,17 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     `nnUNet_csm_encoder`: auto, all, scratch, or a path.
     """
 
-    rests_on = frozenset({"patch_size", "finetuning_schedule", "frozen_share", "stem_closed_share", "ema", "series_dropout"})
+    rests_on = frozenset(
+        {
+            "patch_size",
+            "finetuning_schedule",
+            "frozen_share",
+            "stem_closed_share",
+            "ema",
+            "series_dropout",
+            "series_dropout_epochs",
+        }
+    )
     max_gradient_norm = 12.0  # nnU-Net's
     share: encoder_share.EncoderShare | None = None
 
@@ -156,6 +169,11 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         name = self.plans_manager.dataset_name
         if not any(source.labelled for source in self.settings.csm.sources if source.dataset == name):
             raise UserError(f"{name} has no labels to fine-tune on; fine-tune another dataset from its encoder")
+        if self.settings.architecture.fusion_settings.refinement != "none" and self.label_manager.has_regions:
+            raise UserError(
+                f"{name} is trained on regions, which overlap: the refinement of uncertain voxels (fusion.refinement in "
+                f"arch_kwargs) wants classes that exclude each other; make it 'none'"
+            )
         if self.ranks.rank == 0:
             # of an earlier run
             (Path(self.output_folder) / encoder_share.FILE).unlink(missing_ok=True)
@@ -215,7 +233,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         num_train, num_val = self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
         workers = num_workers(self.device)
         shared = self.schedule.batch_size, self.samples, self.settings.csm.seed
-        dropout = self.settings.architecture.channels, self.settings.csm.finetuning.series_dropout
+        finetuning = self.settings.csm.finetuning
+        dropout = self.settings.architecture.channels, finetuning.series_dropout, finetuning.series_dropout_epochs
         make_train = AugmentedBatches(training.data_loader, *shared, Purpose.TRAINING, *dropout)
         make_val = AugmentedBatches(validation.data_loader, *shared, Purpose.VALIDATION)
         return (
@@ -244,8 +263,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
         with self.autocast():
-            output = self.learning_network(batch["data"])
-            return self.loss(output.float(), batch["target"]) * len(batch["data"])
+            result = self.learning_network(batch["data"])
+            return total_loss(result, lambda logits: self.loss(logits.float(), batch["target"])) * len(batch["data"])
 
     def validation_step(self, batch: dict) -> dict:
         with self.averaged(), uncompiled():
