@@ -163,3 +163,26 @@ def test_it_learns_what_only_two_series_together_tell():
         nn.functional.cross_entropy(network(volume), labels).backward()
         optimizer.step()
     assert (logits(network, volume).argmax(1) == labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("fusion", ["adaptive", "deformable"])
+def test_fusions_that_weigh_series_fuse_before_pooling(fusion):
+    network = build(fusion=fusion)
+    volume = random_volume(absent=[1]).requires_grad_()
+    features = network.features(volume)
+    assert features.tokens.shape[1] == 1 and features.present.shape == (2, 1) and features.present.all()
+    network(volume).sum().backward()
+    assert not volume.grad[:, 1].any() and volume.grad[:, 0].any() and volume.grad[:, 2].any()
+    assert all(p.grad is not None for p in network.fusion.parameters())
+    # whatever stands in an absent series' place among the features
+    with torch.no_grad():
+        found = network.encoder.levels(*network.present_series(volume))[-1]
+        other = found.tokens.clone()
+        other[:, 1] = 5.0
+        assert network.fusion(other, found.present, found.grid).equal(network.fusion(found.tokens, found.present, found.grid))
+
+
+@pytest.mark.parametrize("changes", [{"fusion": "projected"}, {"fusion": "adaptive", "series": ("T1w",)}])
+def test_other_fusions_and_one_series_leave_the_classifier_as_it_was(changes):
+    plain = build(changes.get("series", SERIES))
+    assert build(**changes).state_dict().keys() == plain.state_dict().keys()

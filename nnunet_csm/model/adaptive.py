@@ -72,6 +72,8 @@ class AdaptiveFusion(Fusion):
     They do at the encoder's end, by one layer for all.
     """
 
+    weighs = True
+
     def __init__(self, num_series: int, width: int, num_classes: int | None = None, *of_others: Any) -> None:
         super().__init__(num_series, width, num_classes, *of_others)
         self.adaptive = Adaptive(num_series, width, (1, 1, 1))

@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnunet_csm.model.encoder import Features
+from nnunet_csm.model.fusion import build_fusion, fusion_class
+from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.planned import PlannedNetwork
 from nnunet_csm.plans import Configuration
 from nnunet_csm.schema import to_dict
@@ -58,7 +60,8 @@ class CSMClassifier(PlannedNetwork):
     """Classify a patch from any subset of its series.
 
     Args are nnU-Net's `input_channels`, the number of classes, `pooling` of `plans.Classification` and the fields of
-    `plans.Architecture` (of which `features`, `decoder`, `stem` and `fusion` belong to the segmenter and have no effect here).
+    `plans.Architecture` (of which `features`, `decoder` and `stem` belong to the segmenter and have no effect here; a fusion that
+    `weighs` series makes one token of those of a place before they are pooled, without what it learns from beside it).
 
     Raises:
         ValueError: channels that are not the planned series.
@@ -72,6 +75,10 @@ class CSMClassifier(PlannedNetwork):
         # of a pyramid's features, not every number of heads is a divisor
         num_heads = math.gcd(width, self.architecture.num_heads)
         self.pooling = AttentivePooling(width, num_heads) if pooling == "attentive" else MeanPooling()
+        self.fusion: nn.Module | None = None
+        num_series = len(self.architecture.series)
+        if self.encoder.keeps_series_apart and num_series > 1 and fusion_class(self.architecture.fusion_settings).weighs:
+            self.fusion = build_fusion(self.architecture.fusion_settings, num_series, width)
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
@@ -82,8 +89,12 @@ class CSMClassifier(PlannedNetwork):
         return self.classify(features.tokens, features.present)
 
     def features(self, volume: Float[Tensor, "b n z y x"]) -> Features:
-        """Features of all tokens, and which series are present."""
-        return self.encoder.levels(*self.present_series(volume))[-1]
+        """Features of all tokens, and which series are present; fused ones are of one, which always is."""
+        found = self.encoder.levels(*self.present_series(volume))[-1]
+        if self.fusion is None:
+            return found
+        fused = Outputs.of(self.fusion(found.tokens, found.present, found.grid, found.series)).main
+        return Features(fused.flatten(2).mT[:, None], found.present.any(1, keepdim=True), found.grid, None)
 
     def classify(self, tokens: Float[Tensor, "b s l e"], present: Bool[Tensor, "b s"]) -> Float[Tensor, "b c"]:
         """Logits from the features of all tokens."""

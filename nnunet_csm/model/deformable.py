@@ -30,6 +30,8 @@ class DeformableFusion(Fusion):
     the present series.
     """
 
+    weighs = True
+
     def __init__(self, num_series: int, width: int, num_classes: int | None = None, smoothness: float = 0.0) -> None:
         super().__init__(num_series, width)
         self.smoothness = smoothness

@@ -31,7 +31,12 @@ class Fusion(nn.Module, ABC):
         width: of a feature.
         num_classes: of logits that it may give beside its map, at the encoder's end; None at the levels before.
         smoothness: of offsets, see `plans.FusionSettings`.
+
+    Attributes:
+        weighs: whether series are weighed place by place, which is something to a classifier as well.
     """
+
+    weighs = False
 
     def __init__(self, num_series: int, width: int, num_classes: int | None = None, smoothness: float = 0.0) -> None:
         super().__init__()
@@ -119,20 +124,26 @@ def mean_over_present(features: Float[Tensor, "b s l e"], series_present: Bool[T
     return (features * weight[:, :, None, None].to(features.dtype)).sum(1)
 
 
+def fusion_class(settings: FusionSettings) -> type[Fusion]:
+    """The class of a fusion. Raises UserError when there is none of that name."""
+    name = settings.name
+    if name not in FUSIONS:
+        raise UserError(f"fusion in arch_kwargs is {name!r}, expected one of {', '.join(FUSIONS)}; correct it in the plans")
+    module, _, attribute = FUSIONS[name].rpartition(".")
+    found: type[Fusion] = getattr(import_module(module), attribute)
+    return found
+
+
 def build_fusion(settings: FusionSettings, num_series: int, width: int, num_classes: int | None = None) -> Fusion:
     """The fusion that the plans name; with one map of all series there is nothing to fuse but that. See `Fusion`.
 
     Raises:
         UserError: there is none of that name, or it has not what the settings ask for.
     """
-    name = settings.name
-    if name not in FUSIONS:
-        raise UserError(f"fusion in arch_kwargs is {name!r}, expected one of {', '.join(FUSIONS)}; correct it in the plans")
+    found, name = fusion_class(settings), settings.name
     if settings.smoothness < 0 or (settings.smoothness and name != "deformable"):
         raise UserError(
             f"fusion.smoothness in arch_kwargs is {settings.smoothness:g} with fusion {name!r}; expected a weight of 0 or more, "
             f"above 0 only with 'deformable', which has offsets; correct it in the plans"
         )
-    module, _, attribute = FUSIONS[name].rpartition(".")
-    found: type[Fusion] = getattr(import_module(module), attribute)
     return (found if num_series > 1 else MeanFusion)(num_series, width, num_classes, settings.smoothness)
