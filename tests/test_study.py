@@ -23,6 +23,7 @@ from factories import masking_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_csm import cli, nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
@@ -32,7 +33,7 @@ from nnunet_csm.planning.presets import method_of, read_preset
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study import execution, measured
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
-from nnunet_csm.study.cost import finetuning_cost, pretraining_cost
+from nnunet_csm.study.cost import counted, finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.divisions import divide, everybody, labelled, taken_away
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
@@ -501,6 +502,18 @@ def test_costs_grow_with_what_is_computed(expand: Callable[..., Runs], dataset: 
     finetuning = finetuning_cost(of["fine-tuning"], len(dataset.series), 4, classifies=False)
     assert finetuning.num_crops == of["fine-tuning"].csm.finetuning_schedule.num_iterations * 2
     assert finetuning.seconds(2e9) == pytest.approx(finetuning.seconds(1e9) / 2)
+
+
+def test_attention_is_counted() -> None:
+    with FakeTensorMode():
+        query = torch.empty(2, 3, 5, 8)
+        # two products of 5 x 5 x 8 for each of 6 heads
+        assert counted(AttentionOnly(), query) == 3 * 2 * (2 * 5 * 5 * 8) * 6
+
+
+class AttentionOnly(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
 
 # --- in which order, and what a failure stops

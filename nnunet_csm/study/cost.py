@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.model.classifier import build_classifier
@@ -72,7 +73,8 @@ def finetuning_cost(settings: Configuration, num_channels: int, num_classes: int
 
 def counted(network: torch.nn.Module, *inputs: object) -> float:
     """Operations of a step."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # as products: torch does not count the kernel that attention has on a CPU
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network(*inputs)
     return float(FORWARD_AND_BACKWARD * counter.get_total_flops())
 
