@@ -5,7 +5,6 @@ key `csm` is a `Recipe`; everything else is nnU-Net's own.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -155,18 +154,6 @@ class Finetuning:
     series_dropout_epochs: Literal["all", "alternating"] = "all"
 
 
-@dataclass(frozen=True)
-class Yardstick:
-    """The plans' key `csm_yardstick`: how long stock nnU-Net trains, and on which folds.
-
-    `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`; `seed` draws the initial weights.
-    """
-
-    minutes: float
-    splits: str
-    seed: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings:
     """The classifier and its training, apart from its size and length.
@@ -287,26 +274,6 @@ def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Archi
         UserError: no such configuration, or not a network of ours.
     """
     return _architecture(_entry(plans, name, source), f"{source}: configurations.{name}")
-
-
-def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
-    """The key `csm_yardstick` at the top of nnU-Net plans; `source` is the path that errors name.
-
-    Raises:
-        UserError: no such key, an unknown or missing key in it, or a value that cannot be.
-    """
-    if "csm_yardstick" not in plans:
-        raise UserError(
-            f'{source} has no key csm_yardstick; add "csm_yardstick": {{"minutes": 60, "splits": "{SPLITS}"}} beside plans_name'
-        )
-    yardstick = from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
-    if not 0 < yardstick.minutes < math.inf:
-        raise UserError(f"{source}: csm_yardstick.minutes is {yardstick.minutes}, expected a number above 0")
-    if "/" in yardstick.splits or not yardstick.splits.endswith(".json"):
-        raise UserError(
-            f"{source}: csm_yardstick.splits is {yardstick.splits!r}, expected the name of a JSON file in the preprocessed folder"
-        )
-    return yardstick
 
 
 def _architecture(entry: Mapping[str, Any], where: str) -> Architecture:

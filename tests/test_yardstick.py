@@ -15,9 +15,16 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.plans import Yardstick, read_yardstick
 from nnunet_csm.training import yardstick
-from nnunet_csm.training.yardstick import NUM_EPOCHS, SECONDS_FILE, PolyInTime, epoch_length, nnUNetTrainerCSMYardstick
+from nnunet_csm.training.yardstick import (
+    NUM_EPOCHS,
+    SECONDS_FILE,
+    PolyInTime,
+    Yardstick,
+    epoch_length,
+    nnUNetTrainerCSMYardstick,
+    read_yardstick,
+)
 
 SECONDS_A_STEP = 3.0
 KEY: dict[str, Any] = {"minutes": 1.0, "splits": "splits_study.json"}

@@ -290,3 +290,14 @@ def setup_of(configuration: Configuration, where: str = "plans") -> tuple[type[P
     architecture = configuration.pretraining_architecture
     cls, settings = read_pretext(configuration.csm.pretext, architecture, f"{where}: csm.pretext")
     return cls, Setup(architecture, settings, configuration.csm.pretraining_patch_size)
+
+
+def learner_of(configuration: Configuration, where: str) -> tuple[type[Pretext], Setup]:
+    """Do as `setup_of`, for a training. Raises UserError where there is nothing to learn as well."""
+    cls, setup = setup_of(configuration, where)
+    if not cls.learns:
+        raise UserError(
+            f"{where}: csm.pretext.name is {configuration.csm.pretext['name']!r}, so there is nothing to pretrain; fine-tune at "
+            f"once from scratch (csm.finetuning.encoder 'scratch'), or plan with another preset"
+        )
+    return cls, setup

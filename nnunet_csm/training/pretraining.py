@@ -31,7 +31,7 @@ from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.plans import Recipe, Schedule, parse_configuration
-from nnunet_csm.pretext.base import Batch, Pretext, setup_of
+from nnunet_csm.pretext.base import Batch, Pretext, learner_of, setup_of
 from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.pretext.memory import CUDA_CONTEXT, pretraining_memory
@@ -58,12 +58,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         with exit_on_user_error():
-            self.pretext_class, self.setup = setup_of(self.settings, plans["plans_name"])
-            if not self.pretext_class.learns:
-                raise UserError(
-                    f"{plans['plans_name']}: csm.pretext.name is {self.settings.csm.pretext['name']!r}, so there is nothing to "
-                    f"pretrain; fine-tune at once from scratch (csm.finetuning.encoder 'scratch'), or plan with another preset"
-                )
+            self.pretext_class, self.setup = learner_of(self.settings, plans["plans_name"])
         self.network_draws = self.pretext_class.network_draws
         self.logged = (*logged_names(self.pretext_class), "crops_per_second", LOGGED_PRECISION)
         for name in self.logged:

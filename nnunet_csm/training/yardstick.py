@@ -6,7 +6,8 @@ Network, loss, augmentation, optimiser and the shape of the learning rate's fall
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import whole
 from nnunet_csm.machine import keep_freed_memory, num_threads
-from nnunet_csm.plans import read_yardstick
+from nnunet_csm.plans import SPLITS
+from nnunet_csm.schema import from_dict
 from nnunet_csm.training.trainer import CUDA
 
 # an epoch takes at most the tenth part of the time
@@ -31,6 +33,38 @@ NUM_EPOCHS = 10
 MAX_EPOCHS = 10**6
 SECONDS = "seconds_used"
 SECONDS_FILE = "seconds.json"
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The plans' key `csm_yardstick`: how long stock nnU-Net trains, and on which folds.
+
+    `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`; `seed` draws the initial weights.
+    """
+
+    minutes: float
+    splits: str
+    seed: int = 0
+
+
+def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
+    """The key `csm_yardstick` at the top of nnU-Net plans; `source` is the path that errors name.
+
+    Raises:
+        UserError: no such key, an unknown or missing key in it, or a value that cannot be.
+    """
+    if "csm_yardstick" not in plans:
+        raise UserError(
+            f'{source} has no key csm_yardstick; add "csm_yardstick": {{"minutes": 60, "splits": "{SPLITS}"}} beside plans_name'
+        )
+    yardstick = from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
+    if not 0 < yardstick.minutes < math.inf:
+        raise UserError(f"{source}: csm_yardstick.minutes is {yardstick.minutes}, expected a number above 0")
+    if "/" in yardstick.splits or not yardstick.splits.endswith(".json"):
+        raise UserError(
+            f"{source}: csm_yardstick.splits is {yardstick.splits!r}, expected the name of a JSON file in the preprocessed folder"
+        )
+    return yardstick
 
 
 class TimeIsUp(Exception):  # noqa: N818, no error
