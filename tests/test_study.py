@@ -506,8 +506,8 @@ def test_costs_grow_with_what_is_computed(expand: Callable[..., Runs], dataset: 
 
 def test_attention_is_counted() -> None:
     with FakeTensorMode():
-        query = torch.empty(2, 3, 5, 8)
-        # two products of 5 x 5 x 8 for each of 6 heads
+        query = torch.empty(2, 3, 5, 8, requires_grad=True)
+        # two products of 5 x 5 x 8 for each of 6 heads, and two for each of them backward
         assert counted(AttentionOnly(), query) == 3 * 2 * (2 * 5 * 5 * 8) * 6
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_csm.model.classifier import build_classifier
+from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import Configuration
 from nnunet_csm.pretext.base import setup_of
@@ -18,8 +19,6 @@ from nnunet_csm.schema import to_dict
 
 # of the speed of large matrix products that whole training steps reach (docs/performance.md)
 SHARE_OF_PEAK = 0.5
-# a step is forward and backward, and the latter has two products for each of the former
-FORWARD_AND_BACKWARD = 3
 
 
 @dataclass(frozen=True)
@@ -61,22 +60,22 @@ def finetuning_cost(settings: Configuration, num_channels: int, num_classes: int
     """Operations of a fine-tuning on patches of all planned series."""
     classification = settings.csm.classification
     schedule = classification.schedule if classifies else settings.csm.finetuning_schedule
-    with torch.device("meta"):
+    patch = classification.patch_size if classifies else settings.patch_size
+    with FakeTensorMode():
         if classifies:
             network: torch.nn.Module = build_classifier(settings, num_channels, num_classes)
         else:
             network = CSMSegmenter(num_channels, num_classes, **to_dict(settings.architecture))
-        patch = classification.patch_size if classifies else settings.patch_size
         operations = counted(network, torch.empty(1, num_channels, *patch))
     return Cost(schedule.num_iterations * schedule.batch_size, operations)
 
 
 def counted(network: torch.nn.Module, *inputs: object) -> float:
-    """Operations of a step."""
+    """Operations of a step, forward and backward."""
     # as products: torch does not count the kernel that attention has on a CPU
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        network(*inputs)
-    return float(FORWARD_AND_BACKWARD * counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        total_loss(network(*inputs), Tensor.sum).backward()
+    return float(counter.get_total_flops())
 
 
 def measured_speed(device: torch.device) -> float:
