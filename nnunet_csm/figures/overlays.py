@@ -39,6 +39,8 @@ LEGEND_HEIGHT = 44
 # Pixels that a method needs beside others, and letters of its name that fit there.
 METHOD_WIDTH = 160
 METHOD_NAME_LENGTH = 22
+# lines of a name that fit above a panel, and pixels that any other needs
+NAME_LINES, LINE_HEIGHT = 2, 14
 
 FILL_OPACITY = 0.4
 
@@ -201,10 +203,11 @@ def _grid(
     """Panels with names above the columns and beside the rows."""
     names_width = row_names_width(row_names)
     panel_width = min(PANEL_WIDTH_MAX, (picture_width - names_width) / len(columns) - GAP)
-    panel, corner = (panel_width, panel_width * height_over_width), (names_width, TITLE_HEIGHT)
+    more = LINE_HEIGHT * max(0, max(name.count("\n") + 1 for name in columns) - NAME_LINES)
+    panel, corner = (panel_width, panel_width * height_over_width), (names_width, TITLE_HEIGHT + more)
     figure, panels = panel_grid(title, len(row_names), len(columns), panel, corner, LEGEND_HEIGHT)
     for axes, name in zip(panels[0], columns, strict=True):
-        write_above(figure, axes, name)
+        write_above(figure, axes, name, 11 + more / 2)
     for row, name in zip(panels, row_names, strict=True):
         write_beside(figure, row[0], name, fontsize=10)
     return figure, panels

@@ -30,7 +30,10 @@ from nnunet_csm.study.statistics import (
 from nnunet_csm.study.tables import arms_of, make_tables, percent, series_name, share_of_labels, versus
 
 MOST_PANELS = 12
+# with as many pictures there is no further case
 MOST_CASES = 4
+# in a picture of a case
+METHODS_SIDE_BY_SIDE = 8
 
 METHODS = f"""A score is the mean over the cases tested in a repeat, then the mean and standard deviation (n - 1) over repeats. A
 structure that is neither there nor predicted has no Dice and does not count.
@@ -183,7 +186,7 @@ def draw_cases(folder: Path, results: pd.DataFrame, cases: CaseFiles) -> list[tu
     kept = results[is_whole & results["prediction"].map(lambda file: file != "" and (folder / file).is_file())]
     drawn: list[tuple[Path, str]] = []
     for (table, share), part in kept.groupby(["table", "labels"], sort=False):
-        if len(drawn) == MOST_CASES:
+        if len(drawn) >= MOST_CASES:
             break
         by_case = part.groupby(["arm", "repeat", "case"], sort=False).agg(dice=("dice", "mean"), file=("prediction", "first"))
         chosen = _median_case(by_case)
@@ -191,18 +194,20 @@ def draw_cases(folder: Path, results: pd.DataFrame, cases: CaseFiles) -> list[tu
             continue
         repeat, case = chosen
         found = by_case.xs((repeat, case), level=("repeat", "case"))
-        path = folder / "figures" / f"case_{len(drawn) + 1}.png"
-        save_methods_of_case(
-            path,
-            cases.images / f"{case}_{cases.channel:04d}{cases.file_ending}",
-            cases.references / f"{case}{cases.file_ending}",
-            {arm: folder / file for arm, file in found["file"].items()},
-            cases.label_names,
-            str(case),
-            {arm: f"Dice {dice:.3f}" for arm, dice in found["dice"].items()},
-        )
         labels = share_of_labels(share, part["num_labelled"].min(), part["num_labelled"].max())
-        drawn.append((path, f"{table}, labels {labels}, repeat {repeat}, case {case}"))
+        for first in range(0, len(found), METHODS_SIDE_BY_SIDE):
+            some = found.iloc[first : first + METHODS_SIDE_BY_SIDE]
+            path = folder / "figures" / f"case_{len(drawn) + 1}.png"
+            save_methods_of_case(
+                path,
+                cases.images / f"{case}_{cases.channel:04d}{cases.file_ending}",
+                cases.references / f"{case}{cases.file_ending}",
+                {arm: folder / file for arm, file in some["file"].items()},
+                cases.label_names,
+                str(case),
+                {arm: f"Dice {dice:.3f}" for arm, dice in some["dice"].items()},
+            )
+            drawn.append((path, f"{table}, labels {labels}, repeat {repeat}, case {case}"))
     return drawn
 
 
