@@ -40,7 +40,7 @@ LEGEND_HEIGHT = 44
 METHOD_WIDTH = 160
 METHOD_NAME_LENGTH = 22
 # lines of a name that fit above a panel, and pixels that any other needs
-NAME_LINES, LINE_HEIGHT = 2, 14
+NAME_LINES, LINE_HEIGHT = 2, 18
 
 FILL_OPACITY = 0.4
 
@@ -207,7 +207,7 @@ def _grid(
     panel, corner = (panel_width, panel_width * height_over_width), (names_width, TITLE_HEIGHT + more)
     figure, panels = panel_grid(title, len(row_names), len(columns), panel, corner, LEGEND_HEIGHT)
     for axes, name in zip(panels[0], columns, strict=True):
-        write_above(figure, axes, name, 11 + more / 2)
+        write_above(figure, axes, name, 11 + 0.8 * more)
     for row, name in zip(panels, row_names, strict=True):
         write_beside(figure, row[0], name, fontsize=10)
     return figure, panels
