@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from factories import PATCH_SIZE, base_plans, csm_plans, facts_of
 from scipy.stats import entropy
 from test_learning import SPEC, volumes
-from test_trainers import KilledError, kill_in, weights
+from test_trainers import goes_on_and_transfers
 from torch.distributions import Normal, kl_divergence
 
 from nnunet_csm.data.draws import Draws
@@ -373,7 +372,7 @@ def test_a_few_steps_rebuild_phantoms_that_were_never_seen_better(name: str) -> 
     assert validation() < 0.5 * before
 
 
-@pytest.mark.parametrize("name", ["vae", "vqvae"])
+@pytest.mark.parametrize("name", ["ae", "vae", "vqvae"])
 def test_it_trains_goes_on_after_a_kill_and_transfers(make_trainer: Callable[..., Any], name: str) -> None:
     def change(entry: dict[str, Any]) -> None:
         entry["architecture"]["arch_kwargs"] |= NETWORK
@@ -381,26 +380,7 @@ def test_it_trains_goes_on_after_a_kill_and_transfers(make_trainer: Callable[...
     given: dict[str, Any] = {"pretext": {"name": name} | SMALL[name], "change": change}
     whole = make_trainer(True, **given)
     whole.run_training()
-    expected = weights(whole.output_folder)
     log = whole.logger.local_logger.my_fantastic_logging
     assert all(len(log[part]) == whole.num_epochs for part in whole.pretext.parts)
     assert list(Path(whole.output_folder).glob("reconstructions/*.png"))
-    shutil.rmtree(whole.output_folder)
-
-    killed = make_trainer(True, **given)
-    kill_in(killed, epoch=1, step=1)
-    with pytest.raises(KilledError):
-        killed.run_training()
-    # what happens meanwhile does not matter
-    torch.rand(7)
-    resumed = make_trainer(True, resume=True, **given)
-    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
-    resumed.run_training()
-    found = weights(resumed.output_folder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[part], expected[part]) for part in expected)
-
-    finetuner = make_trainer(False, **given)
-    finetuner.initialize()
-    finetuner.on_fresh_start()
-    assert all(tensor.equal(expected[f"encoder.{part}"]) for part, tensor in finetuner.encoder.state_dict().items())
+    goes_on_and_transfers(make_trainer, whole, **given)

@@ -2,16 +2,14 @@
 
 import copy
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from factories import csm_plans
-from test_trainers import KilledError, kill_in, weights
+from test_trainers import goes_on_and_transfers, weights
 from torch import Tensor
 
 from nnunet_csm.data.draws import Draws
@@ -346,22 +344,4 @@ def test_it_trains_goes_on_after_a_kill_and_transfers(make_trainer: Callable[...
     optimized = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(p) for part in (whole.encoder, whole.pretext.teacher_head) for p in part.parameters()}
     assert expected["centre"].any() and not expected["encoder.norm.bias"].equal(expected["student.norm.bias"])
-    shutil.rmtree(whole.output_folder)
-
-    killed = make_trainer(True, **given)
-    kill_in(killed, epoch=1, step=1)
-    with pytest.raises(KilledError):
-        killed.run_training()
-    # what happens meanwhile does not matter
-    torch.rand(7)
-    resumed = make_trainer(True, resume=True, **given)
-    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
-    resumed.run_training()
-    found = weights(resumed.output_folder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-    finetuner = make_trainer(False, **given)
-    finetuner.initialize()
-    finetuner.on_fresh_start()
-    assert all(tensor.equal(expected[f"encoder.{name}"]) for name, tensor in finetuner.encoder.state_dict().items())
+    goes_on_and_transfers(make_trainer, whole, **given)

@@ -1,7 +1,6 @@
 """PCRLv2: how its views lie, what its loss is, and that it learns, goes on and transfers as any pretext."""
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from factories import csm_plans
 from test_learning import SPEC, volumes
-from test_trainers import KilledError, kill_in, weights
+from test_trainers import goes_on_and_transfers, weights
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -408,22 +407,4 @@ def test_it_trains_goes_on_after_a_kill_and_transfers(make_trainer: Callable[...
     log = whole.logger.local_logger.my_fantastic_logging
     assert all(len(log[name]) == whole.num_epochs and np.isfinite(log[name]).all() for name in PCRLv2.parts)
     assert expected["beta"] == 0 and list((Path(whole.output_folder) / "reconstructions").glob("*.png"))
-    shutil.rmtree(whole.output_folder)
-
-    killed = make_trainer(True, **given)
-    kill_in(killed, epoch=1, step=1)
-    with pytest.raises(KilledError):
-        killed.run_training()
-    # what happens meanwhile does not matter
-    torch.rand(7)
-    resumed = make_trainer(True, resume=True, **given)
-    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
-    resumed.run_training()
-    found = weights(resumed.output_folder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-    finetuner = make_trainer(False, **given)
-    finetuner.initialize()
-    finetuner.on_fresh_start()
-    assert all(tensor.equal(expected[f"encoder.{name}"]) for name, tensor in finetuner.encoder.state_dict().items())
+    goes_on_and_transfers(make_trainer, whole, **given)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from nnunet_folders import TINY_PRESET, PlannedDataset
-from test_trainers import KilledError, kill_in, weights
+from test_trainers import KilledError, goes_on_and_transfers, kill_in, weights
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.pretext.base import PRETEXTS, pretext_class
@@ -58,16 +58,7 @@ def test_maskers_of_joint_tokens_go_on_after_a_kill(make_trainer: Callable[..., 
     }
     whole = make_trainer(True, **given)
     whole.run_training()
-    expected = weights(whole.output_folder)
-    shutil.rmtree(whole.output_folder)
-    killed = make_trainer(True, **given)
-    kill_in(killed, epoch=1, step=1)
-    with pytest.raises(KilledError):
-        killed.run_training()
-    resumed = make_trainer(True, resume=True, **given)
-    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
-    resumed.run_training()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(resumed.output_folder).items())
+    goes_on_and_transfers(make_trainer, whole, **given)
 
 
 def test_its_teacher_is_what_fine_tuning_starts_from(make_trainer: Callable[..., Any]) -> None:

@@ -38,6 +38,29 @@ def kill_in(trainer: Any, epoch: int, step: int) -> None:
     trainer.train_step = train_step
 
 
+def goes_on_and_transfers(make_trainer: Callable[..., Any], whole: Any, **given: Any) -> None:
+    """A pretraining that is killed and goes on ends as `whole` did, which was not, and fine-tuning starts from its encoder."""
+    expected = weights(whole.output_folder)
+    shutil.rmtree(whole.output_folder)
+    killed = make_trainer(True, **given)
+    kill_in(killed, epoch=1, step=1)
+    with pytest.raises(KilledError):
+        killed.run_training()
+    # what happens meanwhile does not matter
+    torch.rand(7)
+    resumed = make_trainer(True, resume=True, **given)
+    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
+    resumed.run_training()
+    found = weights(resumed.output_folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    finetuner = make_trainer(False, **given)
+    finetuner.initialize()
+    finetuner.on_fresh_start()
+    assert all(tensor.equal(expected[f"encoder.{name}"]) for name, tensor in finetuner.encoder.state_dict().items())
+
+
 @pytest.mark.parametrize("pretraining", [True, False])
 def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, pretraining: bool

@@ -1,16 +1,14 @@
 """Vox2Vec: what its views, voxels and loss are, and that it learns, trains and transfers as any pretext."""
 
-import shutil
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from factories import PATCH_SIZE, TOKEN_SIZE, csm_plans
 from test_learning import SPEC, volumes
-from test_trainers import KilledError, kill_in, weights
+from test_trainers import goes_on_and_transfers
 from torch import Tensor
 
 from nnunet_csm.data.draws import Draws, What
@@ -413,25 +411,6 @@ def test_it_trains_goes_on_after_a_kill_and_transfers(make_trainer: Callable[...
     given: dict[str, Any] = {"pretext": BLOCK, "change": make_fpn}
     whole = make_trainer(True, **given)
     whole.run_training()
-    expected = weights(whole.output_folder)
     log = whole.logger.local_logger.my_fantastic_logging
     assert all(len(log[name]) == whole.num_epochs for name in Vox2Vec.parts) and min(log["feature_deviation"]) > 0
-    shutil.rmtree(whole.output_folder)
-
-    killed = make_trainer(True, **given)
-    kill_in(killed, epoch=1, step=1)
-    with pytest.raises(KilledError):
-        killed.run_training()
-    # what happens meanwhile does not matter
-    torch.rand(7)
-    resumed = make_trainer(True, resume=True, **given)
-    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
-    resumed.run_training()
-    found = weights(resumed.output_folder)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-    finetuner = make_trainer(False, **given)
-    finetuner.initialize()
-    finetuner.on_fresh_start()
-    assert all(tensor.equal(expected[f"encoder.{name}"]) for name, tensor in finetuner.encoder.state_dict().items())
+    goes_on_and_transfers(make_trainer, whole, **given)
