@@ -85,7 +85,12 @@ def rows(cpu: bool, monai: bool, presets: Sequence[str] = ()) -> list[Row]:
     small: dict[str, Any] = {"shape": (70, 85, 70), "token_edge": 8} if cpu else {}
     preset, edge, batch = ("demo", 32, 16) if cpu else ("B", 96, 64)
     names = presets or (() if cpu else ("S", "B", "L", *other_pretexts()))
-    of_presets = [Row(name, 4, edge, batch, **small | {"token_edge": read_preset(name).token_edge}) for name in names]
+    of_presets = []
+    for name in names:
+        read = read_preset(name)
+        # what would not fit into memory with more, its preset learns from fewer
+        num = min(batch, read.pretraining.batch_size)
+        of_presets.append(Row(name, 4, edge, num, **small | {"token_edge": read.token_edge}))
     others = [Row(preset, 4, edge, size, monai=True, **small) for size in ((6, 32) if cpu else (6, 64))]
     if presets:
         return [*(others[1:] if monai else []), *of_presets]
@@ -96,9 +101,9 @@ def rows(cpu: bool, monai: bool, presets: Sequence[str] = ()) -> list[Row]:
 
 
 def other_pretexts() -> list[str]:
-    """A shipped preset for each pretext beside that of B."""
+    """A shipped preset for each pretext beside that of B, but for those that learn nothing."""
     by_pretext = {read_preset(name).pretext["name"]: name for name in preset_names()}
-    return [name for pretext, name in by_pretext.items() if pretext != read_preset("B").pretext["name"]]
+    return [name for pretext, name in by_pretext.items() if pretext not in ("none", read_preset("B").pretext["name"])]
 
 
 def presets_of_study(name: str, folder: Path) -> list[str]:
