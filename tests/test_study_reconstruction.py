@@ -271,7 +271,7 @@ def test_the_page_has_tables_and_the_same_patches_side_by_side(tmp_path: Path) -
         files[arm] = tmp_path / f"{number}.pt"
         torch.save(slices(number), files[arm])
     page = write_reconstruction_report(tmp_path, "Study t", made_scores(), pd.DataFrame(), files, text="What it is.")
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert "The same patches" in text and "hidden voxels" in text and text.count("<img") == 1
     assert {"summary.csv", "tables.md", "tables.tex"} <= {file.name for file in tmp_path.iterdir()}
     assert not (tmp_path / "comparisons.csv").exists()
