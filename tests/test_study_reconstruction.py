@@ -275,7 +275,9 @@ def test_the_page_has_tables_and_the_same_patches_side_by_side(tmp_path: Path) -
     assert "The same patches" in text and "hidden voxels" in text and text.count("<img") == 1
     assert {"summary.csv", "tables.md", "tables.tex"} <= {file.name for file in tmp_path.iterdir()}
     assert not (tmp_path / "comparisons.csv").exists()
-    assert r"A \& B" in (tmp_path / "tables.tex").read_text() and "| A & B" in (tmp_path / "tables.md").read_text()
+    assert r"A \& B" in (tmp_path / "tables.tex").read_text(encoding="utf-8") and "| A & B" in (tmp_path / "tables.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_picture_has_a_row_for_every_method(tmp_path: Path) -> None:
