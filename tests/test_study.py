@@ -548,7 +548,7 @@ def test_a_cluster_does_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(variable, str(tmp_path))
     with pytest.raises(UserError, match="x"):
         launch(run)
-    said = (tmp_path / "runs" / "x" / "log.txt").read_text()
+    said = (tmp_path / "runs" / "x" / "log.txt").read_text(encoding="utf-8")
     # by the command itself, in a process of its own
     assert "$ pretrain" in said and "Dataset999_None/p.json: no such file" in said
 
@@ -649,5 +649,5 @@ def test_a_study_of_reconstructions_to_its_page(planned_dataset: PlannedDataset,
         for case, of_case in truth.items():
             for series, kept in of_case.items():
                 assert kept["true"].equal(of_cases.setdefault(f"{case} {series}", kept["true"]))
-    text = (output / "report.html").read_text()
+    text = (output / "report.html").read_text(encoding="utf-8")
     assert "Cost" in text and "The same patches" in text and "Pretraining" in text
