@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.pretext.base import Drawn, Pretext, Setup
+
+REFUSED = (
+    "csm.pretext.name is 'none': there is nothing to pretrain; train from scratch (csm.finetuning.encoder 'scratch'; in an arm of "
+    'a study "pretrained": false), or plan with another preset'
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Nothing(Pretext):
         return [("pretext", "none", "trained from scratch: fine-tune at once, what is said of pretraining has no effect")]
 
     def draw(self, *batch: Any, **options: Any) -> NoReturn:
-        raise NotImplementedError("there is nothing to learn from")
+        raise UserError(REFUSED)
 
     def forward(self, *batch: Any) -> NoReturn:
-        raise NotImplementedError("there is nothing to learn from")
+        raise UserError(REFUSED)
