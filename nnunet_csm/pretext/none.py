@@ -9,8 +9,8 @@ from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.pretext.base import Drawn, Pretext, Setup
 
 REFUSED = (
-    "csm.pretext.name is 'none': there is nothing to pretrain; train from scratch (csm.finetuning.encoder 'scratch'; in an arm of "
-    'a study "pretrained": false), or plan with another preset'
+    "csm.pretext.name is 'none': there is nothing to pretrain; train from scratch (csm.finetuning.encoder 'scratch'; in an arm "
+    'of a study "pretrained": false), or plan with another preset'
 )
 
 
