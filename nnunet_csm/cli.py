@@ -20,20 +20,21 @@ NUM_PROCESSES = min(8, num_cores())
 NUMBERS = ("nnUNet_def_n_proc", "nnUNet_n_proc_DA", "nnUNet_npp", "nnUNet_nps")
 # commands of earlier versions -> what does their work now
 RENAMED = {
-    "classification_check": "doctor -d ID",
-    "evaluate_classes": "evaluate -pred CSV ...",
-    "export_msd": "convert to_msd -i FOLDER -o ARCHIVE -task TASK",
-    "fill_missing": "predict --fill_missing_only -d ID -i FOLDER -o FOLDER",
-    "preprocess": "plan_and_preprocess -d ID -preprocess_only PLANS",
+    "classification_check": ["doctor"],
+    "evaluate_classes": ["evaluate"],
+    "export_msd": ["convert", "to_msd"],
+    "fill_missing": ["predict", "--fill_missing_only"],
+    "preprocess": ["plan_and_preprocess", "-preprocess_only"],
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command; a `UserError` ends in exit code 2 without a traceback."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = list(sys.argv[1:] if arguments is None else arguments)
     with exit_on_user_error():
         if given and given[0] in RENAMED:
-            raise UserError(f"`nnunet_csm {given[0]}` is now `nnunet_csm {RENAMED[given[0]]}`; see its --help")
+            print(f"`nnunet_csm {given[0]}` is now `nnunet_csm {' '.join(RENAMED[given[0]])}`, which is run", file=sys.stderr)
+            given[:1] = RENAMED[given[0]]
         args = build_parser().parse_args(given)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
