@@ -113,8 +113,13 @@ def test_formats_are_those_that_can_be_read():
 @pytest.mark.parametrize(("name", "flags"), [("preprocess", ["-np", "1"]), ("fill_missing", ["-i", "in", "-o", "out"])])
 def test_an_old_name_runs_the_new_command_and_says_so(name, flags, monkeypatch, capsys):
     new, seen = cli.RENAMED[name], []
+
+    def command(args):
+        seen.append(args)
+        return 0
+
     monkeypatch.setattr(cli.nnunet, "dataset_name", lambda name: name)
-    monkeypatch.setattr(cli.commands, new[0], lambda args: seen.append(args) or 0)
+    monkeypatch.setattr(cli.commands, new[0], command)
     assert cli.main([name, "-d", "1", *flags]) == 0 == cli.main([*new, "-d", "1", *flags])
     assert seen[0] == seen[1]
     assert capsys.readouterr().err.splitlines() == [f"`nnunet_csm {name}` is now `nnunet_csm {' '.join(new)}`, which is run"]
