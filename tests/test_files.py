@@ -43,11 +43,11 @@ def test_a_full_disk_is_named(tmp_path: Path, number: int) -> None:
 
 
 def test_a_library_that_calls_a_full_disk_otherwise_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunet_csm import files
+    from nnunet_csm import errors
 
     with pytest.raises(RuntimeError, match="unexpected pos"), whole(tmp_path / "a"):
         raise RuntimeError("unexpected pos")
-    monkeypatch.setattr(files, "ROOM", 2**63)
+    monkeypatch.setattr(errors, "ROOM", 2**63)
     with pytest.raises(UserError, match="no room"), whole(tmp_path / "a"):
         raise RuntimeError("unexpected pos")
 

@@ -1,6 +1,8 @@
 """Dice, sensitivity, precision and volumes of a folder of predicted segmentations, per label and per region."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,12 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from jaxtyping import Int
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.regions import Structure, foreground_of, structures_of
 from nnunet_csm.evaluation.scores import METRICS, Scores
+from nnunet_csm.machine import in_processes
 
 # Headers hold float32: 0.1 % is far above their rounding and far below any real difference.
 SPACING_TOLERANCE = 1e-3
@@ -53,11 +55,12 @@ def evaluate_folder(
             f"{prediction_folder}: no prediction for {len(missing)} of {len(references)} references ({shown}); "
             "predict them, or take their references out of the reference folder"
         )
-    score = delayed(_score_case)
-    jobs = (score(case, file, predictions[case], structures, sorted(declared), ignore) for case, file in references.items())
-    scored = Parallel(n_jobs=max(1, min(num_processes, len(references))), return_as="generator")(jobs)
-    bar = tqdm(scored, total=len(references), desc="evaluating", unit="case", disable=not progress_bar)
-    table = pd.DataFrame([row for rows in bar for row in rows], columns=["case", "structure", "kind", *METRICS])
+    score = partial(_score_case, structures=structures, declared=sorted(declared), ignore=ignore)
+    jobs = [(case, file, predictions[case]) for case, file in references.items()]
+    with closing(in_processes(score, jobs, num_processes)) as scored:
+        bar = tqdm(scored, total=len(references), desc="evaluating", unit="case", disable=not progress_bar)
+        rows = dict(bar)
+    table = pd.DataFrame([row for job in jobs for row in rows[job]], columns=["case", "structure", "kind", *METRICS])
     return Scores(table, structures, not_scored=tuple(sorted(predictions.keys() - references.keys())))
 
 
@@ -72,14 +75,16 @@ def _files_in(folder: Path, file_ending: str) -> dict[str, Path]:
 
 
 def _score_case(
-    case: str,
-    reference_file: Path,
-    prediction_file: Path,
+    job: tuple[str, Path, Path],
     structures: Sequence[Structure],
     declared: Sequence[int],
     ignore: int | None,
 ) -> list[dict[str, Any]]:
-    """Rows of `Scores.table`. Everything follows from one joint count of labels, so a region costs no pass over the voxels."""
+    """Rows of `Scores.table` for a case, its reference and its prediction.
+
+    Everything follows from one joint count of labels, so a region costs no pass over the voxels.
+    """
+    case, reference_file, prediction_file = job
     reference, spacing = _read_segmentation(reference_file, declared)
     prediction, prediction_spacing = _read_segmentation(prediction_file, declared)
     remedy = "export the prediction on the grid of the reference"

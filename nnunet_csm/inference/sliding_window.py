@@ -7,7 +7,10 @@ differs by when it sees a sample in another batch.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -39,9 +42,16 @@ class BatchedPredictor(nnUNetPredictor):
 
     Attributes:
         num_samples: patches, mirrored ones included, that pass the network together at most; None before it is known.
+        given_up: a file that is there when an output could not be written.
     """
 
     num_samples: int | None = None
+    given_up: Path | None = None
+
+    def predict_from_data_iterator(self, data_iterator: Iterator[Any], *given: Any, **named: Any) -> Any:
+        """As stock, but no further case is predicted when one could not be written; its error is told by then."""
+        wanted = takewhile(lambda _: self.given_up is None or not self.given_up.exists(), data_iterator)
+        return super().predict_from_data_iterator(wanted, *given, **named)
 
     @torch.inference_mode()
     def _internal_predict_sliding_window_return_logits(

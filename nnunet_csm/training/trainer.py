@@ -36,6 +36,7 @@ from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder, check_encoder
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.pretext.base import setup_of
+from nnunet_csm.processes import stoppable
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
 from nnunet_csm.training.progress import Progress
@@ -156,7 +157,8 @@ class CSMTrainer(nnUNetTrainer):
         return alone(self.output_folder, "training") if self.ranks.rank == 0 else nullcontext()
 
     def run_training(self) -> None:
-        with exit_on_user_error(), lost_rank_explained(self.ranks), self.only_one():
+        advice = "go on from the latest checkpoint with --c"
+        with stoppable(advice), exit_on_user_error(), lost_rank_explained(self.ranks), self.only_one():
             super().run_training()
 
     def on_train_start(self) -> None:
@@ -303,8 +305,9 @@ class CSMTrainer(nnUNetTrainer):
         mean = float(self.ranks.sum(loss.mean()))
         self.progress.end_epoch()
         if not np.isfinite(mean):
-            raise RuntimeError(
-                f"the loss is {mean} in epoch {self.current_epoch}; lower the stage's learning rate in the csm block of the plans"
+            raise UserError(
+                f"{self.output_folder}: the loss is {mean} in epoch {self.current_epoch}, expected a number; lower the stage's "
+                f"learning rate in the csm block of the plans and train afresh (checkpoints of earlier epochs are kept)"
             )
         super().on_train_epoch_end([{"loss": np.asarray(mean)}])
         self.print_to_log_file(f"{self.progress.crops_per_second:.1f} crops/s, {self.progress.left(1.0)} left")
