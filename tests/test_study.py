@@ -574,7 +574,7 @@ def test_a_dry_run_tells_runs_and_costs_and_writes_no_plans(
 
 def study_of_warm_steps(*arguments: str) -> int:
     """`nnunet_csm study`, in a process of its own, whose steps start warm as well and end with it."""
-    execution.run_command = warm_step
+    execution.run_command = warm_step  # type: ignore[assignment]
     return cli.main(["study", *arguments])
 
 

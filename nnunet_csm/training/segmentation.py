@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.draws import Purpose, What, batches, key, seed_everything
-from nnunet_csm.data.sources import split
+from nnunet_csm.data.sources import check_preprocessed, split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.export import whole_exports
 from nnunet_csm.judging import encoder_share
@@ -177,9 +177,6 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
                 f"{name} is trained on regions, which overlap: the refinement of uncertain voxels (fusion.refinement in "
                 f"arch_kwargs) wants classes that exclude each other; make it 'none'"
             )
-        if self.ranks.rank == 0:
-            # of an earlier run
-            (Path(self.output_folder) / encoder_share.FILE).unlink(missing_ok=True)
         finetuning = self.settings.csm.finetuning
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
 
@@ -229,7 +226,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         with exit_on_user_error():
-            self.check_preprocessed()
+            check_preprocessed(self.settings.csm.sources, self.plans_manager.dataset_name, nnunet.folder("nnUNet_preprocessed"))
         with no_worker_processes():
             training, validation = super().get_dataloaders()
         pin = self.device.type == "cuda"
