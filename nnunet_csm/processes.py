@@ -114,6 +114,9 @@ def _say() -> None:
 
 def kill_workers() -> None:
     """End the processes that `multiprocessing` started here, at once."""
+    if threading.current_thread() is threading.main_thread():
+        # torch has a handler that takes the end of a worker for an error of its own
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
 

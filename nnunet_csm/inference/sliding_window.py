@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.segmenter import CSMSegmenter
 
@@ -65,7 +66,8 @@ class BatchedPredictor(nnUNetPredictor):
             do_on_device: keep image and results on the network's device, otherwise in the CPU's memory.
 
         Raises:
-            RuntimeError: a sum that fp16 cannot hold, or no memory even for one sample.
+            UserError: a sum that fp16 cannot hold.
+            RuntimeError: no memory even for one sample.
         """
         device = self.device if do_on_device else torch.device("cpu")
         data = data.to(device)
@@ -83,7 +85,7 @@ class BatchedPredictor(nnUNetPredictor):
                 bar.update(len(tiles))
         torch.div(logits, weights, out=logits)
         if torch.any(torch.isinf(logits)):
-            raise RuntimeError("logits are too large for sums in fp16; the training of this checkpoint has diverged")
+            raise UserError("logits are too large for sums in fp16: the training of this checkpoint has diverged; train it again")
         return logits
 
     def _predict_tiles(self, data: Tensor, slicers: Sequence[Tile]) -> Iterator[tuple[Sequence[Tile], Tensor]]:
