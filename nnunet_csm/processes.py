@@ -22,7 +22,7 @@ from nnunet_csm.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # from the signal to the end of everything: less than the 10 s that `docker stop` waits
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 7.0
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
