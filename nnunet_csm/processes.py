@@ -121,6 +121,19 @@ def kill_workers() -> None:
         child.kill()
 
 
+@contextmanager
+def no_worker_left() -> Iterator[None]:
+    """When the block fails, end the workers that were started in it: they would tell at length that nobody is there any more."""
+    before = multiprocessing.active_children()
+    try:
+        yield
+    except BaseException:
+        for child in multiprocessing.active_children():
+            if child not in before:
+                child.kill()
+        raise
+
+
 def run_command(arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None, log: IO[str] | None = None) -> int:
     """Run a command to its end, from any thread, and have it end with this process.
 

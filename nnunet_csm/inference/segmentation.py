@@ -25,6 +25,7 @@ from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.sliding_window import BatchedPredictor
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
+from nnunet_csm.processes import no_worker_left
 from nnunet_csm.raw.check import check_inputs
 from nnunet_csm.raw.volumes import READABLE_ENDINGS
 
@@ -123,7 +124,7 @@ def write_predictions(predictor: BatchedPredictor, outputs: Mapping[Path, list[s
         UserError: an output cannot be written, or a process beside this one was killed.
     """
     given = list(outputs.values()), [str(path) for path in outputs], request.save_probabilities
-    with whole_exports(predict_from_raw_data, request.output) as unfinished:
+    with whole_exports(predict_from_raw_data, request.output) as unfinished, no_worker_left():
         predictor.given_up = unfinished / FAILED
         # with a single case there is nothing to overlap, and starting processes takes longer than many a network
         if request.num_preprocessing == 0 or len(outputs) == 1:
