@@ -167,20 +167,25 @@ def follow_parent() -> None:
     Workers that wait for work never notice that nobody is there to give them any.
     """
     if "--multiprocessing-fork" in sys.orig_argv or multiprocessing.parent_process() is not None:
-        _follow()
+        _follow(None)
 
 
-def _follow() -> None:
+def _follow(parent: int | None) -> None:
     if _this.watched:
         return
     _this.watched = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
-def _watch(parent: int) -> None:
+def _watch(forked_by: int | None) -> None:
+    # a process that was not forked may have lost its parent while it read its modules, and knows only then who that was
+    while forked_by is None and multiprocessing.parent_process() is None:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    told = multiprocessing.parent_process()
+    parent = told.pid if forked_by is None and told is not None else forked_by
     while os.getppid() == parent:
         time.sleep(SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -190,7 +195,7 @@ def _after_fork() -> None:
     """A forked child has its parent's handlers."""
     if _this.advice is not None:
         _this.watched, _this.number, _this.commands = False, None, set()
-        _follow()
+        _follow(os.getppid())
 
 
 os.register_at_fork(after_in_child=_after_fork)
