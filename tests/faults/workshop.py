@@ -1,5 +1,6 @@
 """A small dataset with everything that is made of it, and the commands that read its files."""
 
+import json
 import resource
 import shutil
 import sys
@@ -208,6 +209,8 @@ def build(root: Path) -> None:
     write_task(spec, root, 6, 2, task_id=90)
     shutil.copy(Path(__file__).parents[1] / "tiny.json", root)
     shutil.copy(Path(__file__).with_name("study.json"), root)
+    study = json.loads((root / "study.json").read_text("utf-8"))
+    (root / "scratch.json").write_text(json.dumps({**study, "arms": study["arms"][:1]}))
     for arguments in (
         ("convert", "bt_msd", "-i", TASK, "-d", "900", "-name", "Phantom", "-np", "1"),
         (),
