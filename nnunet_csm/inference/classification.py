@@ -27,7 +27,7 @@ from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.segmentation import complete_cases
 from nnunet_csm.raw.cases import write_image
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
 
