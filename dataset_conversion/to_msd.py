@@ -28,7 +28,8 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
 from nnunet_csm.raw.manifest import software
-from nnunet_csm.raw.volumes import UNREADABLE_ERRORS, sha256
+from nnunet_csm.raw.nifti import UNREADABLE_ERRORS
+from nnunet_csm.raw.volumes import sha256
 
 from .msd_task import ENDING, Task, read_task
 

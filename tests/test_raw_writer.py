@@ -1,6 +1,7 @@
 """Cases on one grid, where their headers put them; nothing wrong goes through unnamed, nothing half-written looks whole."""
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -22,7 +23,6 @@ from hypothesis import strategies as st
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole_folder
 from nnunet_csm.raw import cases as written_cases
-from nnunet_csm.raw import volumes
 from nnunet_csm.raw.check import check_dataset
 from nnunet_csm.raw.grid import Grid, labels_of, reference_series, refuse_loss, refuse_misplaced, register_rigidly, resampled
 from nnunet_csm.raw.manifest import MANIFEST
@@ -124,7 +124,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, share: float) 
 def test_a_zipped_file_whose_content_is_truncated_is_refused(tmp_path: Path) -> None:
     volume = save(image_of(noise()), tmp_path / "a.nii")
     _cut(volume.path, 0.8)
-    (tmp_path / "b.nii.gz").write_bytes(volumes.gzip.compress(volume.path.read_bytes()))
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(volume.path.read_bytes()))
     with pytest.raises(CaseError, match=r"b\.nii\.gz is truncated: \d+ bytes of \d+"):
         read_volume(Volume(tmp_path / "b.nii.gz"))
 

@@ -13,7 +13,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_csm.errors import reason
 from nnunet_csm.fingerprint.record import NO_FILE, UNREADABLE
-from nnunet_csm.raw.volumes import refuse_truncated
+from nnunet_csm.raw.nifti import check_nifti
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _num_zeroed_in_nifti(path: Path) -> int:
     header = image.header
     size = int(header.get_data_offset()) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
     if path.suffix == ".gz" and _size_told_by_gzip(path) != size % 2**32:
-        refuse_truncated(path)
+        check_nifti(path)
     if not np.issubdtype(image.get_data_dtype(), np.floating):
         return 0
     voxels = np.asanyarray(image.dataobj)

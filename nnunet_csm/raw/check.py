@@ -11,8 +11,9 @@ import numpy as np
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import channel_names, read_json
+from nnunet_csm.raw.nifti import NIFTI_ENDINGS, read_nifti
 from nnunet_csm.raw.subjects import CaseError
-from nnunet_csm.raw.volumes import NIFTI_ENDINGS, read_header, read_nifti
+from nnunet_csm.raw.volumes import read_header
 
 # What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
 HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
