@@ -34,6 +34,9 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     images: dict[Volume, sitk.Image] = {}
     for path in dict.fromkeys(volume.path for volume in volumes):
         of_this_file = [volume for volume in dict.fromkeys(volumes) if volume.path == path]
+        if path.is_dir():
+            images.update((volume, _read_dicom(volume)) for volume in of_this_file)
+            continue
         whole, holes = _read(path)
         for volume in of_this_file:
             images[volume] = _selected(whole, volume)
@@ -82,21 +85,25 @@ def described(volume: Volume) -> str:
 
 
 def _read(path: Path) -> tuple[sitk.Image, dict[int, Holes]]:
-    """Content of a file or of a DICOM folder, 3-D or 4-D, with scalar voxels; which volumes have voxels that are no numbers."""
+    """Content of a file, 3-D or 4-D, with scalar voxels; which volumes have voxels that are no numbers."""
     if not path.exists():
         raise CaseError(f"{path} does not exist; correct the path, or leave this series out")
-    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+    if not os.access(path, os.R_OK):
         raise CaseError(f"{path} may not be read by this user; change its permission (chmod +r)")
-    if path.is_dir():
-        from nnunet_csm.raw.dicom import read_dicom_series
-
-        return _scalar_image(read_dicom_series(path), path), {}
     if not path.name.endswith(READABLE_ENDINGS):
         raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
         raise CaseError(f"{path} is empty (0 bytes); copy it again, or leave this series out")
     holes = check_nifti(path) if path.name.endswith(NIFTI_ENDINGS) else {}
     return _scalar_image(_read_file(path), path), holes
+
+
+def _read_dicom(volume: Volume) -> sitk.Image:
+    from nnunet_csm.raw.dicom import read_dicom_series
+
+    image = _scalar_image(read_dicom_series(volume.path, volume.index), volume.path)
+    _refuse_holes(_holes(image), volume)
+    return image
 
 
 def _read_file(path: Path) -> sitk.Image:
