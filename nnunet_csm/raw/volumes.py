@@ -9,6 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_csm.errors import reason
+from nnunet_csm.listing import file_problem
 from nnunet_csm.raw.nifti import NIFTI_ENDINGS, Holes, check_nifti, read_sheared
 from nnunet_csm.raw.subjects import CaseError, Volume
 
@@ -24,6 +25,7 @@ def read_volume(volume: Volume) -> sitk.Image:
 def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     """3-D images in the given order; a file that holds several of them is read once.
 
+    Whatever a library raises on a damaged file is a `CaseError`: one bad file never ends a conversion of many.
     Nothing but geometry comes with them: entries of headers, which may name the patient, are dropped.
 
     Raises:
@@ -37,7 +39,12 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
         if path.is_dir():
             images.update((volume, _read_dicom(volume)) for volume in of_this_file)
             continue
-        whole, holes = _read(path)
+        try:
+            whole, holes = _read(path)
+        except CaseError:
+            raise
+        except Exception as error:
+            raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
         for volume in of_this_file:
             images[volume] = _selected(whole, volume)
             _refuse_holes(holes.get(volume.index or 0) or _holes(images[volume]), volume)
@@ -46,6 +53,8 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
 
 def read_header(path: Path) -> sitk.ImageFileReader:
     """Size, geometry and entries of a file. Raises `CaseError`."""
+    if problem := file_problem(path):
+        raise CaseError(problem)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -86,10 +95,10 @@ def described(volume: Volume) -> str:
 
 def _read(path: Path) -> tuple[sitk.Image, dict[int, Holes]]:
     """Content of a file, 3-D or 4-D, with scalar voxels; which volumes have voxels that are no numbers."""
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CaseError(f"{path} does not exist; correct the path, or leave this series out")
-    if not os.access(path, os.R_OK):
-        raise CaseError(f"{path} may not be read by this user; change its permission (chmod +r)")
+    if problem := file_problem(path):
+        raise CaseError(problem)
     if not path.name.endswith(READABLE_ENDINGS):
         raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
