@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from nnunet_csm.data.diagnoses import COLUMNS
+from nnunet_csm.data.diagnoses import COLUMNS, alike_classes
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole_folder
@@ -173,6 +173,8 @@ def _check_cases(cases: Sequence[Case], dataset: Dataset) -> None:
     if both:
         msg = f"patient {min(both)} has training and test cases; put all cases of a patient on one side"
         raise UserError(msg + (f" (and {len(both) - 1} more patients)" if len(both) > 1 else ""))
+    if alike := alike_classes(diagnosis.name for case in cases for diagnosis in case.diagnoses):
+        raise UserError(f"{alike[0]}; give them one spelling in the table of the release")
     labels = _label_values(dataset)
     for case in cases:
         name = case.identifier
