@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.regions import Structure, foreground_of, structures_of
 from nnunet_csm.evaluation.scores import METRICS, Scores
+from nnunet_csm.listing import files_in
 from nnunet_csm.raw.geometry import described_misfit
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import look_at, read_volume
@@ -68,7 +69,7 @@ def _files_in(folder: Path, file_ending: str) -> dict[str, Path]:
     """Case to its file, sorted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the segmentations")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(file_ending) and not path.name.startswith("."))
+    files = files_in(folder, file_ending)
     if not files:
         raise UserError(f"{folder}: no file ends with {file_ending}; give the folder that holds the segmentations")
     return {path.name.removesuffix(file_ending): path for path in files}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import files_in, hidden_in
 from nnunet_csm.nnunet import channel_names, read_json
 from nnunet_csm.raw import nifti
 from nnunet_csm.raw.geometry import Grid
@@ -58,6 +59,9 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     reader = dataset_json.get("overwrite_image_reader_writer")
     if "dataset" in dataset_json:
         return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending, reader)
+    for part in ("imagesTr", "labelsTr"):
+        if (folder / part).is_dir() and (hidden := hidden_in(folder / part, ending)):
+            raise UserError(_about_hidden(hidden))
     if not (folder / "imagesTr").is_dir():
         raise UserError(f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json")
     if not has_labels(dataset_json):
@@ -119,6 +123,15 @@ def _checked(
     return [*lines, *(_first(some) for some in (notes, remarks, mixed) if some)]
 
 
+def _about_hidden(hidden: Sequence[Path]) -> str:
+    """nnU-Net lists the folder itself, and takes such a file for an image."""
+    first, more = hidden[0], f" (and {len(hidden) - 1} more there)" if len(hidden) > 1 else ""
+    if first.name.startswith("._"):
+        what = "one of the twins that macOS writes beside files, no image"
+        return f"{first}{more} is {what}, which nnU-Net takes for one; remove them with: dot_clean -m, or rm '{first.parent}'/._*"
+    return f"{first}{more} is hidden, and nnU-Net takes it for an image all the same; move it elsewhere, or give it another name"
+
+
 def _first(messages: Sequence[str]) -> str:
     return messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else "")
 
@@ -127,7 +140,7 @@ def files_by_case(folder: Path, names: Sequence[str], ending: str) -> tuple[dict
     """Case to channel to file, both in order, and the files that nnU-Net would take for something else than they are."""
     pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
     cases, problems = dict[str, dict[int, Path]](), list[str]()
-    for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
+    for path in files_in(folder, ending):
         match = pattern.fullmatch(path.name)
         if match is None:
             problems.append(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
