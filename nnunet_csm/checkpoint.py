@@ -14,6 +14,9 @@ from nnunet_csm import __version__
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
 
+# what a run leaves that the next one in its folder must not be taken for
+OF_A_RUN = ("checkpoint_*.pth", "encoder_share.json", "progress.png")
+
 
 def software() -> dict[str, str]:
     """Versions a result depends on."""
@@ -36,10 +39,21 @@ def plain(value: Any) -> Any:
     return value
 
 
-def save(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write to a temporary name, then rename: a killed run leaves the old file or the new one."""
+def save(checkpoint: dict[str, Any], path: str | Path, first: bool = False) -> Path | None:
+    """Write to a temporary name, then rename: a killed run leaves the old file or the new one.
+
+    Args:
+        checkpoint: what is saved.
+        path: of the file.
+        first: of a run; those of an earlier one are moved away, once this one is written.
+
+    Returns:
+        The folder they went to, see `move_away`.
+    """
     with whole(path) as temporary:
         torch.save(plain(checkpoint), temporary)
+        moved = move_away(Path(path).parent) if first else None
+    return moved
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -61,12 +75,12 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def move_away(folder: str | Path) -> Path | None:
-    """Move the checkpoints of an earlier run into `previous_<time>`, so that none can be taken for the new run's.
+    """Move the checkpoints of an earlier run, and what tells of them, into `previous_<time>`: none is taken for the new run's.
 
     Returns:
         The folder they went to, or None when there were none.
     """
-    stale = sorted(Path(folder).glob("checkpoint_*.pth"))
+    stale = sorted(file for name in OF_A_RUN for file in Path(folder).glob(name))
     if not stale:
         return None
     target = Path(folder) / f"previous_{datetime.now():%Y%m%d_%H%M%S_%f}"

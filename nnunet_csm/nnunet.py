@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,12 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgenerators.utilities.file_and_folder_operations import save_json as save_as_json
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_csm.errors import FOLDER_VARIABLES as FOLDER_VARIABLES
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
+from nnunet_csm.processes import follow_parent, run_command, stoppable
 
 TRAINER_VARIABLE = "nnUNet_extTrainer"
-FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 NUM_FOLDS, SPLIT_SEED = 5, 12345  # of its own splits
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_ext"
 
@@ -101,8 +101,7 @@ def run_apart(entry_point: str, arguments: Sequence[str]) -> int:
     Returns:
         Its exit code.
     """
-    code = f"from nnunet_csm import nnunet; import sys; nnunet.run({entry_point!r}, sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode
+    return run_command(["-m", "nnunet_csm.nnunet", entry_point, *arguments])
 
 
 def run(entry_point: str, arguments: Sequence[str]) -> None:
@@ -120,3 +119,11 @@ def run(entry_point: str, arguments: Sequence[str]) -> None:
         getattr(importlib.import_module(module), function)()
     finally:
         sys.argv = before
+
+
+if __name__ == "__mp_main__":
+    follow_parent()
+elif __name__ == "__main__":
+    # `python -m nnunet_csm.nnunet ENTRY_POINT [ARGUMENTS ...]`: such a command in a process of its own, see `run_apart`
+    with stoppable("see the command that started it"):
+        run(sys.argv[1], sys.argv[2:])

@@ -15,7 +15,7 @@ from nnunet_csm.plans import Source, read_configuration
 def is_preprocessed(source: Source) -> bool:
     """Whether all cases of a source are there."""
     try:
-        return bool(case_names(source, nnunet.folder("nnUNet_preprocessed")))
+        return bool(case_names(source, nnunet.folder("nnUNet_preprocessed"), source.labelled))
     except UserError:
         return False
 

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.files import write_text
 from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_cores
+from nnunet_csm.processes import run_command
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
 from nnunet_csm.training.yardstick import SECONDS_FILE
@@ -117,11 +116,10 @@ def step(path: Path, place: Place, *command: str) -> None:
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
-        arguments = [sys.executable, "-m", "nnunet_csm.study.measured", str(path), *command]
-        done = subprocess.run(arguments, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode or not path.is_file():
+        code = run_command(["-m", "nnunet_csm.study.measured", str(path), *command], environment, log)
+    if code or not path.is_file():
         raise UserError(
-            f"run {folder.name}: {name} ended with exit code {done.returncode}, see {folder / 'log.txt'}; mend that, and start "
+            f"run {folder.name}: {name} ended with exit code {code}, see {folder / 'log.txt'}; mend that, and start "
             f"the study again to go on"
         )
 
