@@ -160,7 +160,7 @@ def test_whole_numbers_will_do_for_rates():
 
 
 @pytest.mark.parametrize("path", [["patch_size"], ["csm", "pretraining_patch_size"]])
-@pytest.mark.parametrize("size", [[4, 12, 11], [1, 12, 10], [0, 12, 10], [-4, 12, 10]])
+@pytest.mark.parametrize("size", [[4, 12, 11], [1, 12, 10], [6, 12, 11]])
 def test_a_patch_that_is_no_multiple_of_the_token_is_refused_with_both_sizes(path, size):
     message = refused(edited(path, size))
     assert path[-1] in message and str(tuple(size)) in message and str(TOKEN_SIZE) in message
@@ -171,10 +171,12 @@ def test_a_patch_that_is_no_multiple_of_the_token_is_refused_with_both_sizes(pat
     [
         (["architecture", "arch_kwargs", "token_size"], [2, 3, 2], "powers of two"),
         (["architecture", "arch_kwargs", "token_size"], [1, 1, 1], "powers of two"),
-        (["architecture", "arch_kwargs", "token_size"], [0, 4, 2], "powers of two"),
+        (["architecture", "arch_kwargs", "token_size"], [0, 4, 2], "token_size[0] is 0, expected 1 <= token_size[0]"),
+        (["patch_size"], [-4, 12, 10], "patch_size[0] is -4, expected 1 <= patch_size[0]"),
+        (["patch_size"], [4, 12 * 2**12, 10 * 2**12], "more than 2,147,483,648 voxels"),
         (["architecture", "arch_kwargs", "width"], 25, "multiple of num_heads 2"),
         (["architecture", "arch_kwargs", "depth"], 1, "depth 1 is too small"),
-        (["architecture", "arch_kwargs", "num_heads"], 0, "num_heads 0"),
+        (["architecture", "arch_kwargs", "num_heads"], 0, "num_heads is 0, expected 1 <= num_heads"),
         (["csm", "pretext", "reconstruction", "width"], 4, "width 4"),
         (["csm", "pretext", "reconstruction", "num_heads"], 5, "multiple of num_heads 5"),
         (["csm", "pretext", "masking", "mask_ratio"], 1.0, "mask_ratio is 1.0"),

@@ -24,7 +24,7 @@ from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import whole
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import SPLITS
-from nnunet_csm.schema import from_dict
+from nnunet_csm.schema import JsonName, Positive, Seed, from_dict
 from nnunet_csm.training.trainer import CUDA
 
 # an epoch takes at most the tenth part of the time
@@ -42,9 +42,9 @@ class Yardstick:
     `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`; `seed` draws the initial weights.
     """
 
-    minutes: float
-    splits: str
-    seed: int = 0
+    minutes: Positive
+    splits: JsonName
+    seed: Seed = 0
 
 
 def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
@@ -57,14 +57,7 @@ def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
         raise UserError(
             f'{source} has no key csm_yardstick; add "csm_yardstick": {{"minutes": 60, "splits": "{SPLITS}"}} beside plans_name'
         )
-    yardstick = from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
-    if not 0 < yardstick.minutes < math.inf:
-        raise UserError(f"{source}: csm_yardstick.minutes is {yardstick.minutes}, expected a number above 0")
-    if "/" in yardstick.splits or not yardstick.splits.endswith(".json"):
-        raise UserError(
-            f"{source}: csm_yardstick.splits is {yardstick.splits!r}, expected the name of a JSON file in the preprocessed folder"
-        )
-    return yardstick
+    return from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
 
 
 class TimeIsUp(Exception):  # noqa: N818, no error
