@@ -13,7 +13,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 from nnunet_csm.errors import UserError, reason
 from nnunet_csm.files import whole
-from nnunet_csm.host_files import FOLDS, check_channels, check_dataset_json, check_splits
+from nnunet_csm.host_files import FOLDS, check_channels, check_dataset_json, check_plans, check_splits
 from nnunet_csm.schema import parse_json
 
 TRAINER_VARIABLE = "nnUNet_extTrainer"
@@ -97,6 +97,17 @@ def read_dataset_json(path: Path, remedy: str) -> dict[str, Any]:
     content: dict[str, Any] = read_json(path, remedy)
     check_dataset_json(content, str(path))
     return content
+
+
+def read_plans(path: Path, remedy: str) -> dict[str, Any]:
+    """Plans of nnU-Net's or ours.
+
+    Raises:
+        UserError: no such file, or what is to be a name in it is a path.
+    """
+    plans: dict[str, Any] = read_json(path, remedy)
+    check_plans(plans, str(path))
+    return plans
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

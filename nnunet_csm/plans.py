@@ -286,7 +286,7 @@ def read_configuration(plans: Mapping[str, Any], name: str, source: str) -> Conf
         UserError: no such configuration, no `csm` block, an unknown or missing key, a value of the wrong type, or a
             patch that is no multiple of the token.
     """
-    return parse_configuration(_entry(plans, name, source), f"{source}: configurations.{name}")
+    return parse_configuration(configuration_of(plans, name, source), f"{source}: configurations.{name}")
 
 
 def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Architecture:
@@ -295,7 +295,7 @@ def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Archi
     Raises:
         UserError: no such configuration, or not a network of ours.
     """
-    return _architecture(_entry(plans, name, source), f"{source}: configurations.{name}")
+    return _architecture(configuration_of(plans, name, source), f"{source}: configurations.{name}")
 
 
 def _architecture(entry: Mapping[str, Any], where: str) -> Architecture:
@@ -310,7 +310,12 @@ def parse_architecture(kwargs: Any, where: str) -> Architecture:
     return from_dict(Architecture, network_brought_up(kwargs), where)
 
 
-def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+def configuration_of(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    """A configuration of plans, ours or nnU-Net's, with its inheritance resolved.
+
+    Raises:
+        UserError: there is none of that name, or what is to be a name in the plans is a path.
+    """
     check_plans(plans, source)
     configurations = plans["configurations"]
     if name not in configurations:

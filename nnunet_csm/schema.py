@@ -114,8 +114,8 @@ def parse_json(content: bytes, where: str, remedy: str, kind: type = dict) -> An
     if deep:
         raise UserError(f"{where}: brackets within brackets, expected at most {MOST_NESTED} levels of them; {remedy}")
     if not isinstance(data, kind):
-        expected = "an object" if kind is dict else "a list"
-        raise UserError(f"{where}: holds {shown(data)}, expected {expected} of JSON; is it the right file? {remedy}")
+        expected = "object" if kind is dict else "list"
+        raise UserError(f"{where}: holds {shown(data)}, expected a JSON {expected}; is it the right file? {remedy}")
     if NO_CHARACTER.search(text) and not all(_is_text(one) for one in _strings(data)):
         raise UserError(f"{where}: a string holds \\u0000, or half of a character; correct it")
     return data

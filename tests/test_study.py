@@ -135,7 +135,7 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"arms": [SCRATCH, SCRATCH]}, "name of its own"),
         ({"arms": []}, "at least one"),
         ({"baseline": "nobody"}, "none of the arms"),
-        ({"labels": [0.0]}, "labels[0] is 0.0, expected 0 < labels[0] <= 1"),
+        ({"labels": [0.0]}, r"labels\[0\] is 0.0, expected 0 < labels"),
         ({"labels": [0.5, 0.5]}, "each once"),
         ({"repeats": {"kind": "folds", "number": 1}}, "2 folds"),
         ({"search": {"pretraining.learning_rate": [1]}}, "concerns pretraining"),

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError
-from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
+from nnunet_csm.host_files import check_known
+from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, read_dataset_json, read_json, read_splits, save_json
 from nnunet_csm.plans import SPLITS, Source
 
 
@@ -71,9 +71,10 @@ def expected_cases(source: Source, preprocessed: Path) -> set[str]:
     folder = preprocessed / source.dataset
     if not source.labelled:
         manifest = folder / f"{source.data_identifier}.manifest.json"
-        return set(load_json(str(manifest))["all_cases"]) if manifest.is_file() else set()
+        return set(read_json(manifest, "move it away").get("all_cases", ())) if manifest.is_file() else set()
     # nnU-Net copies the labels when it has preprocessed all cases
-    ending = load_json(str(folder / "dataset.json"))["file_ending"] if (folder / "dataset.json").is_file() else ".nii.gz"
+    described = folder / "dataset.json"
+    ending = read_dataset_json(described, "copy it from the raw dataset")["file_ending"] if described.is_file() else ".nii.gz"
     return {f.name.removesuffix(ending) for f in (folder / "gt_segmentations").glob(f"*{ending}")}
 
 
@@ -89,9 +90,10 @@ def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLI
                 f"use all of them with fold all, or write {path}"
             )
         save_json(generate_crossval_split([str(name) for name in np.sort(names)], SPLIT_SEED, NUM_FOLDS), path)
-    splits = load_json(str(path))
+    splits = read_splits(path)
     if not fold < len(splits):
         raise UserError(f"{path}: has {len(splits)} folds, fold {fold} is not among them; choose another with -f")
+    check_known(splits[fold], names, f"{path}: fold {fold}")
     return [str(name) for name in splits[fold]["train"]], [str(name) for name in splits[fold]["val"]]
 
 

@@ -113,7 +113,7 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         UserError: a fold that was not trained, with other plans or classes than the others, or by another trainer.
     """
     remedy = f"train with `nnUNetv2_train {request.dataset} {request.configuration} FOLD -tr {TRAINER} -p {request.plans}`"
-    dataset_json = nnunet.read_json(request.model / "dataset.json", remedy)
+    dataset_json = nnunet.read_dataset_json(request.model / "dataset.json", remedy)
     if dataset_json["file_ending"] not in READABLE_ENDINGS:
         known = ", ".join(READABLE_ENDINGS)
         raise UserError(f"files that end in {dataset_json['file_ending']} cannot be classified; convert them to one of {known}")

@@ -136,7 +136,7 @@ def load_model(request: ModelRequest) -> Model:
         # without the moments of the optimiser, which are twice as large
         checkpoints.append({key: loaded.get(key) for key in ("network_weights", "inference_allowed_mirroring_axes")})
     settings = read_configuration(plans, request.configuration, str(plans_file))
-    return Model(folder, nnunet.read_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
+    return Model(folder, nnunet.read_dataset_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
 
 
 def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:

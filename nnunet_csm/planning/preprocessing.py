@@ -35,7 +35,7 @@ def preprocess_datasets(
         remedy = f"plan with `nnunet_csm plan -d {dataset}`"
         plans = nnunet.read_json(path, remedy)
         settings = read_configuration(plans, configuration, str(path))
-        dataset_json = nnunet.read_json(folder / "dataset.json", remedy)
+        dataset_json = nnunet.read_dataset_json(folder / "dataset.json", remedy)
         for source in settings.csm.sources:
             output = folder / source.data_identifier
             if source.dataset != name:

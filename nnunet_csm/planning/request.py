@@ -86,7 +86,7 @@ def described(name: str) -> tuple[dict[str, Any], bool]:
     if (raw / "dataset.json").is_file():
         return load_dataset_json(raw), True
     path = nnunet.folder("nnUNet_preprocessed") / name / "dataset.json"
-    return nnunet.read_json(path, "run nnUNetv2_plan_and_preprocess first"), False
+    return nnunet.read_dataset_json(path, "run nnUNetv2_plan_and_preprocess first"), False
 
 
 def check_raw(name: str) -> None:

@@ -303,7 +303,7 @@ class CSMTrainer(nnUNetTrainer):
         mean = float(self.ranks.sum(loss.mean()))
         self.progress.end_epoch()
         if not np.isfinite(mean):
-            raise RuntimeError(
+            raise UserError(
                 f"the loss is {mean} in epoch {self.current_epoch}; lower the stage's learning rate in the csm block of the plans"
             )
         super().on_train_epoch_end([{"loss": np.asarray(mean)}])

@@ -22,8 +22,9 @@ from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import whole
+from nnunet_csm.host_files import check_network
 from nnunet_csm.machine import keep_freed_memory, num_threads
-from nnunet_csm.plans import SPLITS
+from nnunet_csm.plans import SPLITS, configuration_of
 from nnunet_csm.schema import JsonName, Positive, Seed, from_dict
 from nnunet_csm.training.trainer import CUDA
 
@@ -110,6 +111,9 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
             source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
             # before nnU-Net makes a folder
             self.yardstick = read_yardstick(plans, source)
+            network = configuration_of(plans, configuration, source).get("architecture")
+            if network is not None:  # plans of early nnU-Net have none, and may only mean two networks of its library
+                check_network(network, f"{source}: configurations.{configuration}.architecture")
             self.seconds = 60 * self.yardstick.minutes
         if device.type == "cpu":
             # as the other arms; nnU-Net takes all cores, whatever it was told
