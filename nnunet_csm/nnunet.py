@@ -110,6 +110,13 @@ def read_plans(path: Path, remedy: str) -> dict[str, Any]:
     return plans
 
 
+def path_of_plans(plans: Mapping[str, Any]) -> str:
+    """Where errors say that plans are that a trainer was given. Raises UserError when they are none."""
+    check_plans(plans, "the plans")
+    name, preprocessed = f"{plans['plans_name']}.json", os.environ.get("nnUNet_preprocessed")
+    return name if preprocessed is None else os.path.join(preprocessed, plans["dataset_name"], name)
+
+
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
     """The dataset's own names of its series, in the order of the channels.
 

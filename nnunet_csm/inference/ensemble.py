@@ -136,7 +136,7 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         told[path] = (tuple(saved["classes"]), bool(saved["by_mask_label"]))
         mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
         network = build_classifier(settings, len(nnunet.channel_names(dataset_json)), len(saved["classes"]))
-        network.load_state_dict(saved["network_weights"])
+        checkpoint.load_weights(network, saved["network_weights"], str(path))
         members[fold] = network.eval().to(device)
         entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
         provenance.append(entry | {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved})

@@ -175,10 +175,7 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
     )
     weights = [loaded["network_weights"] for loaded in model.checkpoints]
     for fold, of_fold in zip(request.folds, weights, strict=True):
-        try:
-            network.load_state_dict(of_fold)
-        except RuntimeError as error:
-            raise UserError(f"fold {fold} of {model.folder} holds another network than its plans: {error}") from None
+        checkpoint.load_weights(network, of_fold, f"fold {fold} of {model.folder}")
     mirroring_axes = model.checkpoints[0]["inference_allowed_mirroring_axes"]
     predictor.manual_initialization(network, plans, configuration, weights, model.dataset_json, request.trainer, mirroring_axes)
     return predictor

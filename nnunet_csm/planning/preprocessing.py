@@ -70,6 +70,8 @@ def check_plans(datasets: Sequence[str], plans_name: str, configuration: str, fi
     ids = " ".join(datasets)
     remedy = f"plan with `nnunet_csm plan_and_preprocess -d {ids}{' --joint' if len(names) > 1 else ''}`"
     sources = read_configuration(nnunet.read_json(path, remedy), configuration, str(path)).csm.sources
+    # nnU-Net reads it before our trainers begin
+    nnunet.read_dataset_json(path.with_name("dataset.json"), remedy)
     drawn_on = list(dict.fromkeys(source.dataset for source in sources))
     if not finetuning and (drawn_on[0] != names[0] or (len(names) > 1 and set(drawn_on) != set(names))):
         raise UserError(f"{path}: made for {', '.join(drawn_on)}, the first of which owns the run, not for -d {ids}; {remedy}")

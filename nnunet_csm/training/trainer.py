@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_csm import checkpoint
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
+from nnunet_csm.data.properties import check_properties
 from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone
+from nnunet_csm.host_files import check_dataset_json
 from nnunet_csm.machine import (
     ACCUMULATE_VARIABLE,
     accumulation,
@@ -64,8 +65,8 @@ class CSMTrainer(nnUNetTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
             # before nnU-Net makes a folder
-            name = f"{plans['plans_name']}.json"
-            source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
+            source = nnunet.path_of_plans(plans)
+            check_dataset_json(dataset_json, "dataset.json")
             self.settings = read_configuration(plans, configuration, source)
             check_encoder(self.settings, source)
             self.schedule = self.choose_schedule(self.settings.csm)
@@ -195,6 +196,8 @@ class CSMTrainer(nnUNetTrainer):
         """
         for path in sorted(Path(self.preprocessed_dataset_folder).glob("*.b2nd")):
             open_volumes(path)
+        for path in sorted(Path(self.preprocessed_dataset_folder).glob("*.pkl")):
+            check_properties(path)
 
     def on_train_epoch_start(self) -> None:
         self.iteration = self.current_epoch * self.num_iterations_per_epoch
@@ -388,8 +391,9 @@ class CSMTrainer(nnUNetTrainer):
                         f"began: restore them, or train afresh"
                     )
             self.check_saved(loaded, str(filename_or_checkpoint))
-        super().load_checkpoint(str(filename_or_checkpoint))
-        if self.average is not None:
-            self.average.load(loaded["network_weights"])
-            self.bare_network.load_state_dict(loaded["learning_weights"])
-        self.restore_provenance(loaded)
+        with exit_on_user_error(), checkpoint.going_on(filename_or_checkpoint):
+            super().load_checkpoint(str(filename_or_checkpoint))
+            if self.average is not None:
+                self.average.load(loaded["network_weights"])
+                self.bare_network.load_state_dict(loaded["learning_weights"])
+            self.restore_provenance(loaded)

@@ -4,7 +4,6 @@ Network, loss, augmentation, optimiser and the shape of the learning rate's fall
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -107,8 +105,7 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
-            name = f"{plans['plans_name']}.json"
-            source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
+            source = nnunet.path_of_plans(plans)
             # before nnU-Net makes a folder
             self.yardstick = read_yardstick(plans, source)
             network = configuration_of(plans, configuration, source).get("architecture")
