@@ -127,9 +127,7 @@ def split_lines(name: str) -> list[str]:
             check_known(fold, cases, f"{path}: fold {number}")
             sides = ({patients.get(case, case) for case in fold[side]} for side in ("train", "val"))
             if both := sorted(set.intersection(*sides)):
-                lines[f"fold {number}: patient {both[0]} is in train and in val ({len(both)} such): its scores are too good"] = (
-                    None
-                )
+                lines[f"fold {number}: patient {both[0]} is in train and in val ({len(both)} such); scores are too good"] = None
     return list(lines)
 
 
