@@ -46,8 +46,11 @@ OF_CONFIGURATION: dict[str, Any] = {
 # --- dataset.json ------------------------------------------------------------------------------------------------------------
 
 
-def check_dataset_json(content: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for a dataset.json that nnU-Net cannot follow; `where` is its path."""
+def check_dataset_json(content: Mapping[str, Any], where: str, labelled: bool = True) -> None:
+    """Raise UserError for a dataset.json that nnU-Net cannot follow; `where` is its path.
+
+    Only that of a raw dataset may be without labels (`labelled` False): images to pretrain on.
+    """
     for key in ("labels", "file_ending"):
         if key not in content:
             raise UserError(f"{where} has no {key!r}, only {', '.join(map(shown, sorted(content)))}; add it")
@@ -56,6 +59,8 @@ def check_dataset_json(content: Mapping[str, Any], where: str) -> None:
     if not re.fullmatch(r"(\.\w+)+", ending):
         raise UserError(f"{where}: file_ending is {ending!r}, expected one that begins with a dot, such as .nii.gz; correct it")
     check_labels(content["labels"], content.get("regions_class_order"), where)
+    if labelled and not content["labels"]:
+        raise UserError(f'{where}: labels is {{}}, expected "background": 0 and a label at least; plan and preprocess again')
     if "numTraining" in content:
         read_value(Index, content["numTraining"], f"{where}: numTraining")
     for name, case in read_value(dict[Name, dict[str, Any]], content.get("dataset", {}), f"{where}: dataset").items():
@@ -198,6 +203,11 @@ def check_plans(plans: Mapping[str, Any], where: str) -> None:
         for key, hint in OF_CONFIGURATION.items():
             if key in entry:
                 read_value(hint, entry[key], f"{where}: configurations.{name}.{key}")
+        together = {"spacing": "patch_size", "use_mask_for_norm": "normalization_schemes"}
+        for key, other in together.items():
+            if key in entry and other in entry and len(entry[key]) != len(entry[other]):
+                found = f"{key} has {len(entry[key])} values, {other} {len(entry[other])}"
+                raise UserError(f"{where}: configurations.{name}: {found}; expected as many: plan again")
         seen, heir = {name}, entry
         while "inherits_from" in heir:
             parent = heir["inherits_from"]

@@ -132,10 +132,10 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_deep(data: Any) -> bool:
     level = [data]
-    for _ in range(MOST_NESTED + 1):
+    for _ in range(MOST_NESTED):
         within = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
         level = [one for several in within for one in several]
-    return bool(level)
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _strings(data: Any) -> Iterator[str]:

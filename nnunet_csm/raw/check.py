@@ -32,7 +32,7 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     if "modality" in dataset_json and "channel_names" not in dataset_json:
         msg = f"{path} is of the decathlon's form ('modality'); convert the folder with nnUNetv2_convert_MSD_dataset -i {folder}"
         raise UserError(msg)
-    check_dataset_json(dataset_json, str(path))
+    check_dataset_json(dataset_json, str(path), labelled=False)
     return dataset_json
 
 

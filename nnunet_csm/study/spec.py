@@ -138,7 +138,9 @@ def read_study(name: str) -> Study:
 
 def parse_study(data: Mapping[str, Any], where: str) -> Study:
     """Do as `read_study`, for what stands in the file."""
-    arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in data.get("arms") or []]
+    arms = data.get("arms", [])
+    if isinstance(arms, list):
+        arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in arms]
     study = from_dict(Study, {"changes": {}, **data, "arms": arms}, where)
     _check(study, where)
     return study
