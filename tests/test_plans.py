@@ -119,7 +119,7 @@ def test_an_unknown_key_is_named_with_those_that_are_expected(path):
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (["patch_size"], [8, 8], "patch_size is [8, 8], expected"),
+        (["patch_size"], [8, 8], "patch_size 2; expected as many"),
         (["patch_size"], 8, "patch_size is 8, expected"),
         (["patch_size"], [4, 12, 10.0], "patch_size[2] is 10.0, expected int"),
         (["architecture"], None, "architecture"),

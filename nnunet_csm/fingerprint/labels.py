@@ -13,6 +13,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunet_csm.errors import UserError, reason
 from nnunet_csm.fingerprint.extraction import find_reader
 from nnunet_csm.machine import in_processes
+from nnunet_csm.raw.volumes import NIFTI_ENDINGS, refuse_truncated
 
 # masks that are read sooner than a process has started
 FEW = 50
@@ -81,6 +82,9 @@ def label_files(raw_folder: Path, dataset_json: Mapping[str, Any]) -> list[Path]
 
 def _read_mask(reader: type[BaseReaderWriter], path: Path) -> _Read:
     try:
+        if path.name.endswith(NIFTI_ENDINGS):
+            # of which ITK reads what is missing as 0
+            refuse_truncated(path)
         mask, _ = reader().read_seg(str(path))
     except MemoryError:
         raise
