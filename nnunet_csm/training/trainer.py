@@ -378,7 +378,7 @@ class CSMTrainer(nnUNetTrainer):
                 {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **one.architecture.named}
                 for one in (saved, self.settings)
             ]
-            if "pretext" in self.rests_on:
+            if "pretext" in self.rests_on and saved.csm.pretext.get("name") == self.settings.csm.pretext["name"]:
                 # a default that one file spells out and the other does not is no change
                 for part, one in zip(parts, (saved, self.settings), strict=True):
                     pretext, setup = setup_of(one, str(filename_or_checkpoint))
