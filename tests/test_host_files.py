@@ -118,7 +118,7 @@ def dataset(folder: Path, values: list[list[float]], dtype: type = np.uint8, **c
     for name in ("imagesTr", "labelsTr"):
         (raw / name).mkdir(parents=True)
     for number, of_case in enumerate(values):
-        mask = np.resize(np.array(of_case, dtype), (3, 4, 5))
+        mask: Any = np.resize(np.array(of_case, dtype), (3, 4, 5))
         for path, voxels in (("imagesTr/c{}_0000.nii.gz", np.random.rand(3, 4, 5)), ("labelsTr/c{}.nii.gz", mask)):
             sitk.WriteImage(sitk.GetImageFromArray(voxels), str(raw / path.format(number)))
     content = {"channel_names": {"0": "FLAIR"}, "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz"}
@@ -135,7 +135,7 @@ def test_values_that_are_named_are_taken_and_names_that_no_mask_holds_are_said(t
     assert checked(dataset(tmp_path / "floats", [[0.0, 1.0, 2.0]], np.float32)) == []
     few = checked(dataset(tmp_path / "few", [[0, 1], [0]]))
     assert few == ["no mask of Dataset001_Values holds 2 (b), which dataset.json names"]
-    regions = {"labels": {"background": 0, "w": [1, 2], "c": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    regions: dict[str, Any] = {"labels": {"background": 0, "w": [1, 2], "c": 2, "ignore": 3}, "regions_class_order": [1, 2]}
     assert checked(dataset(tmp_path / "regions", [[0, 1, 2, 3]], **regions)) == []
 
 
@@ -246,7 +246,8 @@ def test_nnunets_part_of_plans_is_looked_at(keys: list, value: object, told: str
 
 def test_other_files_given_as_plans_are_told(tmp_path: Path) -> None:
     path = tmp_path / "nnUNetPlans.json"
-    for content in (DATASET_JSON, {"train": [], "val": []}, {}):
+    others: list[dict[str, Any]] = [DATASET_JSON, {"train": [], "val": []}, {}]
+    for content in others:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"nnUNetPlans.json: no dataset_name; is it a file of plans"):
             nnunet.read_plans(path, "plan again")

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from factories import checkpoint_of, csm_plans
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.properties import check_properties
+from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError
 from nnunet_csm.host_files import check_network
 from nnunet_csm.inheritance import read_inherited
@@ -209,6 +211,14 @@ def test_properties_that_are_none_are_told(tmp_path: Path, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"case.pkl: .*preprocess the dataset again"):
         check_properties(path)
+
+
+def test_a_file_of_voxels_that_holds_an_expression_is_refused(tmp_path: Path) -> None:
+    blosc2.asarray(np.arange(6.0), urlpath=str(tmp_path / "voxels.b2nd"))
+    (blosc2.open(str(tmp_path / "voxels.b2nd")) + 1).save(str(tmp_path / "expression.b2nd"))
+    assert open_volumes(tmp_path / "voxels.b2nd")[:].tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match=r"expression.b2nd: .*preprocess again"):
+        open_volumes(tmp_path / "expression.b2nd")
 
 
 def test_a_trainer_looks_at_them_before_it_learns(planned_dataset, make_trainer, tmp_path: Path, capsys) -> None:
