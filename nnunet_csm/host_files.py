@@ -229,7 +229,7 @@ def check_network(architecture: Mapping[str, Any], where: str, own: str | None =
         expected = own or "dynamic_network_architectures.architectures.MODULE.CLASS"
         raise UserError(f"{where}.network_class_name is {shown(name)}, expected {expected}; nothing else is imported: plan again")
     arguments = read_value(dict[str, Any], architecture.get("arch_kwargs"), f"{where}.arch_kwargs")
-    imported = read_value(tuple[str, ...], architecture.get("_kw_requires_import", ()), f"{where}._kw_requires_import")
+    imported = read_value(tuple[str, ...], architecture.get("_kw_requires_import"), f"{where}._kw_requires_import")
     for key in imported:
         value = arguments.get(key)
         if own or (value is not None and not (isinstance(value, str) and LIBRARY_CLASS.fullmatch(value))):

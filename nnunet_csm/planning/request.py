@@ -16,6 +16,7 @@ from nnunet_csm.planning.presets import read_preset
 from nnunet_csm.raw.check import check_dataset, has_labels, load_dataset_json
 from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.raw.series import SeriesMatch, canonical_series, parse_aliases
+from nnunet_csm.schema import Name, read_value
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def check_request(datasets: Sequence[str], request: PlanRequest, wishes: Wishes)
     names = [nnunet.dataset_name(dataset) for dataset in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"-d {' '.join(datasets)}: names a dataset twice; its cases would count twice")
+    for flag, plans_name in (("-overwrite_plans_name", request.plans_name), ("-p", request.base_plans_name)):
+        read_value(Name, plans_name, flag)
     if request.plans_name == request.base_plans_name:
         raise UserError(f"{request.plans_name}.json holds nnU-Net's plans, which are kept; give another -overwrite_plans_name")
     if request.joint and len(datasets) < 2:
