@@ -127,7 +127,7 @@ def _labels(image: sitk.Image, file: Path, declared: Sequence[int]) -> Int[np.nd
     """The labels of an image, each of them declared."""
     values = sitk.GetArrayFromImage(image)
     lowest, highest = values.min(), values.max()
-    segmentation = values.astype(np.intp) if 0 <= lowest and highest <= LARGEST_LABEL else None
+    segmentation = values.astype(np.intp) if lowest >= 0 and highest <= LARGEST_LABEL else None
     if segmentation is None or not (values.dtype.kind in "iu" or np.array_equal(segmentation, values)):
         raise UserError(f"{file}: values from {lowest} to {highest} found, whole labels from 0 on expected; give label maps")
     if undeclared := sorted(set(np.flatnonzero(np.bincount(segmentation.ravel())).tolist()) - set(declared)):
