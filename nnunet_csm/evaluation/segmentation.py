@@ -21,6 +21,8 @@ from nnunet_csm.raw.geometry import described_misfit
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import look_at, read_volume
 
+LARGEST_LABEL = 2**16 - 1  # what nnU-Net writes
+
 
 def evaluate_folder(
     reference_folder: str | Path,
@@ -127,12 +129,10 @@ def _score_case(
 def _labels(image: sitk.Image, file: Path, declared: Sequence[int]) -> Int[np.ndarray, "z y x"]:
     """The labels of an image, each of them declared."""
     values = sitk.GetArrayFromImage(image)
-    segmentation = values.astype(np.intp)
-    is_label_map = segmentation.min() >= 0 and (values.dtype.kind in "iu" or np.array_equal(segmentation, values))
-    if not is_label_map:
-        raise UserError(
-            f"{file}: values from {values.min()} to {values.max()} found, whole labels from 0 on expected; give label maps"
-        )
+    lowest, highest = values.min(), values.max()
+    segmentation = values.astype(np.intp) if lowest >= 0 and highest <= LARGEST_LABEL else None
+    if segmentation is None or not (values.dtype.kind in "iu" or np.array_equal(segmentation, values)):
+        raise UserError(f"{file}: values from {lowest} to {highest} found, whole labels from 0 on expected; give label maps")
     if undeclared := sorted(set(np.flatnonzero(np.bincount(segmentation.ravel())).tolist()) - set(declared)):
         raise UserError(
             f"{file}: labels {undeclared} found, dataset.json names {list(declared)}; use the dataset.json of these segmentations"
