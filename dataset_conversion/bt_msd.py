@@ -11,6 +11,7 @@ https://doi.org/10.1038/s41467-022-30695-9. The release does not say which cases
 """
 
 import codecs
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,12 @@ def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | Non
     if not test:
         return identifier, release / image, release / entry["label"] if isinstance(entry, dict) and "label" in entry else None
     label = release / "labelsTs" / Path(image).name
-    return identifier, release / image, label if label.is_file() else None
+    return identifier, release / image, label if os.path.isfile(label) else None
 
 
 def _case(identifier: str, image: Path, label: Path | None, series: list[str], labels: Mapping[str, int], test: bool) -> Case:
     for path in (image, *([label] if label else [])):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CaseError(f"{path} is in dataset.json, but not there; unpack the archive again")
     shape = layout.shape_of(image)
     num_volumes = shape[0] if len(shape) == 4 else 1

@@ -65,6 +65,7 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
         return [*check_inputs(folder / "imagesTr", names, ending), "no labels in dataset.json: images to pretrain on"]
     if not (folder / "labelsTr").is_dir():
         raise UserError(f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json')
+    _refuse_patients_as_channels(folder, ending)
     cases, problems = _found_cases(folder / "imagesTr", names, ending, labels=folder / "labelsTr")
     lines = _checked(folder / "imagesTr", cases, problems, names, ending, reader)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
@@ -118,6 +119,18 @@ def _checked(
     lines = [f"{count} in {folder}: all have {', '.join(names)}{' and a label' if cases[0].label else ''}"]
     mixed = [] if turns else list(_mixed_orientations(first_headers))
     return [*lines, *(_first(some) for some in (notes, remarks, mixed) if some)]
+
+
+def _refuse_patients_as_channels(folder: Path, ending: str) -> None:
+    """Raise `UserError` for P_0000, P_0001, ... that are patients, as their labels show, and would be read as channels of one."""
+    for label in files_in(folder / "labelsTr", ending):
+        case, channel = label.name.removesuffix(ending)[:-5], label.name.removesuffix(ending)[-5:]
+        one_name = folder / "imagesTr" / label.name
+        if re.fullmatch(r"_\d{4}", channel) and one_name.is_file() and not (label.parent / f"{case}{ending}").is_file():
+            raise UserError(
+                f"{one_name} would be channel {channel[1:]} of a case {case}, but {label} is a label of the same name; where "
+                f"{case}{channel} is a case, call its images {case}{channel}_0000{ending}, and so on"
+            )
 
 
 def _about_hidden(hidden: Sequence[Path]) -> str:
