@@ -14,10 +14,12 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.data.sources import case_names
 from nnunet_csm.errors import UserError
+from nnunet_csm.fingerprint.labels import check_label_values
 from nnunet_csm.machine import num_cores
 from nnunet_csm.planning.classification import check_classification
+from nnunet_csm.planning.request import split_lines
 from nnunet_csm.plans import PLANS_NAME, read_configuration
-from nnunet_csm.raw.check import check_dataset
+from nnunet_csm.raw.check import check_dataset, has_labels, load_dataset_json
 
 TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier")
 
@@ -92,7 +94,11 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
     raw, preprocessed = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
     if raw.is_dir():
         try:
-            for line in check_dataset(raw):
+            dataset_json = load_dataset_json(raw)
+            lines = check_dataset(raw, dataset_json)
+            if has_labels(dataset_json):
+                lines += [*check_label_values(raw, dataset_json, num_cores()), *split_lines(name)]
+            for line in lines:
                 yield Finding(name, line)
             yield Finding(name, "raw files complete")
         except UserError as error:

@@ -31,7 +31,7 @@ from nnunet_csm.inference.frame import Frame
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.tokens import grid_size, to_map, to_tokens
 from nnunet_csm.plans import read_configuration
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.geometry import Grid
 
 CLASSES = ("benign", "malignant")
 # the axes of the file are neither those of the patient nor those of the plans
@@ -321,7 +321,7 @@ def spoil_empty(model):
 
 def spoil_grid(model):
     save(model.masks / "b.nii.gz", box((20, 24, 21), (6, 8, 7), (12, 14, 15)))
-    return "is on a grid of"
+    return "is on another grid"
 
 
 def spoil_values(model):

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_csm.data.properties import check_properties
 from nnunet_csm.data.stored import CaseFile, open_volumes
 from nnunet_csm.errors import UserError
-from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
+from nnunet_csm.host_files import check_known
+from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, read_dataset_json, read_json, read_splits, save_json
 from nnunet_csm.plans import SPLITS, Source
 
 
@@ -80,15 +81,17 @@ def expected_cases(source: Source, preprocessed: Path) -> set[str]:
     folder = preprocessed / source.dataset
     if not source.labelled:
         manifest = folder / f"{source.data_identifier}.manifest.json"
-        return set(load_json(str(manifest))["all_cases"]) if manifest.is_file() else set()
-    described = load_json(str(folder / "dataset.json")) if (folder / "dataset.json").is_file() else {}
+        return set(read_json(manifest, "move it away").get("all_cases", ())) if manifest.is_file() else set()
+    copied_json = folder / "dataset.json"
+    described = read_dataset_json(copied_json, "copy it from the raw dataset") if copied_json.is_file() else {}
     ending = described.get("file_ending", ".nii.gz")
     copied = {f.name.removesuffix(ending) for f in (folder / "gt_segmentations").glob(f"*{ending}")}
     # nnU-Net copies the labels when it has preprocessed all cases: without them it has not, or never this dataset
     raw = Path(os.environ.get("nnUNet_raw", "")) / source.dataset
     if copied or not (raw / "dataset.json").is_file():
         return copied
-    return set(get_filenames_of_train_images_and_targets(str(raw), load_json(str(raw / "dataset.json"))))
+    described = read_dataset_json(raw / "dataset.json", "it names the channels, the labels and the file ending")
+    return set(get_filenames_of_train_images_and_targets(str(raw), described))
 
 
 def is_complete(folder: Path, case: str, labels: bool) -> bool:
@@ -112,8 +115,10 @@ def check_preprocessed(sources: Sequence[Source], dataset: str, preprocessed: Pa
     for source in sources:
         if source.labelled and source.dataset == dataset:
             for name in case_names(source, preprocessed, labels=True):
+                folder = preprocessed / dataset / source.data_identifier
                 for ending in (".b2nd", "_seg.b2nd"):
-                    open_volumes(preprocessed / dataset / source.data_identifier / f"{name}{ending}")
+                    open_volumes(folder / f"{name}{ending}")
+                check_properties(folder / f"{name}.pkl")
 
 
 def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLITS) -> tuple[list[str], list[str]]:
@@ -128,9 +133,10 @@ def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLI
                 f"use all of them with fold all, or write {path}"
             )
         save_json(generate_crossval_split([str(name) for name in np.sort(names)], SPLIT_SEED, NUM_FOLDS), path)
-    splits = load_json(str(path))
+    splits = read_splits(path)
     if not fold < len(splits):
         raise UserError(f"{path}: has {len(splits)} folds, fold {fold} is not among them; choose another with -f")
+    check_known(splits[fold], names, f"{path}: fold {fold}")
     return [str(name) for name in splits[fold]["train"]], [str(name) for name in splits[fold]["val"]]
 
 

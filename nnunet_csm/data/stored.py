@@ -223,7 +223,13 @@ def open_volumes(path: Path) -> blosc2.NDArray:
         UserError: not such a file, or not the whole of one.
     """
     try:
-        return blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        opened = blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        if not isinstance(opened, blosc2.NDArray):
+            # blosc2 knows files that hold an expression, a function or a link in place of voxels
+            raise UserError(f"{path}: holds a {type(opened).__name__} and no voxels; preprocess again")
+        return opened
+    except UserError:
+        raise
     except (RuntimeError, ValueError, OSError):
         # blosc2 says of any such file that it could not open it
         raise UserError(

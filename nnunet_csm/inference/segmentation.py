@@ -169,7 +169,7 @@ def load_model(request: ModelRequest) -> Model:
         # without the moments of the optimiser, which are twice as large
         checkpoints.append({key: loaded.get(key) for key in ("network_weights", "inference_allowed_mirroring_axes")})
     settings = read_configuration(plans, request.configuration, str(plans_file))
-    return Model(folder, nnunet.read_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
+    return Model(folder, nnunet.read_dataset_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
 
 
 def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
@@ -208,10 +208,7 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
     )
     weights = [loaded["network_weights"] for loaded in model.checkpoints]
     for fold, of_fold in zip(request.folds, weights, strict=True):
-        try:
-            network.load_state_dict(of_fold)
-        except RuntimeError as error:
-            raise UserError(f"fold {fold} of {model.folder} holds another network than its plans: {error}") from None
+        checkpoint.load_weights(network, of_fold, f"fold {fold} of {model.folder}")
     mirroring_axes = model.checkpoints[0]["inference_allowed_mirroring_axes"]
     predictor.manual_initialization(network, plans, configuration, weights, model.dataset_json, request.trainer, mirroring_axes)
     return predictor

@@ -92,7 +92,7 @@ def preprocess_images(
     manifest["all_cases"] = sorted(cases)
     # beside the folder: nnU-Net tells the kind of its data by the endings of all files in it
     path = output.with_name(f"{output.name}.manifest.json")
-    earlier = nnunet.read_json(path, "remove it") if path.is_file() else None
+    earlier = nnunet.read_json(path, "move it away") if path.is_file() else None
     if earlier is not None and earlier["preprocessing"] == made_with:
         manifest["cases"] = earlier["cases"]
     elif output.is_dir():

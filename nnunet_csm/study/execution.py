@@ -50,7 +50,7 @@ def read_records(folder: Path, runs: Iterable[Run]) -> dict[str, dict[str, Any]]
     for run in runs:
         path = folder / "runs" / run.id / RECORD
         if path.is_file():
-            record = nnunet.read_json(path, "delete it, and the run is done again")
+            record = nnunet.read_json(path, "move it away, and the run is done again")
             if record.get("tests") == [one.name for one in run.tests]:
                 records[run.id] = record
     return records
@@ -66,7 +66,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     train(run, folder, place)
     record: dict[str, Any] = {
-        **nnunet.read_json(folder / "train.json", ""),
+        **nnunet.read_json(folder / "train.json", "move it away, and the run is done again"),
         "kind": run.kind,
         "plans": run.plans_name,
         "fold": run.fold,
@@ -84,7 +84,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
     if tables:
         scores = pd.concat(tables, ignore_index=True)
         write_text(folder / "scores.csv", scores.to_csv(index=False))
-        measured = [nnunet.read_json(path, "") for path in folder.glob("predict_*.json")]
+        measured = [nnunet.read_json(path, "move it away") for path in folder.glob("predict_*.json")]
         record["prediction_seconds"] = sum(one["seconds"] for one in measured)
         record["prediction_peak_memory_gb"] = max((one["peak_memory_gb"] for one in measured), default=None)
     nnunet.save_json({**record, "seconds": trained_seconds(run, record["seconds"])}, folder / RECORD)
@@ -170,7 +170,7 @@ def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Evaluation, imag
 
 def validation_score(run: Run) -> float:
     """Mean Dice of the validation cases, or AUC: what settings are chosen by. Never of test cases."""
-    remedy = f"delete {run.folder} and the study's runs/{run.id}, and it is done again"
+    remedy = f"move away {run.folder} and the study's runs/{run.id}, and it is done again"
     summary = nnunet.read_json(run.folder / "validation" / "summary.json", remedy)
     if run.trainer == CLASSIFIER:
         return float(summary["metrics"]["auc"]["value"])
@@ -184,7 +184,7 @@ def trained_seconds(run: Run, seconds: float) -> float:
     """
     if run.trainer == YARDSTICK:
         path = run.folder / SECONDS_FILE
-        return float(nnunet.read_json(path, "")["seconds"]) if path.is_file() else seconds
+        return float(nnunet.read_json(path, "train again")["seconds"]) if path.is_file() else seconds
     log = checkpoint.load(run.folder / "checkpoint_final.pth")["logging"]
     ends, starts = log["epoch_end_timestamps"], log["epoch_start_timestamps"]
     return float(sum(end - start for start, end in zip(starts, ends, strict=True)))

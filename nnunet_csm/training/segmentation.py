@@ -33,6 +33,9 @@ from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, star
 from nnunet_csm.training.ranks import lost_rank_explained
 from nnunet_csm.training.trainer import CSMTrainer
 
+# voxels on each side that nnU-Net's blur mirrors a patch by: one of no more than these ends the training
+WIDEST_BLUR = 3
+
 
 class KeepAbsentSeriesAbsent(BasicTransform):
     """Apply intensity transforms, then set series that were all zero before them back to zero.
@@ -177,6 +180,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
                 f"{name} is trained on regions, which overlap: the refinement of uncertain voxels (fusion.refinement in "
                 f"arch_kwargs) wants classes that exclude each other; make it 'none'"
             )
+        if min(self.settings.patch_size) <= WIDEST_BLUR:
+            self.print_to_log_file("Patches are too thin for nnU-Net's blur, which is left out of the augmentation")
         finetuning = self.settings.csm.finetuning
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
 
@@ -203,6 +208,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         # spatial transforms come first; what is left of a series after them is what the network may see
         first = next(i for i, transform in enumerate(transforms.transforms) if isinstance(transform, RandomTransform))
         spatial, intensity = transforms.transforms[:first], transforms.transforms[first:]
+        if min(kwargs.get("patch_size", args[0] if args else ())) <= WIDEST_BLUR:
+            intensity = [one for one in intensity if not isinstance(getattr(one, "transform", one), GaussianBlurTransform)]
         return ComposeTransforms([*spatial, KeepAbsentSeriesAbsent(ComposeTransforms(intensity))])
 
     def do_split(self) -> tuple[list[str], list[str]]:

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_csm import checkpoint
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone
+from nnunet_csm.host_files import check_dataset_json
 from nnunet_csm.machine import (
     ACCUMULATE_VARIABLE,
     accumulation,
@@ -65,8 +65,8 @@ class CSMTrainer(nnUNetTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
             # before nnU-Net makes a folder
-            name = f"{plans['plans_name']}.json"
-            source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
+            source = nnunet.path_of_plans(plans)
+            check_dataset_json(dataset_json, "dataset.json")
             self.settings = read_configuration(plans, configuration, source)
             check_encoder(self.settings, source)
             self.schedule = self.choose_schedule(self.settings.csm)
@@ -376,7 +376,7 @@ class CSMTrainer(nnUNetTrainer):
                 {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **one.architecture.named}
                 for one in (saved, self.settings)
             ]
-            if "pretext" in self.rests_on:
+            if "pretext" in self.rests_on and saved.csm.pretext.get("name") == self.settings.csm.pretext["name"]:
                 # a default that one file spells out and the other does not is no change
                 for part, one in zip(parts, (saved, self.settings), strict=True):
                     pretext, setup = setup_of(one, str(filename_or_checkpoint))
@@ -389,8 +389,9 @@ class CSMTrainer(nnUNetTrainer):
                         f"began: restore them, or train afresh"
                     )
             self.check_saved(loaded, str(filename_or_checkpoint))
-        super().load_checkpoint(str(filename_or_checkpoint))
-        if self.average is not None:
-            self.average.load(loaded["network_weights"])
-            self.bare_network.load_state_dict(loaded["learning_weights"])
-        self.restore_provenance(loaded)
+        with exit_on_user_error(), checkpoint.going_on(filename_or_checkpoint):
+            super().load_checkpoint(str(filename_or_checkpoint))
+            if self.average is not None:
+                self.average.load(loaded["network_weights"])
+                self.bare_network.load_state_dict(loaded["learning_weights"])
+            self.restore_provenance(loaded)
