@@ -107,7 +107,13 @@ def test_a_first_preprocessing_that_was_killed_is_known_by_the_raw_dataset(prepr
     for n in range(10):
         (raw / "imagesTr" / f"case{n}_0000.nii.gz").touch()
         (raw / "labelsTr" / f"case{n}.nii.gz").touch()
-    (raw / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "numTraining": 10}))
+    described = {
+        "channel_names": {"0": "FLAIR"},
+        "labels": {"background": 0, "tumour": 1},
+        "file_ending": ".nii.gz",
+        "numTraining": 10,
+    }
+    (raw / "dataset.json").write_text(json.dumps(described))
     monkeypatch.setenv("nnUNet_raw", str(raw.parent))
     folder = preprocessed / "Dataset001_A" / "x"
     assert len(case_names(A, preprocessed)) == 10  # nnU-Net was about to copy the labels
