@@ -233,7 +233,7 @@ def open_volumes(path: Path) -> blosc2.NDArray:
     except (RuntimeError, ValueError, OSError):
         # blosc2 says of any such file that it could not open it
         raise UserError(
-            f"{path}: not a whole file of preprocessed data, it was cut off or changed; make them again with "
+            f"{path}: not a whole file of preprocessed data, it was cut off or changed; preprocess again with "
             f"`nnunet_csm plan_and_preprocess -preprocess_only --overwrite`, with -d and the name of the plans"
         ) from None
 
