@@ -7,6 +7,7 @@ disagree and a spacing of zero as 1. So both header and voxels are read here, on
 import gzip
 import io
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from nnunet_csm.raw.subjects import CaseError
 ENDINGS = (".nii.gz", ".nii")
 
 # what gzip and nibabel's headers raise for a damaged file
-DAMAGED = (OSError, EOFError, ValueError, zlib.error, WrapStructError, HeaderDataError, ImageFileError)
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, OverflowError, WrapStructError, HeaderDataError, ImageFileError)
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _KINDS = {
     1: "bits",
@@ -83,17 +84,17 @@ class Header:
         """Where the voxels lie, as the header says once or twice.
 
         Raises:
-            CaseError: axes far from right angles, or a spacing and axes of another length.
+            CrookedError: axes far from right angles.
+            CaseError: a spacing that is not the length of the axes.
         """
         found = []
         for affine in self.affines:
             size = self.shape[::-1][:3]
-            lengths = np.linalg.norm(affine[:, :3], axis=0)
-            if (np.abs(lengths / self.spacing - 1) * size).max() > max(SAME_GRID, 1e-3 * max(size)):
-                listed = [tuple(round(float(one), 5) for one in edges) for edges in (self.spacing, lengths)]
+            grid = straight_grid(self.path, size, affine[:, :3], affine[:, 3])
+            if (np.abs(np.divide(grid.spacing, self.spacing) - 1) * size).max() > max(SAME_GRID, 1e-3 * max(size)):
+                listed = [tuple(round(float(one), 5) for one in edges) for edges in (self.spacing, grid.spacing)]
                 msg = f"{self.path}: its pixdim says voxels of {listed[0]} mm (x, y, z), its sform of {listed[1]}"
                 raise CaseError(f"{msg}; correct the wrong one")
-            grid = straight_grid(self.path, size, affine[:, :3], affine[:, 3])
             found.append(replace(grid, spacing=self.spacing))  # which a transform has up to its rounding
         return tuple(found)
 
@@ -124,7 +125,8 @@ def read_image(path: Path) -> sitk.Image:
 def read_voxels(header: Header) -> np.ndarray:
     """All voxels, in the order of `header.shape`, scaled; the file is read to its end, where gzip keeps its checksum."""
     path = header.path
-    if header.num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+    if header.num_bytes > memory:
         raise CaseError(f"{path} holds {header.num_bytes / 2**30:.0f} GiB, more than this machine has memory; cut it first")
     voxels = np.empty(header.shape, header.kind)
     content = voxels.reshape(-1).view(np.uint8).data
