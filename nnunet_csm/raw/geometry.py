@@ -57,10 +57,10 @@ class Grid:
         return affine
 
     def is_kept_by(self, move: Array) -> bool:
-        """Whether a move (4, 4) of the world leaves voxels where they are, up to what rounding in a header may do."""
+        """Whether a move (4, 4) of the world leaves voxels where they are, but for half of one."""
         corners = self._world(self._corners())
         moved = corners @ move[:3, :3].T + move[:3, 3]
-        return float(np.linalg.norm(moved - corners, axis=1).max()) < SAME_GRID * min(self.spacing)
+        return float(np.linalg.norm(moved - corners, axis=1).max()) < MAX_ROUNDING * min(self.spacing)
 
     @property
     def orientation(self) -> str:

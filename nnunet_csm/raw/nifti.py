@@ -24,7 +24,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from nnunet_csm.errors import reason
-from nnunet_csm.raw.geometry import SAME_GRID, Array, Grid, straight_grid
+from nnunet_csm.raw.geometry import MAX_ROUNDING, SAME_GRID, Array, Grid, straight_grid
 from nnunet_csm.raw.subjects import CaseError
 
 ENDINGS = (".nii.gz", ".nii")
@@ -44,6 +44,8 @@ _KINDS = {
 # xyzt_units: mm of a unit of length; unknown is taken as mm
 _MILLIMETRES = {1: 1000.0, 3: 0.001}
 _EDGES = (1e-4, 1e3)  # mm: edges of voxels outside are no spacing of an image of a body
+# A quaternion of float32 numbers turns by up to sqrt(2^-23) rad more or less, near half a turn, than the sform beside it.
+QUATERNION_ROUNDING = 1e-3
 MOST_COMPRESSED = 1100  # gzip makes of a byte at most 1032
 _SCANNER = 1  # a code of a transform: it goes to the scanner's own coordinates
 _CHUNK = 1 << 22  # bytes
@@ -254,7 +256,9 @@ def _affines(path: Path, raw: Nifti1Header, spacing: Array, size: list[int], uni
     first, *others = (in_itk[name] for name in order if name in in_itk)
     corners = np.stack(np.meshgrid(*[(0.0, length - 1.0) for length in size], 1.0, indexing="ij"), -1).reshape(-1, 4)
     apart = [np.linalg.norm(corners @ (other - first).T, axis=1).max() for other in others]
-    return (first, *(one for one, mm in zip(others, apart, strict=True) if mm > SAME_GRID * min(spacing))), True
+    extent = np.linalg.norm(spacing * size)
+    tolerance = max(MAX_ROUNDING * min(spacing), QUATERNION_ROUNDING * extent)
+    return (first, *(one for one, mm in zip(others, apart, strict=True) if mm > tolerance)), True
 
 
 def _qform(path: Path, raw: Nifti1Header, spacing: Array, unit: float) -> Array:
