@@ -53,7 +53,7 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     images: dict[Volume, sitk.Image] = {}
     for path in dict.fromkeys(volume.path for volume in volumes):
         of_this_file = [volume for volume in dict.fromkeys(volumes) if volume.path == path]
-        whole = _read(path)
+        whole = _read(path, several=all(volume.index is not None for volume in of_this_file))
         for volume in of_this_file:
             images[volume] = _selected(whole, volume)
             _refuse_non_finite(images[volume], volume)
@@ -100,7 +100,7 @@ def described(volume: Volume) -> str:
     return str(volume.path) if volume.index is None else f"{volume.path} (volume {volume.index})"
 
 
-def _read(path: Path) -> sitk.Image:
+def _read(path: Path, several: bool) -> sitk.Image:
     """The whole content of a file or of a DICOM folder; 3-D or 4-D, with scalar voxels."""
     if not path.exists():
         raise CaseError(f"{path} does not exist; correct the path, or leave this series out")
@@ -109,7 +109,7 @@ def _read(path: Path) -> sitk.Image:
     if path.is_dir():
         from nnunet_csm.raw.dicom import read_dicom_series
 
-        return _scalar_image(read_dicom_series(path), path)
+        return _scalar_image(read_dicom_series(path, several), path)
     if not path.name.endswith(READABLE_ENDINGS):
         raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
