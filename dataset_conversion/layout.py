@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import is_hidden
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_header
 
 
@@ -29,11 +30,6 @@ def listing(folder: Path, most: int = 6) -> str:
     if not names:
         return "nothing in it"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a file is of the system, not of the release: `.DS_Store`, the `._name` twins that macOS writes into archives."""
-    return path.name.startswith(".")
 
 
 def stem(path: Path) -> str | None:

@@ -28,7 +28,8 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
 from nnunet_csm.raw.manifest import software
-from nnunet_csm.raw.volumes import UNREADABLE_ERRORS, sha256
+from nnunet_csm.raw.nifti import DAMAGED
+from nnunet_csm.raw.volumes import sha256
 
 from .msd_task import ENDING, Task, read_task
 
@@ -175,14 +176,14 @@ def check_case(task: Task, image: Path) -> tuple[Case, bytes]:
         if len(source.get_data_shape()) not in (3, 4):
             raise ValueError(f"an image of shape {source.get_data_shape()}, expected three or four axes")
         places = _places(source)
-    except UNREADABLE_ERRORS as error:
+    except DAMAGED as error:
         raise UserError(f"{image}: cannot be read ({error}); download the task again") from None
     try:
         content = prediction.read_bytes()
         # gzip compares its checksum at the end, to which nibabel would not read
         predicted = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
         voxels, found_places = np.asanyarray(predicted.dataobj), _places(predicted.header)
-    except UNREADABLE_ERRORS as error:
+    except DAMAGED as error:
         raise UserError(f"{prediction}: cannot be read ({error}); predict the case again") from None
     shape = source.get_data_shape()[:3]
     if voxels.shape != shape:

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_csm import __version__, commands, nnunet
 from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.listing import name_problem
 from nnunet_csm.machine import num_cores
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
 
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(stream, io.TextIOWrapper):
                 # a terminal that cannot show a sign must not end what took hours
                 stream.reconfigure(errors="replace")
+        for text in [*given, *(os.environ.get(variable, "") for variable in nnunet.FOLDER_VARIABLES)]:
+            if problem := name_problem(text):
+                raise UserError(problem)
         for variable in NUMBERS:
             if not (value := os.environ.get(variable) or "0").isdigit():
                 raise UserError(f"the environment variable {variable} is {value!r}, expected a whole number; correct or unset it")

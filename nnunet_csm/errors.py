@@ -12,6 +12,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class UserError(ValueError):
     """Something outside the program is wrong: which file, what was found, what was expected, the remedy."""
 
+    def __init__(self, text: str) -> None:
+        # names of files that are not UTF-8 come as lone surrogates, which no terminal, table or JSON takes
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())
+
 
 def reason(error: BaseException) -> str:
     """What a library says of an error, in one line: the last one."""

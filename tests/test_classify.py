@@ -31,7 +31,7 @@ from nnunet_csm.inference.frame import Frame
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.tokens import grid_size, to_map, to_tokens
 from nnunet_csm.plans import read_configuration
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.geometry import Grid
 
 CLASSES = ("benign", "malignant")
 # the axes of the file are neither those of the patient nor those of the plans

@@ -1,7 +1,7 @@
 """A DICOM folder gives the volume its headers describe, or an error that says what is wrong; attributes give the series' name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.raw.dicom import name_from_attributes, read_dicom_series, series_name
@@ -149,201 +150,6 @@ def test_a_truncated_file_is_an_error_a_user_can_read(tmp_path: Path) -> None:
         read_dicom_series(tmp_path)
 
 
-def edit_dicom(file: Path, **values: Any) -> None:
-    header = pydicom.dcmread(file)
-    for keyword, value in values.items():
-        setattr(header, keyword, value)
-    header.save_as(file)
-
-
-def in_order(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda file: int(pydicom.dcmread(file).InstanceNumber))
-
-
-def test_two_b_values_half_a_slice_apart_are_refused(tmp_path: Path) -> None:
-    image = volume((10, 4, 3))  # even slices are of b = 0
-    write_dicom(tmp_path, image, uid="1.2.3.1", skip=(1, 3, 5, 7, 9))
-    write_dicom(tmp_path, image, uid="1.2.3.2", skip=(0, 2, 4, 6, 8))
-    for file in tmp_path.iterdir():
-        edit_dicom(file, DiffusionBValue=0.0 if "3.1_" in file.name else 2000.0, SeriesInstanceUID="1.2.3.1")
-    expected = (
-        r"holds 2 volumes in one series, which differ in DiffusionBValue \(0: 5 slices, 2000: 5 slices\); choose one by number"
-    )
-    with pytest.raises(CaseError, match=expected):
-        read_volume(Volume(tmp_path))
-    with pytest.raises(CaseError, match="volumes of several grids"):
-        read_volume(Volume(tmp_path, 0))
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"EchoTime": 90}, r"EchoTime \(None: 4 slices, 90: 1 slices\)"),
-        ({"ImageType": ["DERIVED", "PRIMARY", "P"]}, "ImageType"),
-        ({"AcquisitionNumber": 2}, "AcquisitionNumber"),
-        ({"InversionTime": 2500}, "InversionTime"),
-        ({"PixelSpacing": [0.75, 0.6]}, r"PixelSpacing \[\(0\.75, 0\.5\), \(0\.75, 0\.6\)\]"),
-        ({"PixelSpacing": [0, 0]}, "PixelSpacing"),
-        ({"PixelSpacing": None}, r"PixelSpacing none, expected 2 numbers"),
-        ({"ImagePositionPatient": None}, "ImagePositionPatient none, expected 3 numbers"),
-        ({"SamplesPerPixel": 3}, "colour"),
-    ],
-)
-def test_a_slice_that_differs_in_what_makes_a_stack_is_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
-    write_dicom(tmp_path, volume())
-    edit_dicom(in_order(tmp_path)[2], **values)
-    with pytest.raises(CaseError, match=said):
-        read_dicom_series(tmp_path)
-
-
-def test_a_number_for_each_slice_makes_no_volumes(tmp_path: Path) -> None:
-    write_dicom(tmp_path, volume())
-    for number, file in enumerate(in_order(tmp_path), start=1):
-        edit_dicom(file, AcquisitionNumber=number)
-    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
-
-
-def test_b_values_of_a_vendor_are_read(tmp_path: Path) -> None:
-    write_dicom(tmp_path, volume())
-    for file, b_value in zip(in_order(tmp_path), ("0", "800", "800", "800", "800"), strict=True):
-        header = pydicom.dcmread(file)
-        header.add_new(0x00190010, "LO", "SIEMENS MR HEADER")
-        header.add_new(0x0019100C, "IS", b_value)
-        header.save_as(file)
-    with pytest.raises(CaseError, match=r"DiffusionBValue \(0: 1 slices, 800: 4 slices\)"):
-        read_dicom_series(tmp_path)
-
-
-def test_each_slice_is_rescaled_by_its_own_slope_into_a_type_that_holds_all(tmp_path: Path) -> None:
-    image = volume()
-    write_dicom(tmp_path, image)
-    stored = sitk.GetArrayFromImage(image).astype(np.float64)
-    files = in_order(tmp_path)
-    edit_dicom(files[3], RescaleSlope=100, RescaleIntercept=-7)
-    stored[3] = stored[3] * 100 - 7
-    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), stored)
-    edit_dicom(files[1], RescaleSlope=0.25, RescaleIntercept=0)
-    stored[1] *= 0.25
-    np.testing.assert_allclose(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), stored)
-
-
-@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
-def test_compressed_files_are_read(tmp_path: Path, compressor: str) -> None:
-    voxels = np.random.default_rng(0).integers(0, 2000, (3, 64, 48)).astype(np.uint16)
-    image = sitk.GetImageFromArray(voxels)
-    write_dicom(tmp_path, image)
-    writer = sitk.ImageFileWriter()
-    writer.UseCompressionOn()
-    writer.SetCompressor(compressor)
-    writer.SetFileName(str(tmp_path / "compressed.dcm"))
-    for z, file in enumerate(in_order(tmp_path)):
-        writer.Execute(image[:, :, z : z + 1])
-        compressed, header = pydicom.dcmread(tmp_path / "compressed.dcm"), pydicom.dcmread(file)
-        header.PixelData, header.file_meta = compressed.PixelData, compressed.file_meta
-        header["PixelData"].VR = "OB"
-        header.RescaleSlope, header.RescaleIntercept = 2, 0
-        assert header.file_meta.TransferSyntaxUID.is_compressed
-        header.save_as(file)
-        (tmp_path / "compressed.dcm").unlink()
-    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), 2 * voxels)
-
-
-def write_enhanced(
-    folder: Path, places: Sequence[float], b_values: Sequence[float], slopes: Sequence[float] = (), **values: Any
-) -> np.ndarray:
-    """One file with many frames, frame i at `places[i]` mm along z; returns what is stored, (frames, 3, 4)."""
-    folder.mkdir()
-    frames = np.random.default_rng(1).integers(0, 1000, (len(places), 3, 4)).astype("<u2")
-    file = Dataset()
-    file.SOPClassUID, file.SOPInstanceUID, file.SeriesInstanceUID = "1.2.840.10008.5.1.4.1.1.4.1", "1.2.3.4", "1.2.3"
-    file.Modality, file.SeriesDescription, file.NumberOfFrames = "MR", "diffusion", len(places)
-    file.Rows, file.Columns, file.SamplesPerPixel, file.PhotometricInterpretation = 3, 4, 1, "MONOCHROME2"
-    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 16, 15, 0
-    measures, plane, shared = Dataset(), Dataset(), Dataset()
-    measures.PixelSpacing, plane.ImageOrientationPatient = [1, 2], [1, 0, 0, 0, 1, 0]
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
-    groups = []
-    for i, place in enumerate(places):
-        group, position, diffusion, rescale = Dataset(), Dataset(), Dataset(), Dataset()
-        position.ImagePositionPatient, diffusion.DiffusionBValue = [0, 0, place], float(b_values[i])
-        rescale.RescaleSlope, rescale.RescaleIntercept = (slopes or [1] * len(places))[i], 0
-        group.PlanePositionSequence, group.MRDiffusionSequence = [position], [diffusion]
-        group.PixelValueTransformationSequence = [rescale]
-        groups.append(group)
-    file.SharedFunctionalGroupsSequence, file.PerFrameFunctionalGroupsSequence = [shared], groups
-    file.PixelData = frames.tobytes()
-    for keyword, value in values.items():
-        setattr(file, keyword, value)
-    file.file_meta = FileMetaDataset()
-    file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    file.file_meta.MediaStorageSOPClassUID, file.file_meta.MediaStorageSOPInstanceUID = file.SOPClassUID, file.SOPInstanceUID
-    file.save_as(folder / "enhanced.dcm", enforce_file_format=True)
-    return frames
-
-
-def test_frames_are_sorted_by_place_and_rescaled_each(tmp_path: Path) -> None:
-    frames = write_enhanced(tmp_path / "s", [6, 0, 9, 3], [500] * 4, slopes=[1, 2, 3, 4])
-    image = read_dicom_series(tmp_path / "s")
-    slopes = np.array([1, 2, 3, 4])[:, None, None]
-    assert np.array_equal(sitk.GetArrayFromImage(image), (frames * slopes)[[1, 3, 0, 2]])
-    assert (image.GetSpacing(), image.GetOrigin()) == ((2, 1, 3), (0, 0, 0))
-
-
-def test_of_several_b_values_in_an_enhanced_file_one_is_asked_for(tmp_path: Path) -> None:
-    frames = write_enhanced(tmp_path / "s", [0, 0, 3, 3, 6, 6], [2000, 0] * 3)
-    with pytest.raises(CaseError, match=r"2 volumes.*DiffusionBValue \(0: 3 slices, 2000: 3 slices\)"):
-        read_volume(Volume(tmp_path / "s"))
-    for index in (0, 1):
-        assert np.array_equal(sitk.GetArrayFromImage(read_volume(Volume(tmp_path / "s", index))), frames[1 - index :: 2])
-    with pytest.raises(CaseError, match="from 0 to 1"):
-        read_volume(Volume(tmp_path / "s", 2))
-
-
-@pytest.mark.parametrize(
-    ("places", "values", "said"),
-    [
-        ([0, 3, 6, 12], {}, r"6\.00 mm between frame 3 of enhanced\.dcm and frame 4"),
-        ([0, 3, 3, 6], {}, r"places where another one is, such as frame 2 of .* and frame 3"),
-        ([0, 3, 6, 9], {"NumberOfFrames": 5}, "tells of 5 frames, but describes 4"),
-        ([0, 3, 6, 9], {"PixelData": b"\0" * 20}, "is the copy complete"),
-        ([0, 3, 6, 9], {"SharedFunctionalGroupsSequence": []}, "ImageOrientationPatient none"),
-    ],
-)
-def test_enhanced_files_that_make_no_stack_are_refused(
-    tmp_path: Path, places: Sequence[float], values: dict[str, Any], said: str
-) -> None:
-    write_enhanced(tmp_path / "s", places, [0] * 4, **values)
-    with pytest.raises(CaseError, match=said):
-        read_dicom_series(tmp_path / "s")
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"<!DOCTYPE html><html>Log in first</html>" * 9, "begins with b'<!DOCTYPE html>"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "pointer of Git LFS"),
-        (b"", "0 bytes"),
-        (b"\0" * 128 + b"DICM", "no DICOM image"),
-        ("link", "a link to nothing"),
-        ("pipe", "no regular file"),
-    ],
-)
-def test_a_file_called_as_the_series_is_that_is_no_dicom_is_named(tmp_path: Path, content: bytes | str, said: str) -> None:
-    write_dicom(tmp_path, volume())
-    odd = tmp_path / "odd.dcm"
-    if content == "pipe":
-        os.mkfifo(odd)
-    elif content == "link":
-        odd.symlink_to(tmp_path / "nowhere")
-    elif isinstance(content, bytes):
-        odd.write_bytes(content)
-    for read in (read_dicom_series, series_name):
-        with pytest.raises(CaseError, match=rf"odd\.dcm is called as its series is, but is .*{said}"):
-            read(tmp_path)
-    odd.rename(tmp_path / "odd.txt")
-    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
-
-
 def test_the_name_comes_from_the_files(tmp_path: Path) -> None:
     write_dicom(tmp_path / "a", volume(), description="t1_mprage_sag", agent="Gadovist")
     write_dicom(tmp_path / "b", volume(), description="Schädel", protocol="t2_tirm_tra_dark-fluid")
@@ -414,3 +220,257 @@ def timing(sequence: str, repetition: float, echo: float, inversion: float | Non
 )
 def test_names_of_attributes(attributes: dict[str, str], expected: str | None) -> None:
     assert name_from_attributes(attributes) == expected
+
+
+# --- what makes one volume, and files with many frames -------------------------------------------------------------------
+
+
+def changed(folder: Path, change: Callable[[Dataset, int], None]) -> None:
+    """Have `change` edit every file of a folder, given its place in the stack."""
+    for path in sorted(folder.iterdir()):
+        data = pydicom.dcmread(path)
+        change(data, int(data.InstanceNumber) - 1)
+        data.save_as(path)
+
+
+def enhanced(path: Path, voxels: np.ndarray, places: Sequence[float], *changes: Callable[[Dataset, int], None]) -> None:
+    """An enhanced file: frame i lies at `places[i]` mm; `changes` edit the group of each frame."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID("1.2.840.10008.5.1.4.1.1.4.1"), generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = "1.2.3.9", "1.2.3", "MR"
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.NumberOfFrames, data.Rows, data.Columns = voxels.shape
+    measures, plane, shared = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, plane.ImageOrientationPatient = [0.75, 0.5], [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    data.SharedFunctionalGroupsSequence = [shared]
+    groups = []
+    for number, place in enumerate(places):
+        group, position = Dataset(), Dataset()
+        position.ImagePositionPatient = [-10, 20, place]
+        group.PlanePositionSequence = [position]
+        for change in changes:
+            change(group, number)
+        groups.append(group)
+    data.PerFrameFunctionalGroupsSequence = groups
+    data.PixelData = voxels.astype("<u2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def of_b_value(value: Callable[[int], float]) -> Callable[[Dataset, int], None]:
+    def change(group: Dataset, number: int) -> None:
+        diffusion = Dataset()
+        diffusion.DiffusionBValue = value(number)
+        group.MRDiffusionSequence = [diffusion]
+
+    return change
+
+
+def noise(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4000, shape)
+
+
+def test_frames_of_an_enhanced_file_are_sorted_by_place_each_with_its_own_slope(tmp_path: Path) -> None:
+    voxels, order = noise((5, 4, 3)), [3, 0, 4, 1, 2]
+
+    def scaled(group: Dataset, number: int) -> None:
+        transformation = Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = 0.5 * (order[number] + 1), -order[number]
+        group.PixelValueTransformationSequence = [transformation]
+
+    enhanced(tmp_path / "x.dcm", voxels[order], [2.5 * place for place in order], scaled)
+    read = read_dicom_series(tmp_path)
+    steps = np.arange(5).reshape(5, 1, 1)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read), 0.5 * (steps + 1) * voxels - steps)
+    assert read.GetSpacing() == (0.5, 0.75, 2.5)
+    assert read.GetOrigin() == (-10, 20, 0)
+
+
+def test_several_b_values_in_an_enhanced_file_are_volumes_to_choose_from(tmp_path: Path) -> None:
+    voxels = noise((8, 4, 3))
+    enhanced(tmp_path / "x.dcm", voxels, [3.0 * (i // 2) for i in range(8)], of_b_value(lambda i: [2000, 0][i % 2]))
+    with pytest.raises(
+        CaseError, match=r"2 volumes in one series, told apart by b-value: 0: b-value 0 \(4 slices\); 1: b-value 2000"
+    ):
+        read_dicom_series(tmp_path)
+    for index, start in ((0, 1), (1, 0)):
+        read = read_volume(Volume(tmp_path, index))
+        assert np.array_equal(sitk.GetArrayFromImage(read), voxels[start::2])
+    with pytest.raises(CaseError, match="none of index 2; give one from 0 to 1"):
+        read_volume(Volume(tmp_path, 2))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values", "name"),
+    [
+        ("EchoTime", (80.0, 120.0), "echo time"),
+        ("DiffusionBValue", (0.0, 2000.0), "b-value"),
+        ("ImageType", (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]), "image type"),
+        ("TemporalPositionIdentifier", (1, 2), "time point"),
+        ("InversionTime", (700.0, 2500.0), "inversion time"),
+        ("FlipAngle", (4.0, 20.0), "flip angle"),
+        ("DiffusionGradientOrientation", ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0]), "diffusion direction"),
+    ],
+)
+def test_two_kinds_of_image_whose_places_alternate_are_no_volume(
+    tmp_path: Path, keyword: str, values: tuple[Any, Any], name: str
+) -> None:
+    image = volume((6, 4, 3))
+    write_dicom(tmp_path, image)
+    changed(tmp_path, lambda data, place: setattr(data, keyword, values[place % 2]))
+    with pytest.raises(CaseError, match=f"2 volumes in one series, told apart by {name}"):
+        read_dicom_series(tmp_path)
+    read = read_dicom_series(tmp_path, 1)
+    assert np.array_equal(sitk.GetArrayFromImage(read), sitk.GetArrayFromImage(image)[1::2])
+    assert read.GetSpacing()[2] == pytest.approx(6.0)
+
+
+def test_the_b_value_may_stand_where_a_vendor_keeps_it(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume((6, 4, 3)))
+
+    def siemens(data: Dataset, place: int) -> None:
+        data.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0C, "IS", [50, 800][place % 2])
+
+    changed(tmp_path, siemens)
+    with pytest.raises(CaseError, match=r"0: b-value 50 \(3 slices\); 1: b-value 800"):
+        read_dicom_series(tmp_path)
+
+
+def test_numbers_that_only_rounding_tells_apart_are_one(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    changed(tmp_path, lambda data, place: setattr(data, "EchoTime", 80 + 0.01 * place))
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+
+
+def test_two_acquisitions_whose_places_alternate_are_refused(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "phases", volume((6, 4, 3)))
+
+    def phases(data: Dataset, place: int) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + place % 2, 6
+        del data.SpacingBetweenSlices
+
+    changed(tmp_path / "phases", phases)
+    with pytest.raises(CaseError, match=r"3\.00 mm apart where the headers say 6 mm, and the acquisition numbers 1, 2"):
+        read_dicom_series(tmp_path / "phases")
+    changed(
+        tmp_path / "phases", lambda data, place: setattr(data, "AcquisitionNumber", 1)
+    )  # thick slices as such are usual in CT
+    assert read_dicom_series(tmp_path / "phases").GetSize() == (3, 4, 6)
+    write_dicom(tmp_path / "packages", volume((6, 4, 3)))  # one volume, its odd slices acquired after its even ones
+    changed(tmp_path / "packages", lambda data, place: setattr(data, "AcquisitionNumber", 1 + place % 2))
+    assert read_dicom_series(tmp_path / "packages").GetSize() == (3, 4, 6)
+
+
+def test_slices_have_slopes_and_types_of_their_own(tmp_path: Path) -> None:
+    image = volume()
+    write_dicom(tmp_path, image)
+
+    def typed(data: Dataset, place: int) -> None:
+        data.RescaleSlope, data.RescaleIntercept = 1, 0
+        if place == 0:  # the first slice is stored without a sign
+            data.PixelRepresentation = 0
+            data.PixelData = np.full((4, 3), 60000, dtype="<u2").tobytes()
+        if place == 2:
+            data.RescaleSlope, data.RescaleIntercept = 0.5, -7
+
+    changed(tmp_path, typed)
+    expected = sitk.GetArrayFromImage(image).astype(float)
+    expected[0], expected[2] = 60000, 0.5 * expected[2] - 7
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), expected)
+
+
+def test_a_spacing_that_changes_within_a_series_is_refused(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    changed(tmp_path, lambda data, place: setattr(data, "PixelSpacing", [0.75, 0.5 + 0.1 * (place > 2)]))
+    with pytest.raises(CaseError, match=r"several PixelSpacing.*\(0\.75, 0\.5\) mm in .*\(0\.75, 0\.6\) mm in"):
+        read_dicom_series(tmp_path)
+
+
+def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    report = pydicom.dcmread(next(tmp_path.iterdir()), stop_before_pixels=True)
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.88.11")  # structured report
+    report.SeriesInstanceUID = "1.2.3.77"
+    report.save_as(tmp_path / "report.dcm")
+    (tmp_path / "._twin.dcm").write_bytes(b"\0\5\x16\7")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+    (tmp_path / "gone.dcm").symlink_to(tmp_path / "nowhere.dcm")
+    with pytest.raises(CaseError, match=r"gone\.dcm is a link to a file that is not there"):
+        read_dicom_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html>Log in first</html>" * 9, r"begins with b'<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "pointer of Git LFS"),
+        (b"", "empty"),
+        (b"\0" * 128 + b"DICM", "no DICOM, or cut off"),
+        (None, "a pipe"),
+    ],
+)
+def test_what_is_called_as_a_slice_and_is_none_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
+    write_dicom(tmp_path, volume())
+    odd = tmp_path / "odd.dcm"  # the last slice may have been it, which the others cannot tell
+    if content is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_bytes(content)
+    for read in (read_dicom_series, series_name):
+        with pytest.raises(CaseError, match=rf"odd\.dcm is called as the slices are, but is .*{said}"):
+            read(tmp_path)
+    odd.rename(tmp_path / "odd.txt")
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+
+
+def test_of_numbered_files_one_that_is_no_dicom_is_named(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        path.rename(tmp_path / f"IM.{number}")
+    (tmp_path / "IM.9").write_bytes(b"lost")
+    with pytest.raises(CaseError, match=r"IM\.9 is called as the slices are"):
+        read_dicom_series(tmp_path)
+
+
+def test_gradient_directions_of_an_enhanced_file_are_volumes(tmp_path: Path) -> None:
+    voxels = noise((6, 4, 3))
+
+    def directed(group: Dataset, number: int) -> None:
+        direction, diffusion = Dataset(), Dataset()
+        direction.DiffusionGradientOrientation = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]][number % 2]
+        diffusion.DiffusionBValue, diffusion.DiffusionGradientDirectionSequence = 1000.0, [direction]
+        group.MRDiffusionSequence = [diffusion]
+
+    enhanced(tmp_path / "x.dcm", voxels, [0, 0, 3, 3, 6, 6], directed)
+    with pytest.raises(CaseError, match="2 volumes in one series, told apart by diffusion direction"):
+        read_dicom_series(tmp_path)
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path, 0)), voxels[1::2])
+
+
+def test_compressed_slices_are_decoded(tmp_path: Path) -> None:
+    image = volume((5, 16, 16))
+    write_dicom(tmp_path / "plain", image)
+    for path in (tmp_path / "plain").iterdir():
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetCompressor("JPEG2000")
+        writer.SetFileName(str(path))
+        writer.Execute(sitk.ReadImage(str(path)))
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path / "plain")), sitk.GetArrayFromImage(image))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+def test_a_file_that_is_cut_off_anywhere_is_an_error_or_no_image(tmp_path: Path, share: float) -> None:
+    enhanced(tmp_path / "x.dcm", noise((4, 8, 8)), [0, 2, 4, 6], of_b_value(lambda i: 1000))
+    content = (tmp_path / "x.dcm").read_bytes()
+    (tmp_path / "x.dcm").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CaseError):
+        read_dicom_series(tmp_path)

@@ -1,6 +1,7 @@
 """Cases on one grid, where their headers put them; nothing wrong goes through unnamed, nothing half-written looks whole."""
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole_folder
 from nnunet_csm.raw import cases as written_cases
-from nnunet_csm.raw import volumes
+from nnunet_csm.raw import nifti
 from nnunet_csm.raw.check import check_dataset
-from nnunet_csm.raw.grid import Grid, labels_of, reference_series, refuse_loss, refuse_misplaced, register_rigidly, resampled
+from nnunet_csm.raw.geometry import Grid
+from nnunet_csm.raw.grid import labels_of, reference_series, refuse_loss, refuse_misplaced, register_rigidly, resampled
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Volume
 from nnunet_csm.raw.volumes import is_empty, read_volume, read_volumes, refuse_constant, sha256
@@ -82,13 +84,13 @@ def test_volumes_of_a_4d_file_are_chosen_by_index_and_the_file_is_read_once(tmp_
     voxels = noise((3, *SHAPE))
     sitk.WriteImage(sitk.GetImageFromArray(voxels, isVector=False), str(tmp_path / "a.nii.gz"))
     readings = []
-    read_image = sitk.ReadImage
+    read_image = nifti.read_image
 
-    def counted(path: str) -> sitk.Image:
+    def counted(path: Path) -> sitk.Image:
         readings.append(path)
         return read_image(path)
 
-    monkeypatch.setattr(sitk, "ReadImage", counted)
+    monkeypatch.setattr(nifti, "read_image", counted)
     for index, image in zip((2, 0, 2), read_volumes([Volume(tmp_path / "a.nii.gz", i) for i in (2, 0, 2)]), strict=True):
         assert np.array_equal(array(image), voxels[index])
     assert len(readings) == 1
@@ -103,7 +105,9 @@ def test_what_a_header_says_of_the_patient_does_not_come_along(tmp_path: Path) -
 
 def test_a_folder_is_read_as_dicom(tmp_path: Path, monkeypatch) -> None:
     image = image_of(noise())
-    monkeypatch.setattr("nnunet_csm.raw.dicom.read_dicom_series", lambda folder, several: image if folder == tmp_path else None)
+    monkeypatch.setattr(
+        "nnunet_csm.raw.dicom.read_dicom_series", lambda folder, index: image if (folder, index) == (tmp_path, None) else None
+    )
     assert np.array_equal(array(read_volume(Volume(tmp_path))), array(image))
 
 
@@ -124,7 +128,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, share: float) 
 def test_a_zipped_file_whose_content_is_truncated_is_refused(tmp_path: Path) -> None:
     volume = save(image_of(noise()), tmp_path / "a.nii")
     _cut(volume.path, 0.8)
-    (tmp_path / "b.nii.gz").write_bytes(volumes.gzip.compress(volume.path.read_bytes()))
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(volume.path.read_bytes()))
     with pytest.raises(CaseError, match=r"b\.nii\.gz is truncated: \d+ bytes of \d+"):
         read_volume(Volume(tmp_path / "b.nii.gz"))
 

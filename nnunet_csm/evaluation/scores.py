@@ -1,7 +1,8 @@
 """Scores of segmentations as tables: a summary by structure, Dice by case, and the files that hold them."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ class Scores:
 
     `table` has one row a case and structure: case, structure, kind ("label" or "region"), dice, sensitivity, precision, and
     reference_ml and predicted_ml in millilitres. Dice is NaN where reference and prediction are both empty, sensitivity where the
-    reference is, precision where the prediction is. `not_scored` names predictions without a reference.
+    reference is, precision where the prediction is. `not_scored` names predictions without a reference,
+    `brought` says of predictions how they came to their reference's grid, where that was not as they were stored.
     """
 
     table: pd.DataFrame
     structures: tuple[Structure, ...]
     not_scored: tuple[str, ...] = ()
+    brought: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dice(self) -> pd.DataFrame:
@@ -70,6 +73,8 @@ class Scores:
         ]
         if self.not_scored:
             parts.append("Not scored, no reference: " + ", ".join(self.not_scored))
+        if self.brought:
+            parts.append("Predictions brought to their reference's grid: " + "; ".join(map(": ".join, self.brought.items())))
         return "\n\n".join(parts) + "\n"
 
     def save(self, folder: str | Path) -> None:
@@ -85,6 +90,7 @@ class Scores:
             "dice": dict(structures),
             "cases": {case: rows[list(METRICS)].to_dict("index") for case, rows in by_case},
             "not_scored": list(self.not_scored),
+            "brought": dict(self.brought),
         }
         write_text(folder / "evaluation.csv", self.table.to_csv(index=False))
         write_text(folder / "evaluation.md", self.to_markdown())

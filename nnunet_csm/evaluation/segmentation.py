@@ -14,9 +14,10 @@ from tqdm import tqdm
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.regions import Structure, foreground_of, structures_of
 from nnunet_csm.evaluation.scores import METRICS, Scores
-
-# Headers hold float32: 0.1 % is far above their rounding and far below any real difference.
-SPACING_TOLERANCE = 1e-3
+from nnunet_csm.listing import files_in
+from nnunet_csm.raw.geometry import described_misfit
+from nnunet_csm.raw.subjects import Volume
+from nnunet_csm.raw.volumes import look_at, read_volume
 
 
 def evaluate_folder(
@@ -30,11 +31,12 @@ def evaluate_folder(
     """Score every case of `reference_folder` against the file of the same name in `prediction_folder`.
 
     `dataset_json` is nnU-Net's; `regions` (name -> label values) replaces `regions_of` its labels. Voxels whose reference is the
-    'ignore' label count nowhere. `num_processes` above 1 starts that many processes.
+    'ignore' label count nowhere. `num_processes` above 1 starts that many processes. A prediction stored with other axes is
+    turned to those of its reference.
 
     Raises:
-        UserError: a prediction is missing, the two files of a case differ in shape or spacing, or a file holds a label that
-            dataset.json does not name.
+        UserError: a prediction is missing, the two files of a case lie on different grids, or a file is damaged or holds a label
+            that dataset.json does not name.
     """
     labels = dataset_json.get("labels")
     if not isinstance(labels, Mapping):
@@ -57,15 +59,17 @@ def evaluate_folder(
     jobs = (score(case, file, predictions[case], structures, sorted(declared), ignore) for case, file in references.items())
     scored = Parallel(n_jobs=max(1, min(num_processes, len(references))), return_as="generator")(jobs)
     bar = tqdm(scored, total=len(references), desc="evaluating", unit="case", disable=not progress_bar)
-    table = pd.DataFrame([row for rows in bar for row in rows], columns=["case", "structure", "kind", *METRICS])
-    return Scores(table, structures, not_scored=tuple(sorted(predictions.keys() - references.keys())))
+    found = list(bar)
+    table = pd.DataFrame([row for rows, _ in found for row in rows], columns=["case", "structure", "kind", *METRICS])
+    brought = {case: said for case, (_, said) in zip(references, found, strict=True) if said != "kept"}
+    return Scores(table, structures, tuple(sorted(predictions.keys() - references.keys())), brought)
 
 
 def _files_in(folder: Path, file_ending: str) -> dict[str, Path]:
     """Case to its file, sorted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the segmentations")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(file_ending) and not path.name.startswith("."))
+    files = files_in(folder, file_ending)
     if not files:
         raise UserError(f"{folder}: no file ends with {file_ending}; give the folder that holds the segmentations")
     return {path.name.removesuffix(file_ending): path for path in files}
@@ -78,27 +82,25 @@ def _score_case(
     structures: Sequence[Structure],
     declared: Sequence[int],
     ignore: int | None,
-) -> list[dict[str, Any]]:
-    """Rows of `Scores.table`. Everything follows from one joint count of labels, so a region costs no pass over the voxels."""
-    reference, spacing = _read_segmentation(reference_file, declared)
-    prediction, prediction_spacing = _read_segmentation(prediction_file, declared)
-    remedy = "export the prediction on the grid of the reference"
-    if reference.shape != prediction.shape:
-        raise UserError(
-            f"{prediction_file} has shape (z, y, x) {prediction.shape}, its reference {reference_file} has {reference.shape}; "
-            f"{remedy}"
-        )
-    if not np.allclose(spacing, prediction_spacing, rtol=SPACING_TOLERANCE, atol=0):
-        raise UserError(
-            f"{prediction_file} has spacing (x, y, z) {prediction_spacing} mm, its reference {reference_file} has {spacing} mm; "
-            f"{remedy}"
-        )
+) -> tuple[list[dict[str, Any]], str]:
+    """Rows of `Scores.table`, and how the prediction came to the reference's grid.
+
+    Everything follows from one joint count of labels, so a region costs no pass over the voxels.
+    """
+    reference_image, prediction_image = (read_volume(Volume(file)) for file in (reference_file, prediction_file))
+    places, predicted_places = look_at(reference_file), look_at(prediction_file)
+    fit = predicted_places.fit_to(places)
+    if fit is None:
+        misfit = described_misfit(predicted_places.places[0], places.places[0], f"its reference {reference_file}")
+        raise UserError(f"{prediction_file} {misfit}; export the prediction on the grid of the reference")
+    reference = _labels(reference_image, reference_file, declared)
+    prediction = _labels(fit.applied(prediction_image), prediction_file, declared)
     # voxels with reference label i and predicted label j, at (i, j)
     size = max(declared) + 1
     counts = np.bincount((reference * size + prediction).ravel(), minlength=size**2).reshape(size, size)
     if ignore is not None:
         counts[ignore] = 0
-    ml_per_voxel = float(np.prod(spacing)) / 1000
+    ml_per_voxel = float(np.prod(places.places[0].spacing)) / 1000
 
     rows = []
     for structure in structures:
@@ -117,18 +119,12 @@ def _score_case(
                 "predicted_ml": num_predicted * ml_per_voxel,
             }
         )
-    return rows
+    return rows, fit.said
 
 
-def _read_segmentation(file: Path, declared: Sequence[int]) -> tuple[Int[np.ndarray, "z y x"], tuple[float, float, float]]:
-    """Labels, each of them declared, and spacing in mm as (x, y, z)."""
-    try:
-        image = sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise UserError(f"{file}: cannot be read as an image; write it again") from error
+def _labels(image: sitk.Image, file: Path, declared: Sequence[int]) -> Int[np.ndarray, "z y x"]:
+    """The labels of an image, each of them declared."""
     values = sitk.GetArrayFromImage(image)
-    if values.ndim != 3:
-        raise UserError(f"{file}: {values.ndim}-D image found, a 3-D segmentation expected; give one label map a case")
     segmentation = values.astype(np.intp)
     is_label_map = segmentation.min() >= 0 and (values.dtype.kind in "iu" or np.array_equal(segmentation, values))
     if not is_label_map:
@@ -139,7 +135,7 @@ def _read_segmentation(file: Path, declared: Sequence[int]) -> tuple[Int[np.ndar
         raise UserError(
             f"{file}: labels {undeclared} found, dataset.json names {list(declared)}; use the dataset.json of these segmentations"
         )
-    return segmentation, image.GetSpacing()
+    return segmentation
 
 
 def _ratio(numerator: int, denominator: int) -> float:

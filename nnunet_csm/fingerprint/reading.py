@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from jaxtyping import Float
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_csm.errors import reason
 from nnunet_csm.fingerprint.record import NO_FILE, UNREADABLE
-from nnunet_csm.raw.volumes import refuse_truncated
+from nnunet_csm.raw import nifti
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,10 @@ def read_case(
     volumes, missing, problems = dict[str, SeriesImage](), dict.fromkeys(series, NO_FILE), list[str]()
     for channel, path in files.items():
         try:
+            if is_nifti := path.name.endswith(nifti.ENDINGS):
+                nifti.read_header(path)  # before ITK, which would make room for whatever a damaged one tells of
             channels, properties = reader().read_images((str(path),))
-            num_zeroed = _num_zeroed_in_nifti(path) if "sitk_stuff" in properties else 0
+            num_zeroed = _num_zeroed_in_nifti(path) if is_nifti and "sitk_stuff" in properties else 0
         except MemoryError:
             raise
         except Exception as error:  # the readers' libraries raise whatever they like
@@ -75,16 +76,11 @@ def _num_zeroed_in_nifti(path: Path) -> int:
     Raises:
         CaseError: the file was cut off.
     """
-    if not path.name.endswith((".nii", ".nii.gz")):
+    header = nifti.read_header(path)
+    cut_off = path.suffix == ".gz" and _size_told_by_gzip(path) != header.num_bytes % 2**32
+    if not cut_off and header.kind.kind != "f":
         return 0
-    image = nibabel.Nifti1Image.from_filename(path)
-    header = image.header
-    size = int(header.get_data_offset()) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
-    if path.suffix == ".gz" and _size_told_by_gzip(path) != size % 2**32:
-        refuse_truncated(path)
-    if not np.issubdtype(image.get_data_dtype(), np.floating):
-        return 0
-    voxels = np.asanyarray(image.dataobj)
+    voxels = nifti.read_voxels(header)
     return voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
 
 

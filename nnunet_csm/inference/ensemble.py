@@ -12,6 +12,7 @@ from jaxtyping import Float
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
+from tqdm import tqdm
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import Sample
@@ -23,9 +24,10 @@ from nnunet_csm.model.attribution import series_shares, token_maps
 from nnunet_csm.model.classifier import CSMClassifier, build_classifier, probabilities
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Configuration, read_configuration
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.cases import write_image
+from nnunet_csm.raw.geometry import described_misfit
 from nnunet_csm.raw.subjects import CaseError, Volume
-from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
+from nnunet_csm.raw.volumes import READABLE_ENDINGS, look_at, nnunet_sees, read_volume, sha256
 
 TRAINER = "nnUNetTrainerCSMClassifier"
 # nnU-Net keeps segmentations as 16-bit integers
@@ -154,11 +156,11 @@ def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict
     Returns:
         The patches, and why other samples (or the case) cannot be cut, by name.
     """
-    reason, labels = _look_at_mask(case)
+    reason, labels, mask_file = _look_at_mask(case)
     if reason:
         return [], {case.name: reason}
     volume, segmentation, properties = DefaultPreprocessor(verbose=False).run_case(
-        [str(file) for file in case.images], str(case.mask), ensemble.plans, ensemble.configuration, ensemble.dataset_json
+        [str(file) for file in case.images], str(mask_file), ensemble.plans, ensemble.configuration, ensemble.dataset_json
     )
     settings = ensemble.settings.csm.classification
     patches: list[Patch] = []
@@ -226,20 +228,34 @@ def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configurat
             raise UserError(f"{path}: {what} is {one}, plans.json of the model says {other}; train again, or restore the plans")
 
 
-def _look_at_mask(case: CaseToClassify) -> tuple[str, list[int]]:
-    """Why a mask cannot be used (empty when it can), and the labels in it."""
+def _look_at_mask(case: CaseToClassify) -> tuple[str, list[int], Path]:
+    """Why a mask cannot be used (empty when it can), the labels in it, and the file that has it on the grid of the images."""
     if not case.mask.is_file():
-        return f"{case.mask}: no such mask", []
+        return f"{case.mask}: no such mask", [], case.mask
     try:
-        mask = read_volume(Volume(case.mask))
+        mask, look, expected = read_volume(Volume(case.mask)), look_at(case.mask), look_at(case.images[0])
     except CaseError as error:
-        return str(error), []
-    grid, expected = Grid.of(mask), Grid.of(read_volume(Volume(case.images[0])))
-    if not grid.same_as(expected):
-        return f"{case.mask} is on a grid of {grid}, the images on one of {expected}; resample it to theirs", []
+        return str(error), [], case.mask
+    fit = look.fit_to(expected)
+    if fit is None:
+        misfit = described_misfit(look.places[0], expected.places[0], case.images[0].name)
+        return f"{case.mask} is on another grid: it {misfit}; resample it to that grid", [], case.mask
     values = np.unique(sitk.GetArrayViewFromImage(mask))
     wrong = [value for value in values if value != np.round(value) or value > LARGEST_LABEL]
     if wrong:
-        return f"{case.mask}: the mask has the value {wrong[0]:g}, expected whole numbers up to {LARGEST_LABEL}, a label each", []
+        return (
+            f"{case.mask}: the mask has the value {wrong[0]:g}, expected whole numbers up to {LARGEST_LABEL}, a label each",
+            [],
+            case.mask,
+        )
     labels = [int(value) for value in values if value > 0]
-    return ("", labels) if labels else (f"{case.mask}: the mask is empty", [])
+    if not labels:
+        return f"{case.mask}: the mask is empty", [], case.mask
+    if fit.upright and nnunet_sees(case.mask, look):
+        return "", labels, case.mask
+    ending = next(one for one in READABLE_ENDINGS if case.mask.name.endswith(one))
+    # beside the images, whose folder is a temporary one
+    file = case.images[0].with_name(f"{case.name}_mask{ending}")
+    write_image(fit.applied(mask), file)
+    tqdm.write(f"{case.mask}: {fit.said}")
+    return "", labels, file

@@ -12,7 +12,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_csm.data.crops import Size
 from nnunet_csm.data.lesions import Placement
 from nnunet_csm.fingerprint.reading import affine_of
-from nnunet_csm.raw.grid import Grid, resampled
+from nnunet_csm.raw.geometry import Grid
+from nnunet_csm.raw.grid import resampled
 
 
 @dataclass(frozen=True)

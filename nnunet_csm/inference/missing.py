@@ -16,9 +16,9 @@ from nnunet_csm.fingerprint.reading import SeriesImage
 from nnunet_csm.fingerprint.record import ALL_ZERO, CONSTANT
 from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.check import files_by_case, no_case
-from nnunet_csm.raw.grid import Grid
+from nnunet_csm.raw.geometry import Grid, described_misfit
 from nnunet_csm.raw.subjects import Volume
-from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume
+from nnunet_csm.raw.volumes import READABLE_ENDINGS, look_at, nnunet_sees, read_volume
 
 
 def fill_missing(
@@ -63,7 +63,7 @@ def fill_missing(
     if problems or not cases:
         raise UserError(problems[0] if problems else no_case(inputs, file_ending))
     _refuse_other_files(outputs, file_ending, overwrite)
-    lines = []
+    lines, notes = list[str](), list[str]()
     with whole_folder(outputs, overwrite) as folder:
         for identifier, files in tqdm(cases.items(), desc="fill missing series", unit="case"):
             empty, replaced = _without_a_series(files, channel_names, num_copies or {}) if copies else ((), {})
@@ -77,6 +77,14 @@ def fill_missing(
                 target = folder / f"{identifier}_{channel:04d}{file_ending}"
                 if channel not in files or channel in replaced:
                     write_image(Grid.of(read_volume(Volume(files[min(files)]))).zeros(), target)
+                    continue
+                look = look_at(files[channel])
+                notes += [f"{files[channel]} {remark}" for remark in look.remarks]
+                if not nnunet_sees(files[channel], look):
+                    write_image(read_volume(Volume(files[channel])), target)
+                    notes.append(
+                        f"{files[channel]} is written anew with axes at right angles, as nnU-Net would read it otherwise"
+                    )
                 elif copy_files:
                     shutil.copyfile(files[channel], target)
                 else:
@@ -86,7 +94,7 @@ def fill_missing(
             if reasons:
                 lines.append(f"{identifier}: zeros for {', '.join(reasons)}")
     complete = len(cases) - len(lines)
-    return [*lines, f"{len(cases)} cases in {outputs}: {complete} complete, {len(lines)} filled with zeros"]
+    return [*notes, *lines, f"{len(cases)} cases in {outputs}: {complete} complete, {len(lines)} filled with zeros"]
 
 
 def _refuse_other_files(outputs: Path, ending: str, overwrite: bool) -> None:
@@ -107,10 +115,11 @@ def _without_a_series(
     """
     images = {channel: read_volume(Volume(path)) for channel, path in files.items()}
     first = min(files)
-    for channel, image in images.items():
-        if not Grid.of(image).same_as(Grid.of(images[first])):
-            found = f"{files[channel]} is on a grid of {Grid.of(image)}, {files[first]} on one of {Grid.of(images[first])}"
-            raise UserError(f"{found}; resample all files of a case to one grid")
+    looks = {channel: look_at(path) for channel, path in files.items()}
+    for channel in images:
+        if not looks[channel].on_grid_of(looks[first]):
+            misfit = described_misfit(looks[channel].places[0], looks[first].places[0], str(files[first]))
+            raise UserError(f"{files[channel]} is on another grid: it {misfit}; resample all files of a case to one grid")
     spacing = images[first].GetSpacing()[::-1]
     volumes = {
         names[channel]: SeriesImage(sitk.GetArrayFromImage(image).astype(np.float32), spacing, None)

@@ -9,27 +9,37 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_csm.errors import UserError, reason
+from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.grid import (
-    Grid,
     labels_of,
+    laid_on_a_series,
     reference_series,
+    refuse_doubtful_places,
     refuse_loss,
     refuse_misplaced,
     register_rigidly,
     resampled,
 )
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Volume
-from nnunet_csm.raw.volumes import described, is_empty, read_volume, read_volumes, refuse_constant, sha256
+from nnunet_csm.raw.volumes import Look, described, is_empty, look_of, read_volume, read_volumes, refuse_constant, sha256
 
 FILE_ENDING = ".nii.gz"
 
 
 def write_case(case: Case, dataset: Dataset, folder: Path, reference: str, register: bool) -> dict[str, Any] | str:
-    """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written."""
+    """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written.
+
+    Whatever libraries raise on the images of a case is a reason to leave out that case, not to end all others.
+    """
     try:
         images, label, entry = _on_one_grid(case, dataset, reference, register)
     except CaseError as error:
         return str(error)
+    except Exception as error:
+        files = ", ".join(described(volume) for volume in case.images.values())
+        return str(
+            CaseError(f"{files} cannot be brought to one grid ({type(error).__name__}: {reason(error)}); export them again")
+        )
     side = "Ts" if case.test else "Tr"
     for channel, name in enumerate(dataset.series):
         write_image(images[name], folder / f"images{side}" / f"{case.identifier}_{channel:04d}{FILE_ENDING}")
@@ -50,6 +60,8 @@ def _on_one_grid(
     grids = {name: Grid.of(image) for name, image in present.items()}
     reference_name = reference_series(grids, reference)
     grid = grids[reference_name]
+    looks = {name: look_of(case.images[name], image) for name, image in present.items()}
+    refuse_doubtful_places({name: (described(case.images[name]), look) for name, look in looks.items()})
     transforms: dict[str, sitk.Transform] = {}
     records: dict[str, dict[str, Any]] = {}
     results: dict[str, sitk.Image] = {}
@@ -60,7 +72,7 @@ def _on_one_grid(
             records[name] = {**(_origin(case.images[name], images[name]) if name in images else {}), "done": f"zeros: {why}"}
             continue
         refuse_constant(present[name], case.images[name])
-        records[name] = _origin(case.images[name], present[name])
+        records[name] = {**_origin(case.images[name], present[name]), "header": list(looks[name].remarks)}
         if name != reference_name:
             refuse_misplaced(grids[name], grid, described(case.images[name]), reference_name)
             records[name]["overlap"] = round(grids[name].overlap(grid), 3)
@@ -74,7 +86,7 @@ def _on_one_grid(
         if is_empty(results[name]):
             msg = f"{described(case.images[name])}: nothing but zeros is left on the grid of {reference_name} ({grid})"
             raise CaseError(f"{msg}; does its header belong to this study?")
-    label, mask_records = _painted(case, dataset, grid, reference_name, grids, transforms)
+    label, mask_records = _painted(case, dataset, reference_name, looks, transforms)
     entry = {
         "patient": case.patient,
         "test": case.test,
@@ -87,29 +99,26 @@ def _on_one_grid(
 
 
 def _painted(
-    case: Case,
-    dataset: Dataset,
-    grid: Grid,
-    reference_name: str,
-    grids: Mapping[str, Grid],
-    transforms: Mapping[str, sitk.Transform],
+    case: Case, dataset: Dataset, reference_name: str, looks: Mapping[str, Look], transforms: Mapping[str, sitk.Transform]
 ) -> tuple[sitk.Image | None, list[dict[str, Any]]]:
-    """The masks of a case on `grid`, later ones over earlier ones. A mask on the grid of a registered series moves with it."""
+    """The masks of a case on the reference's grid, later ones over earlier ones; one on the grid of a series moves with it."""
     if not case.masks:
         if dataset.labels and not case.test:
             raise CaseError("the case has no mask, but the dataset has labels; add one, or make it a test case")
         return None, []
+    grid = looks[reference_name].places[0]
     label, records = grid.zeros(), []
     for mask in case.masks:
-        before = labels_of(read_volume(mask.volume), mask)
-        own = Grid.of(before)
-        refuse_misplaced(own, grid, described(mask.volume), reference_name)
-        moved_with = next((name for name in transforms if own.same_as(grids[name]) and not own.same_as(grid)), None)
-        after = resampled(before, grid, nearest=True, transform=transforms.get(moved_with) if moved_with else None)
-        refuse_loss(before, after, described(mask.volume))
+        before, what = labels_of(read_volume(mask.volume), mask), described(mask.volume)
+        look = look_of(mask.volume, before)
+        laid, series, said = laid_on_a_series(before, look, looks, reference_name, what)
+        transform = transforms.get(series)
+        after = resampled(laid, grid, nearest=True, transform=transform)
+        refuse_loss(laid, after, what)
         label = sitk.Maximum(sitk.Mask(label, after == 0), after)
-        done = _done(own, grid, "by nearest neighbour", moved_with is not None)
-        records.append({**_origin(mask.volume, before), "done": done, "values": dict(mask.values)})
+        done = _done(Grid.of(laid), grid, "by nearest neighbour", transform is not None)
+        done = ", ".join([said] * (said != "kept") + [done] * (done != "kept")) or "kept"
+        records.append({**_origin(mask.volume, before), "done": done, "header": list(look.remarks), "values": dict(mask.values)})
     present = set(np.unique(sitk.GetArrayViewFromImage(label)).tolist())
     for diagnosis in case.diagnoses:
         if diagnosis.mask_label is not None and diagnosis.mask_label not in present:

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import files_in, hidden_in
 from nnunet_csm.nnunet import channel_names, read_json
+from nnunet_csm.raw import nifti
+from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.subjects import CaseError
-from nnunet_csm.raw.volumes import NIFTI_ENDINGS, read_header, read_nifti
+from nnunet_csm.raw.volumes import Look, look_at, read_header
 
 # What nnU-Net reads with SimpleITK; files of other kinds are only checked for being there.
 HEADER_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
@@ -53,8 +56,12 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     if dataset_json is None:
         dataset_json = load_dataset_json(folder)
     names, ending = channel_names(dataset_json), dataset_json["file_ending"]
+    reader = dataset_json.get("overwrite_image_reader_writer")
     if "dataset" in dataset_json:
-        return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending)
+        return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending, reader)
+    for part in ("imagesTr", "labelsTr"):
+        if (folder / part).is_dir() and (hidden := hidden_in(folder / part, ending)):
+            raise UserError(_about_hidden(hidden))
     if not (folder / "imagesTr").is_dir():
         raise UserError(f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json")
     if not has_labels(dataset_json):
@@ -62,7 +69,7 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     if not (folder / "labelsTr").is_dir():
         raise UserError(f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json')
     cases, problems = _found_cases(folder / "imagesTr", names, ending, labels=folder / "labelsTr")
-    lines = _checked(folder / "imagesTr", cases, problems, names, ending)
+    lines = _checked(folder / "imagesTr", cases, problems, names, ending, reader)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
         lines.append(f"numTraining is {dataset_json['numTraining']} in dataset.json, but imagesTr holds {len(cases)} cases")
     return lines
@@ -85,30 +92,44 @@ class _Case:
     label: Path | None
 
 
-@dataclass(frozen=True)
-class _Header:
-    """Shape and spacing (mm) in nnU-Net's axis order, and where the first voxel lies (mm)."""
+def _checked(
+    folder: Path, cases: Sequence[_Case], problems: Sequence[str], names: Sequence[str], ending: str, reader: str | None = None
+) -> list[str]:
+    """Lines to print, or `UserError` with the first problem and the number of further ones.
 
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-
-
-def _checked(folder: Path, cases: Sequence[_Case], problems: Sequence[str], names: Sequence[str], ending: str) -> list[str]:
-    """Lines to print, or `UserError` with the first problem and the number of further ones."""
+    `reader` is the one that dataset.json asks for; without, nnU-Net takes the first that reads the first image.
+    """
     if not (cases or problems):
         raise UserError(no_case(folder, ending))
-    problems, notes = list(problems), list[str]()
+    problems, notes, remarks = list(problems), list[str](), list[str]()
+    all_headers, first_headers = dict[Path, Look](), dict[str, Look]()
+    turns = "Reorient" in (reader or "")
     for case in cases:
         problems += _missing_files(case, names)
         headers, unreadable = _read_headers(case) if ending.endswith(HEADER_ENDINGS) else ({}, [])
-        problems += [*unreadable, *_grid_problems(case, headers)]
+        problems += [*unreadable, *_grid_problems(case, headers, turns)]
         notes += _shifted_files(headers)
+        remarks += [f"{path} {remark}" for path, header in headers.items() for remark in header.remarks]
+        all_headers |= headers
+        if headers:
+            first_headers[case.identifier] = next(iter(headers.values()))
+    if reader is None:
+        problems += _unlike_the_first(list(all_headers))
     if problems:
         raise UserError(_first(problems))
     count = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
     lines = [f"{count} in {folder}: all have {', '.join(names)}{' and a label' if cases[0].label else ''}"]
-    return [*lines, _first(notes)] if notes else lines
+    mixed = [] if turns else list(_mixed_orientations(first_headers))
+    return [*lines, *(_first(some) for some in (notes, remarks, mixed) if some)]
+
+
+def _about_hidden(hidden: Sequence[Path]) -> str:
+    """nnU-Net lists the folder itself, and takes such a file for an image."""
+    first, more = hidden[0], f" (and {len(hidden) - 1} more there)" if len(hidden) > 1 else ""
+    if first.name.startswith("._"):
+        what = "one of the twins that macOS writes beside files, no image"
+        return f"{first}{more} is {what}, which nnU-Net takes for one; remove them with: dot_clean -m, or rm '{first.parent}'/._*"
+    return f"{first}{more} is hidden, and nnU-Net takes it for an image all the same; move it elsewhere, or give it another name"
 
 
 def _first(messages: Sequence[str]) -> str:
@@ -119,7 +140,7 @@ def files_by_case(folder: Path, names: Sequence[str], ending: str) -> tuple[dict
     """Case to channel to file, both in order, and the files that nnU-Net would take for something else than they are."""
     pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
     cases, problems = dict[str, dict[int, Path]](), list[str]()
-    for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
+    for path in files_in(folder, ending):
         match = pattern.fullmatch(path.name)
         if match is None:
             problems.append(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
@@ -173,7 +194,7 @@ def _missing_files(case: _Case, names: Sequence[str]) -> Iterator[str]:
         yield f"{case.label} is missing: the label of case {case.identifier}; add it, or move the images to imagesTs"
 
 
-def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
+def _read_headers(case: _Case) -> tuple[dict[Path, Look], list[str]]:
     """Headers of the files that are there, and what is wrong with those that have none of use."""
     headers, problems = {}, []
     for path in (*case.images, *([case.label] if case.label else [])):
@@ -196,37 +217,80 @@ def _read_headers(case: _Case) -> tuple[dict[Path, _Header], list[str]]:
     return headers, problems
 
 
-def _grid_problems(case: _Case, headers: Mapping[Path, _Header]) -> Iterator[str]:
-    """Files whose shape or spacing is not that of the case's first file."""
+def _grid_problems(case: _Case, headers: Mapping[Path, Look], turns: bool) -> Iterator[str]:
+    """Files whose voxels, in the order in which they are stored, are not those of the case's first file.
+
+    `turns`: nnU-Net's reader turns all files to one order of axes, so that they may be stored in several.
+    """
     remedy = f"resample all files of case {case.identifier} to one grid"
     for path, header in headers.items():
         first, expected = next(iter(headers.items()))
+        found, wanted = header.places[0], expected.places[0]
         if header.shape != expected.shape:
             yield f"{path} has the shape {header.shape}, but {first} has {expected.shape} (z, y, x); {remedy}"
-        elif not np.allclose(header.spacing, expected.spacing):
-            yield f"{path} has the spacing {header.spacing}, but {first} has {expected.spacing} (z, y, x in mm); {remedy}"
+        elif not np.allclose(found.spacing, wanted.spacing):
+            spacings = f"{found.spacing[::-1]}, but {first} has {wanted.spacing[::-1]}"
+            yield f"{path} has the spacing {spacings} (z, y, x in mm); {remedy}"
+        elif not turns and header.placed and expected.placed and not _orientations(header) & _orientations(expected):
+            axes = f"is stored with axes {found.orientation}, but {first} with {wanted.orientation}"
+            yield f"{path} {axes}, and nnU-Net reads voxels in the order in which they are stored; {remedy}"
 
 
-def _shifted_files(headers: Mapping[Path, _Header]) -> Iterator[str]:
-    """Files that begin more than a voxel from where the case's first file begins; nnU-Net reads them as if they overlapped."""
+def _orientations(header: Look) -> set[str]:
+    return {grid.orientation for grid in header.places}
+
+
+def _shifted_files(headers: Mapping[Path, Look]) -> Iterator[str]:
+    """Files that lie more than a voxel from where the case's first file lies; nnU-Net reads them as if they overlapped."""
     for path, header in headers.items():
         first, expected = next(iter(headers.items()))
-        shift = float(np.linalg.norm(np.subtract(header.origin, expected.origin)))
-        if shift > max(expected.spacing):
+        if not (header.placed and expected.placed) or header.shape != expected.shape:
+            continue
+        shift = min(one.apart(other) for one in header.places for other in expected.places)
+        if shift > max(expected.places[0].spacing):
             yield f"the header of {path} puts it {shift:.1f} mm from {first}; look with nnUNetv2_plot_overlay_pngs"
 
 
-def _read_header(path: Path) -> _Header:
+def _read_header(path: Path) -> Look:
     try:
-        header = read_header(path)
+        return look_at(path)
     except CaseError:
-        if not path.name.endswith(NIFTI_ENDINGS):
+        if not path.name.endswith(nifti.ENDINGS):
             raise
-        # ITK refuses directions that are not orthonormal; nnU-Net then reads with nibabel
-        image = read_nifti(path)
-        spacing = tuple(float(zoom) for zoom in image.header.get_zooms()[::-1])
-        return _Header(image.shape[::-1], spacing, tuple(image.affine[:3, 3] * (-1.0, -1.0, 1.0)))  # ITK's axes
-    return _Header(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin())
+        # axes far from right angles, or of another length than the spacing says: nnU-Net reads the voxels and the spacing
+        header = nifti.read_header(path)
+        size = header.shape[::-1][:3]
+        return Look(header.shape, (Grid(size, header.spacing, (0.0, 0.0, 0.0), tuple(np.eye(3).flatten())),), placed=False)
+
+
+def _mixed_orientations(first_headers: Mapping[str, Look]) -> Iterator[str]:
+    """Cases whose axes are not those of most, which a network without much mirroring has to learn one by one."""
+    cases: dict[str, list[str]] = {}
+    for case, header in first_headers.items():
+        if header.placed:
+            cases.setdefault(header.places[0].orientation, []).append(case)
+    if len(cases) > 1:
+        listed = ", ".join(f"{len(some)} {axes} (such as {some[0]})" for axes, some in sorted(cases.items()))
+        yield f"voxels are stored with different axes: {listed}; nnU-Net does not turn them, store all cases alike where you can"
+
+
+def _unlike_the_first(files: Sequence[Path]) -> Iterator[str]:
+    """Files that SimpleITK refuses, when nnU-Net chooses it because it reads the first file of the dataset."""
+    refused = [path for path in files if path.name.endswith(nifti.ENDINGS) and not _itk_reads(path)]
+    if refused and files[0] not in refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        yield (
+            f"{refused[0]}{more} has axes that SimpleITK refuses, with which nnU-Net reads all files as it can read {files[0]}; "
+            'write "overwrite_image_reader_writer": "NibabelIO" into dataset.json, or straighten the axes'
+        )
+
+
+def _itk_reads(path: Path) -> bool:
+    try:
+        read_header(path)
+    except CaseError:
+        return False
+    return True
 
 
 def no_case(folder: Path, ending: str) -> str:

@@ -1,73 +1,56 @@
-"""A folder of DICOM files as one volume, and the name of its series from the attributes."""
+"""A folder of DICOM files as one volume: frames sorted into volumes by what they are, and by place within each."""
 
-import json
-import math
-import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from importlib import resources
+import os
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from jaxtyping import Shaped
 
-from nnunet_csm.raw.frames import Frame, only_series, stored_pixels
-from nnunet_csm.raw.series import alias_table
+from nnunet_csm.raw.dicom_frames import Frame, frames_of, series_in, voxels_of
+from nnunet_csm.raw.dicom_names import name_from_attributes
 from nnunet_csm.raw.subjects import CaseError
 
-_TABLE = json.loads(resources.files("nnunet_csm.raw").joinpath("dicom_words.json").read_text(encoding="utf-8"))
-# Words of descriptions that the alias table, which is about names of channels, does not have. "tirm" is a FLAIR or a STIR: the
-# inversion time decides; with "t1" it is inversion recovery with the weighting of T1.
-DESCRIPTION_WORDS: dict[str, str] = _TABLE["descriptions"]
-# No series of their own: planning images, and images computed from others.
-OTHER_WORDS = frozenset(_TABLE["other"])
-CONTRAST_WORDS, NO_CONTRAST_WORDS = frozenset(_TABLE["contrast"]), frozenset(_TABLE["no_contrast"])
-# Names that say more than others where a description has several of equal length: "t2 flair" is a FLAIR.
-SPECIFIC_FIRST: list[str] = _TABLE["specific_first"]
+# Numbers of one volume are equal but for rounding.
+ROUNDING = 0.01
 
 
-# Attributes that name a series.
-NAMING = (
-    "ImageType", "Modality", "SeriesDescription", "ContrastBolusAgent", "ScanningSequence", "RepetitionTime", "EchoTime",
-    "InversionTime", "ProtocolName", "DiffusionBValue",
-)  # fmt: skip
-# Attributes that are one value in a volume. Those of enhanced files are called so by `frames`.
-OF_A_VOLUME = (
-    "DiffusionBValue", "DiffusionGradientOrientation", "EchoTime", "InversionTime", "FlipAngle", "ImageType", "AcquisitionNumber",
-    "TemporalPositionIdentifier", "StackID", "PhotometricInterpretation",
-)  # fmt: skip
+def read_dicom_series(folder: Path, index: int | None = None) -> sitk.Image:
+    """The only series in `folder`, sorted along its normal, with the geometry of its headers.
 
+    Slices of one b-value, echo, time point and image type are a volume; `index` says which, where there are several. Files with
+    one slice and enhanced ones with many are alike. Slices missing at either end cannot be noticed.
 
-def read_dicom_series(folder: Path, several: bool = False) -> sitk.Image:
-    """The only series in `folder`, sorted along its normal, with the geometry of its headers; voxels rescaled frame by frame.
-
-    Frames come from files with one each, from enhanced files with many, or both. What makes a volume (`OF_A_VOLUME`, shape,
-    spacing, orientation) must be one value. Slices missing at either end cannot be noticed.
-
-    Args:
-        folder: subfolders are not looked into; files of another ending that are no DICOM do not disturb.
-        several: give a series of several volumes (b-values, echoes, ...) as a 4-D image, in the order of their values.
-
-    Raises:
-        CaseError: there is no series or more than one; several volumes, unless asked for; a slice is missing or twice there;
-            frames differ in what makes a stack; a file cannot be read, or is no DICOM although called as one.
+    Raises `CaseError` when there is no series or more than one; when there are several volumes and no index; when a slice is
+    missing or twice there, when slices differ in shape, spacing or orientation, when they overlap, or when a file cannot be read.
     """
-    frames = only_series(folder)
-    if len(frames) < 2:
+    volumes = _volumes(_only_series(folder))
+    if index is None and len(volumes) > 1:
+        raise CaseError(_several(folder, volumes))
+    if not 0 <= (index or 0) < len(volumes):
+        found = "1 volume" if len(volumes) == 1 else f"{len(volumes)} volumes"
+        raise CaseError(f"{folder} holds {found}, so that there is none of index {index}; give one from 0 to {len(volumes) - 1}")
+    frames = volumes[index or 0]
+    if len(frames) == 1:
         raise CaseError(f"{folder} holds a single slice ({frames[0].name}); give the folder with all slices of the series")
-    volumes = _volumes(folder, frames)
-    if len(volumes) > 1 and not several:
-        msg = f"{folder} holds {len(volumes)} volumes in one series, which differ in {_differing(frames)}; choose one by number "
-        msg += f"('volume' of a table, 0 to {len(volumes) - 1} in this order), or move each to a folder of its own"
-        raise CaseError(msg)
-    images = [_image(folder, stack) for stack in volumes]
-    if len(images) == 1:
-        return images[0]
-    if any(_geometry(image) != _geometry(images[0]) for image in images):
-        raise CaseError(f"{folder} holds {len(images)} volumes of several grids in one series; move each to a folder of its own")
-    return sitk.JoinSeries(images)
+    _check_parallel(folder, frames)
+    rows, columns = np.array(frames[0].orientation[:3]), np.array(frames[0].orientation[3:])
+    normal = np.cross(rows, columns)
+    normal /= np.linalg.norm(normal)
+    frames = sorted(frames, key=lambda frame: float(np.dot(frame.position, normal)))
+    positions = np.array([frame.position for frame in frames])
+    _check_distances(folder, frames, positions @ normal)
+    in_plane = positions - np.outer(positions @ normal, normal)
+    shift = float(np.linalg.norm(in_plane - in_plane[0], axis=1).max())
+    if shift > 1.0:
+        raise CaseError(f"{folder} has slices that are shifted by up to {shift:.1f} mm in their plane; is it one acquisition?")
+    image = sitk.GetImageFromArray(voxels_of(frames))
+    between = float((positions[-1] - positions[0]) @ normal) / (len(frames) - 1)
+    image.SetSpacing((frames[0].spacing[1], frames[0].spacing[0], between))
+    image.SetOrigin(frames[0].position)
+    image.SetDirection(np.stack([rows, np.cross(normal, rows), normal], axis=1).flatten().tolist())
+    return image
 
 
 def series_name(folder: Path) -> str | None:
@@ -77,221 +60,116 @@ def series_name(folder: Path) -> str | None:
     through the alias table, the longest match first; a diffusion b-value above 0; echo, repetition and inversion times. A T1w
     with a contrast agent is T1ce. Raises `CaseError` like `read_dicom_series` when `folder` does not hold exactly one series.
     """
-    frames = only_series(folder)
-    middle = frames[len(frames) // 2]
-    return name_from_attributes({keyword: middle.text(keyword) for keyword in NAMING})
+    frames = _volumes(_only_series(folder))[-1]  # of the highest b-value
+    return name_from_attributes(frames[len(frames) // 2].attributes)
 
 
-def name_from_attributes(attributes: Mapping[str, str]) -> str | None:
-    """`series_name` on attributes by keyword (`NAMING`); a missing one is left out or empty. Times in ms, b-value in s/mm²."""
-    if attributes.get("Modality", "MR") not in ("MR", ""):
-        return None
-    texts = [attributes.get(key, "") for key in ("SeriesDescription", "ProtocolName")]
-    words = [word for text in texts for word in _words(text)]
-    if OTHER_WORDS & set(words):
-        return None
-    name = (
-        _from_image_type(attributes.get("ImageType", ""))
-        or next((found for text in texts if (found := _from_text(text))), None)
-        or _from_b_value(attributes)
-        or _from_timing(attributes)
+def _only_series(folder: Path) -> list[Frame]:
+    """Slices of the only series in `folder` itself (not its subfolders)."""
+    if not folder.is_dir():
+        raise CaseError(f"{folder} is not a folder; give the folder that holds the DICOM files of one series")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CaseError(f"{folder} may not be read by this user; change its permission (chmod -R u+rX)")
+    series = series_in(folder)
+    if not series:
+        entries = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+        found = f"found {', '.join(entries[:3])}{' ...' if len(entries) > 3 else ''}" if entries else "it is empty"
+        raise CaseError(f"{folder} holds no DICOM image; {found}; give the folder in which the files of one series lie")
+    if len(series) > 1:
+        described = (
+            f"{str(headers[0].get('SeriesDescription') or 'without description').strip()!r} ({len(headers)} "
+            f"{'file' if len(headers) == 1 else 'files'}, such as {Path(str(headers[0].filename)).name})"
+            for headers in series.values()
+        )
+        raise CaseError(f"{folder} holds {len(series)} series, not one: {'; '.join(described)}; move each to a folder of its own")
+    return [frame for headers in series.values() for header in headers for frame in frames_of(header)]
+
+
+def _volumes(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Slices by their kind, in ascending order of b-values, then of echo times, and so on."""
+    alike = {name: _alike([frame.kind[name] for frame in frames]) for name in frames[0].kind}
+    found: dict[tuple[int, ...], list[Frame]] = defaultdict(list)
+    for frame in frames:
+        found[tuple(alike[name][frame.kind[name]] for name in alike)].append(frame)
+    return [found[key] for key in sorted(found)]
+
+
+def _alike(values: Sequence[float | str | None]) -> dict[float | str | None, int]:
+    """The rank of each value; numbers that only rounding tells apart have one rank, "nothing said" is the lowest."""
+    ranks: dict[float | str | None, int] = {None: 0}
+    before: float | str | None = None
+    for value in sorted({one for one in values if one is not None}, key=lambda one: (isinstance(one, str), one)):
+        same = isinstance(before, float) and isinstance(value, float) and value - before <= ROUNDING * abs(value)
+        ranks[value] = ranks[before] if same else max(ranks.values()) + 1
+        before = value
+    return ranks
+
+
+def _several(folder: Path, volumes: Sequence[Sequence[Frame]]) -> str:
+    """What tells the volumes of a series apart, and how to choose."""
+    kinds = [frames[0].kind for frames in volumes]
+    names = [name for name in kinds[0] if len(_alike_ranks([kind[name] for kind in kinds])) > 1]
+    listed = (
+        f"{number}: {', '.join(f'{name} {_said(frames[0].kind[name])}' for name in names)} ({len(frames)} slices)"
+        for number, frames in enumerate(volumes)
     )
-    return "T1ce" if name == "T1w" and _has_contrast(attributes, words) else name
-
-
-def _from_image_type(image_type: str) -> str | None:
-    parts = {part.strip().upper() for part in image_type.split("\\")}
-    if parts & {"ADC", "ADC_UNSPECIFIED"}:
-        return "ADC"
-    return "DWI" if parts & {"TRACEW", "DIFFUSION"} else None
-
-
-def _from_text(text: str) -> str | None:
-    """The longest run of words that names a series; among runs of equal length the more specific name."""
-    words = _words(text)
-    names = _names_in_descriptions()
-    for length in range(len(words), 0, -1):
-        runs = ("".join(words[start : start + length]) for start in range(len(words) - length + 1))
-        found = {names[run] for run in runs if run in names}
-        if found:
-            return min(found, key=lambda name: SPECIFIC_FIRST.index(name) if name in SPECIFIC_FIRST else 0)
-    return None
-
-
-def _names_in_descriptions() -> dict[str, str]:
-    table = {alias: canonical for canonical, aliases in alias_table().items() for alias in (canonical, *aliases)}
-    return {"".join(_words(alias)): canonical for alias, canonical in {**table, **DESCRIPTION_WORDS}.items()}
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in re.split(r"[\s_\-/.,;:()\[\]]+", text.casefold()) if word]
-
-
-def _has_contrast(attributes: Mapping[str, str], words: Sequence[str]) -> bool:
-    """Words win over ContrastBolusAgent, which some scanners keep filled for the whole study."""
-    if NO_CONTRAST_WORDS & set(words):
-        return False
-    agent = attributes.get("ContrastBolusAgent", "").strip().casefold()
-    return bool(CONTRAST_WORDS & set(words)) or agent not in ("", "none", "no", "n/a", "no contrast")
-
-
-def _from_b_value(attributes: Mapping[str, str]) -> str | None:
-    b_value = _number(attributes.get("DiffusionBValue", ""))
-    return "DWI" if b_value is not None and b_value > 0 else None
-
-
-def _from_timing(attributes: Mapping[str, str]) -> str | None:
-    """Weighting by the usual ranges for spin and gradient echo at 1.5 and 3 T; None between the ranges and for echo-planar."""
-    sequence = {part.strip() for part in attributes.get("ScanningSequence", "").split("\\")}
-    echo, repetition, inversion = (_number(attributes.get(key, "")) for key in ("EchoTime", "RepetitionTime", "InversionTime"))
-    if echo is None or repetition is None or "EP" in sequence:
-        return None
-    if "GR" in sequence and "SE" not in sequence:
-        if echo >= 15:
-            return "T2starw"
-        return "T1w" if inversion and echo < 10 else None  # without inversion it may be spoiled, balanced or an angiogram
-    if inversion and inversion >= 1500 and echo >= 60:
-        return "FLAIR"
-    if inversion and inversion <= 300 and repetition >= 2000:
-        return "STIR"
-    if inversion or not sequence & {"SE", "RM"}:
-        return None
-    if echo < 30:
-        return "T1w" if repetition < 1200 else "PDw" if repetition >= 1800 else None
-    return "T2w" if echo >= 60 and repetition >= 1500 else None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.split("\\")[0])
-    except ValueError:
-        return None
-
-
-def _makes_volumes(frames: Sequence[Frame]) -> list[str]:
-    """Attributes that have several values. A number that no two slices share counts slices, not volumes."""
-    counts = {keyword: len({frame.text(keyword) for frame in frames}) for keyword in OF_A_VOLUME}
-    return [key for key, count in counts.items() if count > 1 and not (key == "AcquisitionNumber" and count == len(frames))]
-
-
-def _differing(frames: Sequence[Frame]) -> str:
-    """The attributes that have several values, with them."""
-    return " and ".join(
-        f"{key} ({', '.join(f'{value or None}: {number} slices' for value, number in _counted(frames, key))})"
-        for key in _makes_volumes(frames)
+    return (
+        f"{folder} holds {len(volumes)} volumes in one series, told apart by {', '.join(names)}: {'; '.join(listed)}; choose "
+        "one by its number (the column 'volume' of a table), or move each to a folder of its own"
     )
 
 
-def _counted(frames: Sequence[Frame], keyword: str) -> list[tuple[str, int]]:
-    return sorted(Counter(frame.text(keyword) for frame in frames).items(), key=lambda item: _in_order(item[0]))
+def _alike_ranks(values: Sequence[float | str | None]) -> set[int]:
+    ranks = _alike(values)
+    return {ranks[value] for value in values}
 
 
-def _in_order(text: str) -> tuple[float, str]:
-    """Sorts numbers as such; no value comes first."""
-    number = _number(text)
-    return (-math.inf if not text else math.inf if number is None else number), text
+def _said(value: float | str | None) -> str:
+    return "not given" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
-def _volumes(folder: Path, frames: Sequence[Frame]) -> list[list[Frame]]:
-    """Frames by volume, each volume's sorted along its normal. Raises `CaseError` for frames that make no stack."""
-    shapes = {(int(frame.values["Columns"]), int(frame.values["Rows"])) for frame in frames}
+def _check_parallel(folder: Path, frames: Sequence[Frame]) -> None:
+    """Raise `CaseError` unless all slices are of one shape, one spacing and one orientation."""
+    shapes = {frame.shape for frame in frames}
     if len(shapes) > 1:
-        msg = f"{folder} mixes slices of the shapes {sorted(shapes)} (x, y) in one series; keep those of one acquisition"
-        raise CaseError(msg)
-    orientations = np.array([frame.numbers("ImageOrientationPatient", 6) for frame in frames])
-    if np.abs(orientations - orientations[0]).max() > 1e-3:
+        found = sorted((columns, rows) for rows, columns in shapes)
+        raise CaseError(f"{folder} mixes slices of the shapes {found} (x, y) in one series; keep those of one acquisition")
+    if np.abs(np.subtract([frame.orientation for frame in frames], frames[0].orientation)).max() > 1e-3:
         msg = f"{folder} mixes slices of several orientations in one series, as a localizer does; give a parallel stack"
         raise CaseError(msg)
-    across, down = orientations[0].reshape(2, 3)
-    if abs(across @ down) > 1e-3 or np.abs(np.linalg.norm([across, down], axis=1) - 1).max() > 1e-2:
-        raise CaseError(
-            f"{folder}: ImageOrientationPatient {orientations[0].tolist()} is no pair of unit vectors at right angles"
-        )
-    spacings = np.array([frame.numbers("PixelSpacing", 2) for frame in frames])
-    if spacings.min() <= 0 or np.abs(spacings / spacings[0] - 1).max() > 1e-3:
-        found = sorted({tuple(edges) for edges in spacings.tolist()})
-        raise CaseError(f"{folder} has slices of the PixelSpacing {found} (y, x in mm); expected one above 0 for all of them")
-    if any(int(frame.values.get("SamplesPerPixel", 1)) != 1 for frame in frames):
-        raise CaseError(f"{folder} holds colour images; give a folder with one 3-D series of grey values")
-    keys = _makes_volumes(frames)
-    groups: dict[tuple[str, ...], list[Frame]] = defaultdict(list)
-    for frame in frames:
-        groups[tuple(frame.text(key) for key in keys)].append(frame)
-    return [groups[values] for values in sorted(groups, key=lambda values: [_in_order(value) for value in values])]
-
-
-def _image(folder: Path, frames: Sequence[Frame]) -> sitk.Image:
-    """One volume, its slices at equal distances along their normal."""
-    if len(frames) < 2:
-        raise CaseError(f"{folder} has a volume of a single slice, {frames[0].name}; keep slices of one acquisition")
-    positions = np.array([frame.numbers("ImagePositionPatient", 3) for frame in frames])
-    across, down = np.reshape(frames[0].numbers("ImageOrientationPatient", 6), (2, 3))
-    across = across / np.linalg.norm(across)
-    down = down - (down @ across) * across
-    down /= np.linalg.norm(down)
-    normal = np.cross(across, down)
-    along = positions @ normal
-    _check_distances(folder, frames, along)
-    in_plane = positions - np.outer(along, normal)
-    shift = float(np.linalg.norm(in_plane - in_plane[0], axis=1).max())
-    if shift > 1.0:
-        raise CaseError(f"{folder} has slices that are shifted by up to {shift:.1f} mm in their plane; is it one acquisition?")
-    order = np.argsort(along)
-    image = sitk.GetImageFromArray(_voxels([frames[i] for i in order]))
-    row_spacing, column_spacing = frames[0].numbers("PixelSpacing", 2)
-    image.SetSpacing((column_spacing, row_spacing, float(along[order[-1]] - along[order[0]]) / (len(frames) - 1)))
-    image.SetOrigin(positions[order[0]].tolist())
-    image.SetDirection(np.stack([across, down, normal], axis=1).flatten().tolist())
-    return image
-
-
-def _geometry(image: sitk.Image) -> tuple[Any, ...]:
-    return image.GetSize(), *(tuple(np.round(one, 3)) for one in (image.GetSpacing(), image.GetOrigin(), image.GetDirection()))
-
-
-def _voxels(frames: Sequence[Frame]) -> Shaped[np.ndarray, "z y x"]:
-    """Rescaled slices: integers where all of them are, of a type that holds all slices, else float32."""
-    stored: dict[Path, Shaped[np.ndarray, "frames y x"]] = {}
-    slices = []
-    for frame in frames:
-        if frame.file not in stored:
-            if frame.num_in_file == 1:
-                stored.clear()
-            stored[frame.file] = stored_pixels(frame)
-        slope, intercept = (
-            frame.numbers(key, 1)[0] if key in frame.values else usual
-            for key, usual in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
-        )
-        plane = stored[frame.file][frame.number]
-        slices.append(plane if (slope, intercept) == (1, 0) else plane * slope + intercept)
-    voxels = np.stack(slices)
-    if not np.array_equal(voxels, np.round(voxels)):
-        return voxels.astype(np.float32)
-    fitting = (
-        kind
-        for kind in (np.int16, np.uint16, np.int32)
-        if np.iinfo(kind).min <= voxels.min() and voxels.max() <= np.iinfo(kind).max
-    )
-    return voxels.astype(next(fitting, np.float32))
+    odd = next((one for one in frames if not np.allclose(one.spacing, frames[0].spacing, rtol=1e-3, atol=0)), None)
+    if odd:
+        msg = f"{folder} mixes slices of several PixelSpacing in one series: {frames[0].spacing} mm in {frames[0].name} and "
+        raise CaseError(f"{msg}{odd.spacing} mm in {odd.name}; keep those of one acquisition")
 
 
 def _check_distances(folder: Path, frames: Sequence[Frame], along: np.ndarray) -> None:
-    order = np.argsort(along)
-    gaps = np.diff(along[order])
+    """Raise `CaseError` unless slices, sorted, lie at equal distances, and no closer than their headers say."""
+    gaps = np.diff(along)
     usual = float(np.median(gaps))
     if (gaps < 1e-3).any():
         at = int(np.argmin(gaps))
-        pair = " and ".join(frames[order[index]].name for index in (at, at + 1))
         raise CaseError(
-            f"{folder} holds {int((gaps < 1e-3).sum())} slices at places where another one is, such as {pair}; a series with "
-            "several volumes (b-values, phases, echoes) must be split, each to a folder of its own"
+            f"{folder} holds {int((gaps < 1e-3).sum())} slices at places where another one is, such as {frames[at].name} and "
+            f"{frames[at + 1].name}; a series with several volumes (b-values, phases, echoes) must be split, each to a folder of "
+            "its own"
         )
     # scanners round positions; a missing slice doubles the distance
     odd = np.flatnonzero(np.abs(gaps - usual) > 0.02 * usual + 0.01)
     if odd.size:
         at = int(odd[0])
-        more = f" ({odd.size} such gaps)" if odd.size > 1 else ""
         raise CaseError(
-            f"{folder} has slices at unequal distances: {gaps[at]:.2f} mm between {frames[order[at]].name} and "
-            f"{frames[order[at + 1]].name}, {usual:.2f} mm elsewhere{more}; is a slice missing?"
+            f"{folder} has slices at unequal distances: {gaps[at]:.2f} mm between {frames[at].name} and "
+            f"{frames[at + 1].name}, {usual:.2f} mm elsewhere; is a slice missing?"
+        )
+    # Two volumes whose places alternate look like one of twice as many slices. Slices thicker than their distance are usual in
+    # CT, but not ones that are to lie further apart, nor thick ones of several acquisitions.
+    thickness, between = frames[0].thickness, frames[0].between
+    numbers = list(dict.fromkeys(frame.acquisition for frame in frames))
+    expected = min(between, thickness or between) if between else thickness * (len(numbers) > 1)
+    if usual < 0.75 * expected:
+        told = f", and the acquisition numbers {', '.join(numbers)}" if len(numbers) > 1 else ""
+        raise CaseError(
+            f"{folder} has slices {usual:.2f} mm apart where the headers say {expected:g} mm{told}: several volumes whose places "
+            "alternate? split it, each volume to a folder of its own"
         )

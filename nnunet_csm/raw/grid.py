@@ -1,25 +1,19 @@
-"""The series and masks of a case on one grid: which grid, how a volume gets there, when a header cannot be believed.
-
-Sizes, spacings and origins are in SimpleITK's order (x, y, z) and world (mm; x to the left, y to the back, z up), as everything
-here goes to SimpleITK or into the manifest, which says so.
-"""
+"""The series and masks of a case on one grid: which grid, how a volume gets there, when a header cannot be believed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import SimpleITK as sitk
 
 from nnunet_csm.errors import reason
+from nnunet_csm.raw.geometry import SAME_GRID, Grid, described_misfit
 from nnunet_csm.raw.subjects import CaseError, Mask
-from nnunet_csm.raw.volumes import described
+from nnunet_csm.raw.volumes import Look, described
 
 FINEST = "finest"
 
-# Grids whose corners differ by less, in voxels, are one grid: interpolating for so little would only blur.
-SAME_GRID = 0.05
 # The least share of the smaller field of view that has to lie in the other one.
 MIN_OVERLAP = 0.1
 # The most of a mask's volume (mm3) that a grid may lose.
@@ -33,72 +27,6 @@ REGISTRATION_SAMPLING = 0.5  # share of the voxels
 REGISTRATION_LEVELS = (4.0, 2.0)  # mm: both series are averaged to about this before a level
 CLIPPED = (1.0, 99.0)  # percentiles of the voxels that are not zero: a few bright ones would take most bins of a histogram
 NUM_BINS = 32
-
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where the voxels of a volume lie. `direction` holds the rows of the matrix whose columns are the axes."""
-
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    @classmethod
-    def of(cls, image: sitk.Image) -> Self:
-        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-
-    @property
-    def voxel_volume(self) -> float:
-        """mm3."""
-        return float(np.prod(self.spacing))
-
-    def same_as(self, other: "Grid") -> bool:
-        """Whether voxels coincide, up to what rounding in a header may do."""
-        if self.size != other.size:
-            return False
-        apart = np.linalg.norm(self._world(self._corners()) - other._world(other._corners()), axis=1)
-        return bool(apart.max() < SAME_GRID * min(self.spacing))
-
-    def overlap(self, other: "Grid") -> float:
-        """Share of the smaller field of view that lies in the larger one, to about 0.01."""
-        small, large = sorted((self, other), key=lambda grid: grid.voxel_volume * np.prod(grid.size))
-        places = (np.arange(24) + 0.5) / 24
-        points = small._world(_lattice(places, places, places) * small.size - 0.5)
-        return float(large._contains(points).mean())
-
-    def zeros(self) -> sitk.Image:
-        image = sitk.Image(self.size, sitk.sitkUInt8)
-        self.put_on(image)
-        return image
-
-    def put_on(self, image: sitk.Image) -> None:
-        """Give an image of this size the geometry of this grid."""
-        image.SetSpacing(self.spacing)
-        image.SetOrigin(self.origin)
-        image.SetDirection(self.direction)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: list(value) for name, value in asdict(self).items()}
-
-    def __str__(self) -> str:
-        return f"{' x '.join(map(str, self.size))} voxels of {' x '.join(f'{edge:.4g}' for edge in self.spacing)} mm"
-
-    def _matrix(self) -> Array:
-        return np.reshape(self.direction, (3, 3)) * self.spacing
-
-    def _world(self, indices: Array) -> Array:
-        """mm of voxel indices (n, 3), in the order of `size`."""
-        return indices @ self._matrix().T + self.origin
-
-    def _contains(self, points: Array) -> npt.NDArray[np.bool_]:
-        indices = np.linalg.solve(self._matrix(), (points - self.origin).T).T
-        return np.all((indices >= -0.5) & (indices <= np.array(self.size) - 0.5), axis=1)
-
-    def _corners(self) -> Array:
-        return _lattice(*([0.0, edge - 1.0] for edge in self.size))
 
 
 def reference_series(grids: Mapping[str, Grid], reference: str) -> str:
@@ -139,6 +67,28 @@ def refuse_misplaced(grid: Grid, reference: Grid, what: str, reference_name: str
     raise CaseError(msg + "swapped axes, or of another study? correct the file, or leave it out")
 
 
+def refuse_doubtful_places(series: Mapping[str, tuple[str, Look]]) -> None:
+    """Raise `CaseError` when headers leave open how the series of a case (name: its file, its header) lie to each other.
+
+    An sform and a qform that disagree do no harm where all series are moved alike, and no place at all where none has one.
+    """
+    (first, look), *others = series.values()
+    remedy = "copy the right one over the other, such as with fslorient -copysform2qform or -copyqform2sform"
+    for what, other in others:
+        if other.placed != look.placed:
+            without, placed = (what, first) if look.placed else (first, what)
+            msg = f"{without} holds neither sform nor qform, {placed} does, so that nobody knows how they lie to each other; "
+            raise CaseError(msg + "write the missing transform into its header")
+        # from where one transform puts the first series to where the other one does
+        moves = [one.places[-1].affine @ np.linalg.inv(one.places[0].affine) for one in (look, other)]
+        if not look.places[0].is_kept_by(np.linalg.solve(moves[0], moves[1])):
+            doubtful, one = (what, other) if len(other.places) > 1 else (first, look)
+            apart = one.places[0].apart(one.places[-1])
+            raise CaseError(
+                f"{doubtful} holds an sform and a qform that are {apart:.1f} mm apart, unlike the other series; {remedy}"
+            )
+
+
 def resampled(image: sitk.Image, grid: Grid, nearest: bool = False, transform: sitk.Transform | None = None) -> sitk.Image:
     """The image on `grid`, 0 outside its field of view; itself, voxel by voxel, when it lies there already.
 
@@ -174,6 +124,35 @@ def labels_of(image: sitk.Image, mask: Mask) -> sitk.Image:
         raise CaseError(msg)
     labels = {value: label for value, label in mask.values.items() if value != 0}
     return sitk.Cast(sitk.ChangeLabel(sitk.Cast(image, sitk.sitkInt32), labels), sitk.sitkUInt8)
+
+
+def laid_on_a_series(
+    mask: sitk.Image, look: Look, series: Mapping[str, Look], reference: str, what: str
+) -> tuple[sitk.Image, str, str]:
+    """The mask on the grid of the series that it was drawn on, voxel by voxel; that series; what was done.
+
+    A mask that was drawn on none of them stays where its header puts it, and counts as drawn on the reference.
+
+    Raises:
+        CaseError: its header cannot be believed: it has the reference's shape but lies elsewhere, or names two places.
+    """
+    fits = [(found, name) for name in (reference, *series) if (found := look.fit_to(series[name]))]
+    if fits:
+        found, name = min(fits, key=lambda one: one[0].apart if one[0].apart > SAME_GRID * min(one[0].grid.spacing) else 0.0)
+        laid = found.applied(mask)
+        series[name].places[0].put_on(laid)
+        return laid, name, found.said
+    own, grid = look.places[0], series[reference].places[0]
+    refuse_misplaced(own, grid, what, reference)
+    remedy = f"if it was drawn on {reference}, copy the header from there, else resample it to that grid"
+    if own.size == grid.size:
+        raise CaseError(f"{what} {described_misfit(own, grid, reference)}; {remedy}")
+    if len(look.places) > 1 or len(series[reference].places) > 1 or look.placed != series[reference].placed:
+        doubt = "sform and qform disagree, or one has neither"
+        raise CaseError(
+            f"{what} and {reference} are on other grids, and their headers do not say how they lie ({doubt}); {remedy}"
+        )
+    return mask, reference, "kept"
 
 
 def refuse_loss(before: sitk.Image, after: sitk.Image, what: str) -> None:
@@ -309,7 +288,3 @@ def _averaged(image: sitk.Image, edge: float) -> sitk.Image:
     sides = zip(image.GetSpacing(), image.GetSize(), strict=True)
     factors = [max(1, min(round(edge / spacing), size // 4)) for spacing, size in sides]
     return sitk.BinShrink(image, factors)
-
-
-def _lattice(*axes: Any) -> Array:
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)

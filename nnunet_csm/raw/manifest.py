@@ -17,6 +17,7 @@ MANIFEST = "csm_manifest.json"
 DONE = {
     "kept": "kept",
     "resampled": "resampled by header",
+    "turned": "turned to the axes of the image",
     "registered": "registered",
     "zeros:": "missing, written as zeros",
 }
@@ -73,6 +74,20 @@ def summary(entries: Mapping[str, Mapping[str, Any]], series: Sequence[str]) -> 
         refusals = {case: record.get("registration", {}).get("refused") for case, record in records.items()}
         if refused := [f"{case} ({why})" for case, why in refusals.items() if why]:
             yield f"  {name} left where the header puts it, registration refused: {_listed(refused)}"
+
+    masks = {case: entry["masks"] for case, entry in entries.items() if entry["masks"]}
+    if masks:
+        counts = Counter(mask["done"].split(" ")[0].rstrip(",") for of_case in masks.values() for mask in of_case)
+        yield f"  masks: {', '.join(f'{counts[word]} {what}' for word, what in DONE.items() if counts[word])}"
+    if changed := [f"{case} ({mask['done']})" for case, of_case in masks.items() for mask in of_case if mask["done"] != "kept"]:
+        yield f"  masks not kept as they are: {_listed(changed)}"
+    headers: dict[str, list[str]] = {}
+    for case, entry in entries.items():
+        for record in (*entry["series"].values(), *entry["masks"]):
+            for remark in record.get("header", ()):
+                headers.setdefault(remark, []).append(f"{case} ({Path(record['source']).name})")
+    for remark, files in headers.items():
+        yield f"  header {remark}: {_listed(files)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,38 +1,22 @@
-"""Reading one volume of a release, and everything that can be wrong with it.
+"""Reading one volume of a release, and everything that can be wrong with it."""
 
-ITK reads a truncated NIfTI file without a word and fills the rest with zeros, replaces a spacing of zero by 1, and passes on a
-direction with NaN in it: what is checked here is what a reader cannot be trusted to notice.
-"""
-
-import gzip
 import hashlib
 import os
-import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
-from nibabel.nifti1 import Nifti1Header, Nifti1Image
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 
 from nnunet_csm.errors import reason
+from nnunet_csm.listing import file_problem
+from nnunet_csm.raw import nifti
+from nnunet_csm.raw.geometry import Fit, Grid, fit, straight_grid
 from nnunet_csm.raw.subjects import CaseError, Volume
 
-NIFTI_ENDINGS = (".nii.gz", ".nii")
 DETACHED_ENDINGS = (".nhdr", ".mhd")  # the voxels lie in another file beside the header
-READABLE_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", *DETACHED_ENDINGS)
-
-# A header whose axes are not quite at right angles is taken as if they were when no voxel moves by more than this many voxels.
-MAX_SNAP = 0.25
-
-# what nibabel and gzip raise for a damaged file
-UNREADABLE_ERRORS = (OSError, EOFError, ValueError, zlib.error, HeaderDataError, ImageFileError, WrapStructError)
-
-_CHUNK = 1 << 22  # bytes
+READABLE_ENDINGS = (*nifti.ENDINGS, ".nrrd", ".mha", *DETACHED_ENDINGS)
 
 
 def read_volume(volume: Volume) -> sitk.Image:
@@ -43,6 +27,7 @@ def read_volume(volume: Volume) -> sitk.Image:
 def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     """3-D images in the given order; a file that holds several of them is read once.
 
+    Whatever a library raises on a damaged file is a `CaseError`: one bad file never ends a conversion of many.
     Nothing but geometry comes with them: entries of headers, which may name the patient, are dropped.
 
     Raises:
@@ -53,7 +38,15 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     images: dict[Volume, sitk.Image] = {}
     for path in dict.fromkeys(volume.path for volume in volumes):
         of_this_file = [volume for volume in dict.fromkeys(volumes) if volume.path == path]
-        whole = _read(path, several=all(volume.index is not None for volume in of_this_file))
+        if path.is_dir():
+            images.update((volume, _read_dicom(volume)) for volume in of_this_file)
+            continue
+        try:
+            whole = _read(path)
+        except CaseError:
+            raise
+        except Exception as error:
+            raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
         for volume in of_this_file:
             images[volume] = _selected(whole, volume)
             _refuse_non_finite(images[volume], volume)
@@ -62,6 +55,8 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
 
 def read_header(path: Path) -> sitk.ImageFileReader:
     """Size, geometry and entries of a file. Raises `CaseError`."""
+    if problem := file_problem(path):
+        raise CaseError(problem)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -69,6 +64,97 @@ def read_header(path: Path) -> sitk.ImageFileReader:
     except RuntimeError as error:
         raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     return reader
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a header says.
+
+    Attributes:
+        shape: (z, y, x), or with more axes before these.
+        places: where the (first) volume may lie; several when the transforms of a NIfTI header disagree.
+        placed: whether the header says so at all; without, the place is that of ITK.
+        remarks: what else to say of it, each to follow the name of the file.
+    """
+
+    shape: tuple[int, ...]
+    places: tuple[Grid, ...]
+    placed: bool = True
+    remarks: tuple[str, ...] = ()
+
+    def on_grid_of(self, other: "Look") -> bool:
+        """Whether the voxels of two images of a case coincide, as they are stored."""
+        if not (self.placed and other.placed):
+            own, grid = self.places[0], other.places[0]
+            return own.size == grid.size and np.allclose(own.spacing, grid.spacing)
+        return any(one.same_as(another) for one in self.places for another in other.places)
+
+    def fit_to(self, other: "Look") -> Fit | None:
+        """How a label map comes to the grid of an image voxel by voxel; None when it does not belong on it.
+
+        Where a header has no place, shape and spacing have to do.
+        """
+        if self.placed and other.placed:
+            return fit(self.places, other.places)
+        grid = other.places[0]
+        own = replace(grid, size=self.places[0].size, spacing=self.places[0].spacing)
+        found = fit([own], [grid])
+        return found and replace(found, said=f"{found.said}, voxel by voxel as a header holds no place")
+
+
+def look_at(path: Path) -> Look:
+    """What the header of an image file says, without a look at its voxels. Raises `CaseError`."""
+    if problem := file_problem(path):
+        raise CaseError(problem)
+    if path.name.endswith(nifti.ENDINGS):
+        return _look_at_nifti(nifti.read_header(path))
+    header = read_header(path)
+    shape = tuple(header.GetSize()[::-1])
+    on_disk = path.stat().st_size
+    if not path.name.endswith(DETACHED_ENDINGS) and np.prod(shape, dtype=object) > on_disk * nifti.MOST_COMPRESSED:
+        raise CaseError(
+            f"{path} is truncated: its header tells of the shape {shape}, too much for {on_disk} bytes; copy it again"
+        )
+    return Look(shape, (straight_grid_of(header, path),) if len(shape) > 2 else ())
+
+
+def _look_at_nifti(header: nifti.Header) -> Look:
+    places = header.grids()
+    remarks = []
+    if len(places) > 1:
+        remarks.append(f"holds an sform and a qform that are {places[0].apart(places[1]):.3g} mm apart")
+    if not header.placed:
+        remarks.append("holds neither sform nor qform: where it lies is not known")
+    if header.unit != 1:
+        remarks.append(f"is in units of {header.unit:g} mm, by which its spacing is multiplied")
+    return Look(header.shape, places, header.placed, tuple(remarks))
+
+
+def nnunet_sees(path: Path, look: Look) -> bool:
+    """Whether nnU-Net's reader takes a file for what it is here: 3-D, and where its header puts it."""
+    try:
+        header = read_header(path)
+    except CaseError:
+        return False
+    return bool(header.GetDimension() == 3 and Grid.of(header).same_as(look.places[0]))
+
+
+def look_of(volume: Volume, image: sitk.Image) -> Look:
+    """What the header of a volume says; of a DICOM folder, what its reader made of its headers. Raises `CaseError`."""
+    return Look(image.GetSize()[::-1], (Grid.of(image),)) if volume.path.is_dir() else look_at(volume.path)
+
+
+def straight_grid_of(image: sitk.Image | sitk.ImageFileReader, path: Path) -> Grid:
+    """Where an image lies. Raises `CaseError` when its axes are far from right angles, or its geometry is no geometry."""
+    grid = Grid.of(image)
+    spacing, directions = grid.spacing, np.reshape(grid.direction, (3, 3))
+    if not (
+        np.isfinite([*spacing, *grid.origin, *grid.direction]).all()
+        and min(spacing) > 0
+        and abs(np.linalg.det(directions)) > 1e-6
+    ):
+        raise CaseError(f"{path} has a header with NaN, infinite numbers or zeros in its geometry; export the file again")
+    return straight_grid(path, grid.size, directions * spacing, np.array(grid.origin))
 
 
 def is_empty(image: sitk.Image) -> bool:
@@ -100,32 +186,38 @@ def described(volume: Volume) -> str:
     return str(volume.path) if volume.index is None else f"{volume.path} (volume {volume.index})"
 
 
-def _read(path: Path, several: bool) -> sitk.Image:
-    """The whole content of a file or of a DICOM folder; 3-D or 4-D, with scalar voxels."""
-    if not path.exists():
+def _read(path: Path) -> sitk.Image:
+    """The whole content of a file; 3-D or 4-D, with scalar voxels."""
+    if not os.path.lexists(path):
         raise CaseError(f"{path} does not exist; correct the path, or leave this series out")
-    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
-        raise CaseError(f"{path} may not be read by this user; change its permission (chmod +r)")
-    if path.is_dir():
-        from nnunet_csm.raw.dicom import read_dicom_series
-
-        return _scalar_image(read_dicom_series(path, several), path)
+    if problem := file_problem(path):
+        raise CaseError(problem)
     if not path.name.endswith(READABLE_ENDINGS):
         raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
         raise CaseError(f"{path} is empty (0 bytes); copy it again, or leave this series out")
-    if path.name.endswith(NIFTI_ENDINGS):
-        _check_nifti(path)
     return _scalar_image(_read_file(path), path)
 
 
+def _read_dicom(volume: Volume) -> sitk.Image:
+    from nnunet_csm.raw.dicom import read_dicom_series
+
+    image = _scalar_image(read_dicom_series(volume.path, volume.index), volume.path)
+    _refuse_non_finite(image, volume)
+    return image
+
+
 def _read_file(path: Path) -> sitk.Image:
+    if path.name.endswith(nifti.ENDINGS):
+        return nifti.read_image(path)
+    look = look_at(path)
     try:
-        return sitk.ReadImage(str(path))
+        image = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        if path.name.endswith(NIFTI_ENDINGS) and "orthonormal" in str(error):
-            return _read_sheared(path)
         raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
+    if look.places:
+        look.places[0].put_on(image)  # with right angles
+    return image
 
 
 def _scalar_image(image: sitk.Image, path: Path) -> sitk.Image:
@@ -152,10 +244,7 @@ def _selected(whole: sitk.Image, volume: Volume) -> sitk.Image:
         found = "1 volume" if num_volumes == 1 else f"{num_volumes} volumes"
         msg = f"{volume.path} holds {found}, so that there is none of index {index}; give one from 0 to {num_volumes - 1}"
         raise CaseError(msg)
-    image = whole[:, :, :, index] if whole.GetDimension() == 4 else whole
-    if not (np.isfinite(image.GetDirection()).all() and np.isfinite(image.GetOrigin()).all()):
-        raise CaseError(f"{volume.path} has a header with NaN or infinite numbers in its geometry; export the file again")
-    return image
+    return whole[:, :, :, index] if whole.GetDimension() == 4 else whole
 
 
 def _refuse_non_finite(image: sitk.Image, volume: Volume) -> None:
@@ -167,74 +256,6 @@ def _refuse_non_finite(image: sitk.Image, volume: Volume) -> None:
         first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), finite.shape))
         msg = f"{described(volume)}: {np.count_nonzero(~finite)} voxels are NaN or infinite, the first at {first} (z, y, x); "
         raise CaseError(msg + "replace them (such as by 0) where the file was made")
-
-
-def refuse_truncated(path: Path) -> Nifti1Header:
-    """The header of a NIfTI file, after a reading to the end. Raises `CaseError` when voxels are missing there."""
-    kind = type(read_nifti(path).header)
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-            header = kind(file.read(kind.sizeof_hdr), check=False)  # unchecked: nibabel would repair a spacing of zero
-            expected = int(header["vox_offset"]) + int(np.prod(header.get_data_shape())) * int(header["bitpix"]) // 8
-            found = file.tell()
-            while chunk := file.read(_CHUNK):  # to the end: only there gzip notices a truncated or damaged file
-                found += len(chunk)
-    except UNREADABLE_ERRORS as error:
-        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
-    if found < expected:
-        raise CaseError(f"{path} is truncated: {found} bytes of {expected}, uncompressed; copy it again")
-    return header
-
-
-def _check_nifti(path: Path) -> None:
-    """Raise `CaseError` when voxels are missing at the end, or the geometry in the header cannot be inverted."""
-    header = refuse_truncated(path)
-    spacing = tuple(float(edge) for edge in header["pixdim"][1:4])
-    if not (np.isfinite(spacing).all() and min(map(abs, spacing)) > 0):
-        raise CaseError(
-            f"{path} has the spacing {spacing} (x, y, z in mm), expected numbers above 0; correct its header (pixdim)"
-        )
-    affine = header.get_best_affine()
-    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-6 * np.prod(np.abs(spacing))):
-        msg = f"{path} has an affine that cannot be inverted: {affine[:3, :3].round(4).tolist()}; correct its header (sform)"
-        raise CaseError(msg)
-
-
-def _read_sheared(path: Path) -> sitk.Image:
-    """A NIfTI file whose axes are not at right angles, when rounding can be the reason."""
-    nifti = read_nifti(path)
-    matrix = np.diag([-1.0, -1.0, 1.0]) @ nifti.affine[:3, :3]  # ITK's world has x and y reversed
-    spacing = np.linalg.norm(matrix, axis=0)
-    left, _, right = np.linalg.svd(matrix / spacing)
-    direction = left @ right  # the nearest one with right angles
-    size = np.array(nifti.shape[:3])
-    corners = np.stack(np.meshgrid(*[(-0.5, 0.5)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) * (size - 1)  # from the centre
-    moved = np.abs(np.linalg.solve(matrix, (direction * spacing - matrix) @ corners.T)).max()
-    if moved > MAX_SNAP:
-        msg = f"{path} has axes that are not at right angles ({moved:.1f} voxels off at the corners), expected a grid of boxes; "
-        raise CaseError(msg + "resample it first, such as with nibabel.processing.resample_to_output")
-    centre = np.diag([-1.0, -1.0, 1.0]) @ nifti.affine[:3, 3] + matrix @ ((size - 1) / 2)
-    origin = centre - direction * spacing @ ((size - 1) / 2)
-    voxels = np.asanyarray(nifti.dataobj).T  # as stored when the header does not scale
-    image = sitk.GetImageFromArray(voxels, isVector=False)
-    time = image.GetDimension() - 3
-    image.SetSpacing([*spacing.tolist(), *[1.0] * time])
-    image.SetOrigin([*origin.tolist(), *[0.0] * time])
-    square = np.eye(3 + time)
-    square[:3, :3] = direction
-    image.SetDirection(square.flatten().tolist())
-    return image
-
-
-def read_nifti(path: Path) -> Nifti1Image:
-    """Header of version 1 or 2; its voxels are not read. Raises `CaseError`."""
-    try:
-        image = nibabel.load(path)
-        if not isinstance(image, Nifti1Image):
-            raise ImageFileError(f"a {type(image).__name__}, not NIfTI")
-    except UNREADABLE_ERRORS as error:
-        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
-    return image
 
 
 def _sha256_of_file(path: Path) -> str:

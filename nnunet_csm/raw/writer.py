@@ -20,6 +20,7 @@ from nnunet_csm.data.diagnoses import COLUMNS, alike_classes
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole_folder
+from nnunet_csm.listing import name_problem
 from nnunet_csm.machine import in_processes, num_cores
 from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
 from nnunet_csm.raw.cases import FILE_ENDING, write_case
@@ -82,7 +83,7 @@ def write_dataset(
             when no case is left or the disk is full. Nothing is left behind.
         CaseError: with `strict`.
     """
-    cases = list(cases)
+    cases, left_out = _with_usable_names(cases, left_out or {}, strict)
     _check_dataset_json(dataset)
     _check_cases(cases, dataset)
     if reference not in (FINEST, *dataset.series):
@@ -99,7 +100,7 @@ def write_dataset(
         if not written:
             msg = f"none of the {len(cases)} cases can be used, nothing is written; the first: {next(iter(unusable.values()))}"
             raise UserError(msg)
-        left_out = {**(left_out or {}), **unusable}
+        left_out = {**left_out, **unusable}
         lines = _write_tables(folder, written, dataset, left_out)
         save_manifest(folder, dataset.name, reference, register, entries, left_out)
         num_training = sum(not case.test for case in written)
@@ -141,6 +142,22 @@ def _check_dataset_json(dataset: Dataset) -> None:
 
 def _label_values(dataset: Dataset) -> set[int]:
     return {label for value in dataset.labels.values() for label in (value if isinstance(value, tuple) else (value,))}
+
+
+def _with_usable_names(cases: Iterable[Case], left_out: Mapping[str, str], strict: bool) -> tuple[list[Case], Mapping[str, str]]:
+    """Cases whose files can be named after them, and which cannot and why."""
+    usable, unusable = list[Case](), dict[str, str]()
+    for case in cases:
+        if problem := name_problem(f"{case.identifier}_0000{FILE_ENDING}"):
+            error = CaseError(problem)
+            if strict:
+                raise error
+            unusable[case.identifier.encode("utf-8", "backslashreplace").decode()] = str(error)
+        else:
+            usable.append(case)
+    if unusable and not usable:
+        raise UserError(f"none of the {len(unusable)} cases can be used, nothing is written; {next(iter(unusable.values()))}")
+    return usable, {**left_out, **unusable}
 
 
 def _check_cases(cases: Sequence[Case], dataset: Dataset) -> None:

@@ -1,0 +1,74 @@
+"""What lies in a folder: the one place that looks at names and kinds of files before a library does.
+
+Libraries end the process on a name that is not UTF-8 (SimpleITK), wait for ever on a pipe, and take what systems leave behind for
+images.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from nnunet_csm.errors import UserError
+
+# the longest name that usual file systems take
+MAX_BYTES = 255
+# besides what is hidden: previews and settings of folders in Windows, and the folder of macOS' twins in archives
+OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is of the system, not of the data: `.DS_Store`, `Thumbs.db`, the `._NAME` twins that macOS writes."""
+    return path.name.startswith(".") or path.name.casefold() in OF_SYSTEMS
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """Files of a folder whose names end in `ending`, sorted, without those that systems leave behind; [] without the folder.
+
+    Raises:
+        UserError: the folder cannot be listed, or one of them is nothing that can be read; see `file_problem`.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not is_hidden(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}); give a folder, one that may be read") from error
+    for path in paths:
+        if problem := file_problem(path):
+            raise UserError(problem)
+    return paths
+
+
+def hidden_in(folder: Path, ending: str) -> list[Path]:
+    """Hidden files whose names end in `ending`, which nnU-Net takes for images; sorted."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.name.startswith("."))
+
+
+def file_problem(path: Path) -> str | None:
+    """Why a path cannot be read as a file, in a sentence; None where it can. Nothing is opened: a pipe would wait for ever."""
+    if problem := name_problem(str(path)):
+        return problem
+    try:
+        status = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            return f"{path} is a link to nothing that can be read ({error.strerror}); is the copy complete?"
+        return f"{path} cannot be read ({error.strerror}); correct the path, or change its permission"
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or a socket"
+        return f"{path} is {what}, expected a file; give a file"
+    if not os.access(path, os.R_OK):
+        return f"{path} may not be read by this user; change its permission (chmod +r)"
+    return None
+
+
+def name_problem(text: str) -> str | None:
+    """Why the name of a file or folder, or a path, cannot be used; None where it can."""
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError:
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        return f"{readable} has a name that is not in UTF-8, which image libraries cannot open; rename it"
+    if any(len(part) > MAX_BYTES for part in raw.split(b"/")):
+        return f"{text[:60]}... is a name of more than {MAX_BYTES} bytes, which file systems do not take; give a shorter one"
+    return None
