@@ -41,7 +41,7 @@ def stem(path: Path) -> str | None:
 def volume_named(folder: Path, name: str) -> Path | None:
     """The volume `name` of a folder, whatever its ending, or the DICOM folder `name`; None when there is none."""
     candidates = [folder / f"{name}{ending}" for ending in READABLE_ENDINGS]
-    return next((path for path in (*candidates, folder / name) if path.exists()), None)
+    return next((path for path in (*candidates, folder / name) if os.path.exists(path)), None)
 
 
 def shape_of(path: Path) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ Masks mean what `-labels NAME=VALUE ...` says. Without it the masks are read, an
 The layout is ours.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,7 @@ def _note(subject: _Subject, row: Row, column: str, value: str) -> None:
 
 def _existing(table: Path, given: str, line: int, column: str) -> Path:
     path = table.parent / given
-    if not path.exists():
+    if not os.path.exists(path):
         raise CaseError(f"{table} line {line}: {column} {given} does not exist (looked for {path})")
     return path
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from nnunet_csm.errors import UserError
 
-# the longest name that usual file systems take
-MAX_BYTES = 255
+# the longest name, and the longest path, that usual systems take
+MAX_BYTES, MAX_PATH_BYTES = 255, 4095
 # besides what is hidden: previews and settings of folders in Windows, and the folder of macOS' twins in archives
 OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -62,13 +62,29 @@ def file_problem(path: Path) -> str | None:
     return None
 
 
+def argument_problem(text: str) -> str | None:
+    """Why a command cannot take an argument, if it is the name of a file at all; None where it can."""
+    if problem := name_problem(text):
+        return problem
+    try:
+        mode = os.stat(text).st_mode
+    except OSError:
+        return None
+    return (
+        None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else f"{text} is a device, a pipe or a socket; give a file or a folder"
+    )
+
+
 def name_problem(text: str) -> str | None:
     """Why the name of a file or folder, or a path, cannot be used; None where it can."""
+    if "\0" in text:
+        return f"{text!r} has a character 0 in its name, which no file has; correct it"
     try:
         raw = text.encode("utf-8")
     except UnicodeEncodeError:
         readable = text.encode("utf-8", "backslashreplace").decode()
         return f"{readable} has a name that is not in UTF-8, which image libraries cannot open; rename it"
-    if any(len(part) > MAX_BYTES for part in raw.split(b"/")):
-        return f"{text[:60]}... is a name of more than {MAX_BYTES} bytes, which file systems do not take; give a shorter one"
+    if any(len(part) > MAX_BYTES for part in raw.split(b"/")) or len(raw) > MAX_PATH_BYTES:
+        found = f"{text[:60]}... has a name of more than {MAX_BYTES} bytes, or {MAX_PATH_BYTES} with its folders"
+        return f"{found}, which file systems do not take; give a shorter one"
     return None

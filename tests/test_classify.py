@@ -321,7 +321,7 @@ def spoil_empty(model):
 
 def spoil_grid(model):
     save(model.masks / "b.nii.gz", box((20, 24, 21), (6, 8, 7), (12, 14, 15)))
-    return "is on a grid of"
+    return "is on another grid"
 
 
 def spoil_values(model):

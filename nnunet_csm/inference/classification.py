@@ -31,6 +31,7 @@ from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
+from nnunet_csm.schema import Name, read_value
 
 MAP_ENDING = ".nii.gz"
 # cases that are preprocessed while the networks look at another one, each by a thread; two were no faster than one
@@ -81,6 +82,8 @@ def classify(request: ClassifyRequest) -> list[str]:
     """
     _check_output(request)
     ensemble = load_ensemble(request)
+    for name in ensemble.series if request.maps else ():
+        read_value(Name, name, "--maps writes a file for each series; the series")
     decisions: list[Decision] = []
     left_out: dict[str, str] = {}
     with (

@@ -104,7 +104,7 @@ def read_header(path: Path) -> Header:
     Raises:
         CaseError: it is damaged, contradicts itself, or tells of more voxels than the file can hold.
     """
-    with _opened(path) as file:
+    with np.errstate(all="ignore"), _opened(path) as file:  # numbers of a damaged header are judged, not warned of
         return _parsed(path, file.read(Nifti2Header.sizeof_hdr))
 
 

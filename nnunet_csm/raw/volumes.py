@@ -38,7 +38,7 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     images: dict[Volume, sitk.Image] = {}
     for path in dict.fromkeys(volume.path for volume in volumes):
         of_this_file = [volume for volume in dict.fromkeys(volumes) if volume.path == path]
-        if path.is_dir():
+        if os.path.isdir(path):
             images.update((volume, _read_dicom(volume)) for volume in of_this_file)
             continue
         try:

@@ -4,6 +4,7 @@ The dataset is written into a hidden folder and takes its name when it is comple
 leaves nothing that looks like a dataset.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -204,7 +205,7 @@ def _refuse_own_sources(cases: Sequence[Case], final: Path) -> None:
     inside = final.resolve()
     for case in cases:
         for volume in (*case.images.values(), *(mask.volume for mask in case.masks)):
-            if volume.path.resolve().is_relative_to(inside):
+            if Path(os.path.realpath(volume.path)).is_relative_to(inside):
                 raise UserError(f"{volume.path} lies in {final}, which is to be written from it; choose another dataset")
 
 
