@@ -467,6 +467,32 @@ def test_compressed_slices_are_decoded(tmp_path: Path) -> None:
     assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path / "plain")), sitk.GetArrayFromImage(image))
 
 
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+def test_compressed_frames_are_decoded_and_scaled_each(tmp_path: Path, compressor: str) -> None:
+    voxels = noise((4, 64, 48)).astype(np.uint16)
+
+    def scaled(group: Dataset, number: int) -> None:
+        transformation = Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = number + 1, 0
+        group.PixelValueTransformationSequence = [transformation]
+
+    enhanced(tmp_path / "x.dcm", voxels, [0, 2, 4, 6], scaled)
+    writer = sitk.ImageFileWriter()
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    writer.SetFileName(str(tmp_path / "compressed.tmp.dcm"))
+    writer.Execute(sitk.GetImageFromArray(voxels))
+    compressed, data = pydicom.dcmread(tmp_path / "compressed.tmp.dcm"), pydicom.dcmread(tmp_path / "x.dcm")
+    data.file_meta.TransferSyntaxUID = compressed.file_meta.TransferSyntaxUID
+    data.PixelData = compressed.PixelData
+    data["PixelData"].VR = "OB"
+    data.save_as(tmp_path / "x.dcm")
+    (tmp_path / "compressed.tmp.dcm").unlink()
+    assert data.file_meta.TransferSyntaxUID.is_compressed
+    steps = np.arange(1, 5).reshape(4, 1, 1)
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), voxels * steps)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
 def test_a_file_that_is_cut_off_anywhere_is_an_error_or_no_image(tmp_path: Path, share: float) -> None:
     enhanced(tmp_path / "x.dcm", noise((4, 8, 8)), [0, 2, 4, 6], of_b_value(lambda i: 1000))

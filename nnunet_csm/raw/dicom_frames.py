@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,13 @@ PRIVATE_B_VALUES = (
     (0x0019, "SIEMENS MR HEADER", 0x0C),
     (0x2001, "Philips Imaging DD 001", 0x03),
     (0x0043, "GEMS_PARM_01", 0x39),
+)
+# Where slopes and intercepts stand.
+RESCALING = (
+    "RescaleSlope",
+    "RescaleIntercept",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 )
 
 
@@ -129,13 +137,12 @@ def voxels_of(frames: Sequence[Frame]) -> np.ndarray:
     """
     planes: list[np.ndarray | None] = [None] * len(frames)
     for file in dict.fromkeys(frame.file for frame in frames):
-        stored, scaled = _careful(file, _stored)
+        stored = _careful(file, _stored)
         for place, frame in enumerate(frames):
             if frame.file == file:
                 if frame.number >= len(stored) or stored.shape[1:] != frame.shape:
                     raise CaseError(f"{file} is cut off or damaged: it holds pixels of the shape {stored.shape}; copy it again")
-                slope, intercept = (1.0, 0.0) if scaled else (frame.slope, frame.intercept)
-                planes[place] = stored[frame.number].astype(np.float64) * slope + intercept
+                planes[place] = stored[frame.number].astype(np.float64) * frame.slope + frame.intercept
     voxels = np.stack([plane for plane in planes if plane is not None])
     if not (voxels == np.round(voxels)).all() or np.abs(voxels).max() > 2**31 - 1:
         return voxels.astype(np.float32)
@@ -181,27 +188,33 @@ def _whole(file: Path, stop_before_pixels: bool = False) -> Dataset | None:
     return data
 
 
-def _stored(file: Path) -> tuple[np.ndarray, bool]:
-    """Voxels as stored, (frames, rows, columns), and whether slope and intercept are applied already."""
+def _stored(file: Path) -> np.ndarray:
+    """Voxels as stored, (frames, rows, columns)."""
     data = _whole(file)
     assert data is not None
     if not any(keyword in data for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise CaseError(f"{file} is cut off: it holds no pixels; copy it again")
-    shape = (-1, data.Rows, data.Columns)
+    shape, syntax = (-1, data.Rows, data.Columns), data.file_meta.TransferSyntaxUID
     try:
-        return data.pixel_array.reshape(shape), False
-    except Exception as error:
-        syntax = data.file_meta.TransferSyntaxUID
+        return data.pixel_array.reshape(shape)
+    except Exception:
         if not syntax.is_compressed:
             raise
-        if int(data.get("NumberOfFrames") or 1) > 1:
-            msg = f"{file} is compressed ({syntax.name}), and no decoder for its frames is installed ({reason(error)}); "
-            raise CaseError(msg + "pip install pylibjpeg pylibjpeg-openjpeg, or decompress it with gdcmconv --raw") from error
     try:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(file))).reshape(shape), True
+        return _decoded_by_gdcm(data).reshape(shape)
     except (RuntimeError, ValueError) as error:
         msg = f"{file} is compressed ({syntax.name}) and cannot be decoded ({reason(error)}); is the copy complete?"
         raise CaseError(msg) from error
+
+
+def _decoded_by_gdcm(data: Dataset) -> np.ndarray:
+    """Voxels as stored, by way of a copy without slopes and intercepts, of which GDCM applies the first to all frames."""
+    for keyword in RESCALING:
+        if keyword in data:
+            delattr(data, keyword)
+    with TemporaryDirectory() as folder:
+        data.save_as(Path(folder) / "stored.dcm")
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(Path(folder) / "stored.dcm")))
 
 
 def _frames(header: Dataset, file: Path) -> Iterator[Frame]:
