@@ -90,7 +90,7 @@ def read(
     found = _files_by_case(release)
     patients = {f"sub-{files[0].entities['sub']}" for files in found.values()}
     classes, doubts = _classes(release / "participants.tsv", class_column, patients) if class_column else ({}, [])
-    masks, kind, left_out, lines = _masks(release, found, mask)
+    masks, kind, left_out, lines, notes = _masks(release, found, mask)
     doubts += lines
     mask_of = {identifier: one.path for identifier, one in masks.items()}
     names = given or _label_names(mask_of, kind, left_out)
@@ -112,7 +112,7 @@ def read(
     layout.require_cases(cases, release, left_out.values())
     series = tuple(one for one in _known_order() if any(one in case.images for case in cases))
     dataset = Dataset(layout.dataset_name(dataset_id, name), series, dataset_labels)
-    return Release(dataset, tuple(cases), left_out, tuple(doubts))
+    return Release(dataset, tuple(cases), left_out, tuple(doubts), tuple(notes))
 
 
 def _known_order() -> tuple[str, ...]:
@@ -254,18 +254,16 @@ def _number(patient: str) -> str:
 
 def _masks(
     release: Path, found: Mapping[str, Sequence[_Name]], wanted: str | None
-) -> tuple[dict[str, _Name], str, dict[str, str], list[str]]:
-    """Identifier to mask, their kind ("" without), cases with no mask but one of another image, and lines to print."""
+) -> tuple[dict[str, _Name], str, dict[str, str], list[str], list[str]]:
+    """Identifier to mask, their kind ("" without), cases with no mask but one of another image, doubts, and notes."""
     kinds: dict[str, dict[str, list[_Name]]] = defaultdict(lambda: defaultdict(list))
     misplaced: dict[str, dict[str, str]] = defaultdict(dict)
     strangers = list[str]()
     for path in () if wanted == "none" else sorted({*release.glob("sub-*/**/*"), *release.glob("derivatives/**/sub-*")}):
         file = _parsed(path)
-        if file is None or file.suffix not in MASK_SUFFIXES:
-            if layout.stem(path) and re.search("mask|seg|roi|lesion", path.name.casefold()) and not layout.is_hidden(path):
-                strangers.append(str(path.relative_to(release)))
-            continue
-        if "task" in file.entities:  # of functional images, which are not read
+        if file is None and layout.stem(path) and not layout.is_hidden(path) and re.search("mask|seg|roi|lesion", path.name):
+            strangers.append(str(path.relative_to(release)))
+        if file is None or file.suffix not in MASK_SUFFIXES or "task" in file.entities:  # functional images are not read
             continue
         if file.case not in found:
             strangers.append(str(path.relative_to(release)))
@@ -275,12 +273,14 @@ def _masks(
             misplaced[kind][file.case] = problem
         else:
             kinds[kind][file.case].append(file)
-    lines = [f"files that look like masks but are of no case or not of BIDS' form: {', '.join(strangers)}"] if strangers else []
+    lines = list[str]()
+    listed = ", ".join(strangers[:5]) + (f" and {len(strangers) - 5} more" if len(strangers) > 5 else "")
+    notes = [f"files that look like masks but are of no case or not of BIDS' form: {listed}"] if strangers else []
     known: Mapping[str, Collection[str]] = kinds if wanted in kinds or (kinds and not wanted) else {**misplaced, **kinds}
     if wanted == "none" or not known:
         if wanted not in (None, "none"):
             raise UserError(f"-mask {wanted}: {release / 'derivatives'} holds no masks at all")
-        return {}, "", {}, lines
+        return {}, "", {}, lines, notes
     if wanted not in known and (wanted or len(known) > 1):
         counted = ", ".join(f"{kind} ({len(masks)})" for kind, masks in sorted(known.items()))
         raise UserError(f"{release / 'derivatives'} holds masks of the kinds {counted}; choose with -mask KIND, or -mask none")
@@ -294,7 +294,7 @@ def _masks(
         if others:
             names = ", ".join(mask.path.name for mask in others)
             lines.append(f"{identifier}: the mask is {chosen[identifier].path.name}, not {names}")
-    return chosen, kind, {case: why for case, why in misplaced[kind].items() if case not in chosen}, lines
+    return chosen, kind, {case: why for case, why in misplaced[kind].items() if case not in chosen}, lines, notes
 
 
 def _images_of(mask: _Name) -> dict[str, str]:

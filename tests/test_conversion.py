@@ -765,7 +765,9 @@ def test_a_series_of_another_run_than_the_mask_is_told(tmp_path: Path) -> None:
 def test_what_looks_like_a_mask_and_is_none_of_bids_is_named(bids: Path) -> None:
     write(bids / "sub-02/anat/sub-02_T2w_lesion_seg.nii.gz", mask((1, 1)))
     write(bids / "derivatives/manual/sub-09/anat/sub-09_label-lesion_mask.nii.gz", mask((1, 1)))
-    line = next(line for line in read("bids", bids).doubts if "look like masks" in line)
+    write(bids / "derivatives/fs/sub-02/anat/sub-02_label-GM_probseg.nii.gz", mask((1, 1)))
+    (line,) = read("bids", bids).notes
+    assert "probseg" not in line
     assert "sub-02_T2w_lesion_seg.nii.gz" in line and "sub-09_label-lesion_mask.nii.gz" in line
 
 

@@ -312,6 +312,9 @@ def test_several_b_values_in_an_enhanced_file_are_volumes_to_choose_from(tmp_pat
         ("DiffusionBValue", (0.0, 2000.0), "b-value"),
         ("ImageType", (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]), "image type"),
         ("TemporalPositionIdentifier", (1, 2), "time point"),
+        ("InversionTime", (700.0, 2500.0), "inversion time"),
+        ("FlipAngle", (4.0, 20.0), "flip angle"),
+        ("DiffusionGradientOrientation", ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0]), "diffusion direction"),
     ],
 )
 def test_two_kinds_of_image_whose_places_alternate_are_no_volume(
@@ -402,6 +405,54 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
         read_dicom_series(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html>Log in first</html>" * 9, r"begins with b'<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "pointer of Git LFS"),
+        (b"", "empty"),
+        (b"\0" * 128 + b"DICM", "no DICOM, or cut off"),
+        (None, "a pipe"),
+    ],
+)
+def test_what_is_called_as_a_slice_and_is_none_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
+    write_dicom(tmp_path, volume())
+    odd = tmp_path / "odd.dcm"  # the last slice may have been it, which the others cannot tell
+    if content is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_bytes(content)
+    for read in (read_dicom_series, series_name):
+        with pytest.raises(CaseError, match=rf"odd\.dcm is called as the slices are, but is .*{said}"):
+            read(tmp_path)
+    odd.rename(tmp_path / "odd.txt")
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+
+
+def test_of_numbered_files_one_that_is_no_dicom_is_named(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        path.rename(tmp_path / f"IM.{number}")
+    (tmp_path / "IM.9").write_bytes(b"lost")
+    with pytest.raises(CaseError, match=r"IM\.9 is called as the slices are"):
+        read_dicom_series(tmp_path)
+
+
+def test_gradient_directions_of_an_enhanced_file_are_volumes(tmp_path: Path) -> None:
+    voxels = noise((6, 4, 3))
+
+    def directed(group: Dataset, number: int) -> None:
+        direction, diffusion = Dataset(), Dataset()
+        direction.DiffusionGradientOrientation = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]][number % 2]
+        diffusion.DiffusionBValue, diffusion.DiffusionGradientDirectionSequence = 1000.0, [direction]
+        group.MRDiffusionSequence = [diffusion]
+
+    enhanced(tmp_path / "x.dcm", voxels, [0, 0, 3, 3, 6, 6], directed)
+    with pytest.raises(CaseError, match="2 volumes in one series, told apart by diffusion direction"):
+        read_dicom_series(tmp_path)
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path, 0)), voxels[1::2])
+
+
 def test_compressed_slices_are_decoded(tmp_path: Path) -> None:
     image = volume((5, 16, 16))
     write_dicom(tmp_path / "plain", image)
@@ -414,6 +465,32 @@ def test_compressed_slices_are_decoded(tmp_path: Path) -> None:
         writer.Execute(sitk.ReadImage(str(path)))
         assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
     assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path / "plain")), sitk.GetArrayFromImage(image))
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+def test_compressed_frames_are_decoded_and_scaled_each(tmp_path: Path, compressor: str) -> None:
+    voxels = noise((4, 64, 48)).astype(np.uint16)
+
+    def scaled(group: Dataset, number: int) -> None:
+        transformation = Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = number + 1, 0
+        group.PixelValueTransformationSequence = [transformation]
+
+    enhanced(tmp_path / "x.dcm", voxels, [0, 2, 4, 6], scaled)
+    writer = sitk.ImageFileWriter()
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    writer.SetFileName(str(tmp_path / "compressed.tmp.dcm"))
+    writer.Execute(sitk.GetImageFromArray(voxels))
+    compressed, data = pydicom.dcmread(tmp_path / "compressed.tmp.dcm"), pydicom.dcmread(tmp_path / "x.dcm")
+    data.file_meta.TransferSyntaxUID = compressed.file_meta.TransferSyntaxUID
+    data.PixelData = compressed.PixelData
+    data["PixelData"].VR = "OB"
+    data.save_as(tmp_path / "x.dcm")
+    (tmp_path / "compressed.tmp.dcm").unlink()
+    assert data.file_meta.TransferSyntaxUID.is_compressed
+    steps = np.arange(1, 5).reshape(4, 1, 1)
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), voxels * steps)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])

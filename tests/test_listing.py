@@ -10,6 +10,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_csm import cli
+from nnunet_csm.data.diagnoses import read_class_table
+from nnunet_csm.dataset_conversion.sheets import read_sheet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.fingerprint.extraction import case_files
@@ -157,6 +159,14 @@ def test_patients_whose_names_look_like_channels_are_told(tmp_path: Path) -> Non
     raw = dataset(tmp_path, ["P_0000", "P_0001", "P_0002"], ["P_0000", "P_0001", "P_0002"])
     with pytest.raises(UserError, match=r"P_0000\.nii\.gz would be channel 0000 of a case P,.*P_0000_0000\.nii\.gz"):
         check_dataset(raw)
+
+
+def test_a_pipe_in_the_place_of_a_table_is_named(tmp_path: Path) -> None:
+    pipe(tmp_path / "classification.csv")
+    with pytest.raises(UserError, match=r"classification\.csv is a device, a pipe or a socket"):
+        read_class_table(tmp_path / "classification.csv")
+    with pytest.raises(UserError, match="a device, a pipe or a socket"):
+        read_sheet(tmp_path / "classification.csv", ("case",))
 
 
 # --- one bad case of many ----------------------------------------------------------------------------------------------------

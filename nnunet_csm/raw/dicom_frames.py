@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,13 @@ PRIVATE_B_VALUES = (
     (0x0019, "SIEMENS MR HEADER", 0x0C),
     (0x2001, "Philips Imaging DD 001", 0x03),
     (0x0043, "GEMS_PARM_01", 0x39),
+)
+# Where slopes and intercepts stand.
+RESCALING = (
+    "RescaleSlope",
+    "RescaleIntercept",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 )
 
 
@@ -71,15 +79,50 @@ class Frame:
 def series_in(folder: Path) -> dict[str, list[Dataset]]:
     """Headers of the images in `folder` itself, by series.
 
-    What is no image (reports, presentation states, a DICOMDIR) or no DICOM is passed over. Raises `CaseError`.
+    DICOM that is no image (reports, presentation states, a DICOMDIR) is passed over, and so is what has another ending than the
+    images. Raises `CaseError`, also for what has their ending and is none: it may have been a slice.
     """
     found: dict[str, list[Dataset]] = defaultdict(list)
+    others: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists():
             raise CaseError(f"{path} is a link to a file that is not there; is the copy complete?")
-        if path.is_file() and not path.name.startswith(".") and (header := _careful(path, _header)):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        header = _careful(path, _header) if path.is_file() else None  # a pipe is never opened
+        if header is not None:
             found[str(header.get("SeriesInstanceUID", ""))].append(header)
+        elif not (path.is_file() and _careful(path, _is_whole)):
+            others.append(path)
+    endings = {_ending(Path(str(header.filename))) for headers in found.values() for header in headers}
+    if odd := [path for path in others if _ending(path) in endings]:
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise CaseError(
+            f"{odd[0]}{more} is called as the slices are, but is {_described(odd[0])}; copy it again, or move it away"
+        )
     return dict(found)
+
+
+def _ending(path: Path) -> str:
+    """Of a name; a number is none, since scanners number files."""
+    return "" if path.suffix[1:].isdigit() else path.suffix.casefold()
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file that is no image is DICOM to the point where it says what it is."""
+    data = _whole(file, stop_before_pixels=True)
+    return data is not None and ("SOPClassUID" in data or "DirectoryRecordSequence" in data)
+
+
+def _described(path: Path) -> str:
+    """What a file is that is no DICOM."""
+    if not path.is_file():
+        return "a device, a pipe or a socket"
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    if start.startswith(b"version https://"):
+        return "a pointer of Git LFS (git lfs pull gets the file)"
+    return f"no DICOM, or cut off (it begins with {start!a})" if start else "empty"
 
 
 def frames_of(header: Dataset) -> list[Frame]:
@@ -94,13 +137,12 @@ def voxels_of(frames: Sequence[Frame]) -> np.ndarray:
     """
     planes: list[np.ndarray | None] = [None] * len(frames)
     for file in dict.fromkeys(frame.file for frame in frames):
-        stored, scaled = _careful(file, _stored)
+        stored = _careful(file, _stored)
         for place, frame in enumerate(frames):
             if frame.file == file:
                 if frame.number >= len(stored) or stored.shape[1:] != frame.shape:
                     raise CaseError(f"{file} is cut off or damaged: it holds pixels of the shape {stored.shape}; copy it again")
-                slope, intercept = (1.0, 0.0) if scaled else (frame.slope, frame.intercept)
-                planes[place] = stored[frame.number].astype(np.float64) * slope + intercept
+                planes[place] = stored[frame.number].astype(np.float64) * frame.slope + frame.intercept
     voxels = np.stack([plane for plane in planes if plane is not None])
     if not (voxels == np.round(voxels)).all() or np.abs(voxels).max() > 2**31 - 1:
         return voxels.astype(np.float32)
@@ -146,27 +188,33 @@ def _whole(file: Path, stop_before_pixels: bool = False) -> Dataset | None:
     return data
 
 
-def _stored(file: Path) -> tuple[np.ndarray, bool]:
-    """Voxels as stored, (frames, rows, columns), and whether slope and intercept are applied already."""
+def _stored(file: Path) -> np.ndarray:
+    """Voxels as stored, (frames, rows, columns)."""
     data = _whole(file)
     assert data is not None
     if not any(keyword in data for keyword in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise CaseError(f"{file} is cut off: it holds no pixels; copy it again")
-    shape = (-1, data.Rows, data.Columns)
+    shape, syntax = (-1, data.Rows, data.Columns), data.file_meta.TransferSyntaxUID
     try:
-        return data.pixel_array.reshape(shape), False
-    except Exception as error:
-        syntax = data.file_meta.TransferSyntaxUID
+        return data.pixel_array.reshape(shape)
+    except Exception:
         if not syntax.is_compressed:
             raise
-        if int(data.get("NumberOfFrames") or 1) > 1:
-            msg = f"{file} is compressed ({syntax.name}), and no decoder for its frames is installed ({reason(error)}); "
-            raise CaseError(msg + "pip install pylibjpeg pylibjpeg-openjpeg, or decompress it with gdcmconv --raw") from error
     try:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(file))).reshape(shape), True
+        return _decoded_by_gdcm(data).reshape(shape)
     except (RuntimeError, ValueError) as error:
         msg = f"{file} is compressed ({syntax.name}) and cannot be decoded ({reason(error)}); is the copy complete?"
         raise CaseError(msg) from error
+
+
+def _decoded_by_gdcm(data: Dataset) -> np.ndarray:
+    """Voxels as stored, by way of a copy without slopes and intercepts, of which GDCM applies the first to all frames."""
+    for keyword in RESCALING:
+        if keyword in data:
+            delattr(data, keyword)
+    with TemporaryDirectory() as folder:
+        data.save_as(Path(folder) / "stored.dcm")
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(Path(folder) / "stored.dcm")))
 
 
 def _frames(header: Dataset, file: Path) -> Iterator[Frame]:
@@ -207,7 +255,10 @@ def _frame(file: Path, number: int, places: Sequence[Dataset], shape: tuple[int,
         "b-value": _b_value(places),
         "echo time": _number(_first(places, "EchoTime") if echo is None else echo),
         "echo number": _number(_first(places, "EchoNumbers")),
-        "time point": _number(_first(places, "TemporalPositionIdentifier")),
+        "inversion time": _number(_first(places, "InversionTime") or _first(places, "InversionTimes")),
+        "flip angle": _number(_first(places, "FlipAngle")),
+        "diffusion direction": _direction(places),
+        "time point": _number(_first(places, "TemporalPositionIdentifier") or _first(places, "TemporalPositionIndex")),
         "image type": _text(_first(places, "FrameType") or _first(places, "ImageType")) or None,
         "part of complex numbers": _text(_first(places, "ComplexImageComponent")) or None,
     }
@@ -254,6 +305,13 @@ def _number(value: Any) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
+
+
+def _direction(places: Sequence[Dataset]) -> str | None:
+    """Of the gradient, rounded; in enhanced files it stands one sequence further inside."""
+    inner = [item for place in places for item in (place.get("DiffusionGradientDirectionSequence") or [])[:1]]
+    value = _first([*inner, *places], "DiffusionGradientOrientation")
+    return None if value is None else " ".join(f"{float(one):.2f}" for one in value)
 
 
 def _b_value(places: Sequence[Dataset]) -> float | None:
