@@ -10,7 +10,8 @@ Source: http://medicaldecathlon.com and Antonelli et al., The Medical Segmentati
 https://doi.org/10.1038/s41467-022-30695-9. The release does not say which cases are of one patient: every case counts as one.
 """
 
-import json
+import codecs
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.nnunet import channel_names
 from nnunet_csm.raw.series import canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Mask, Release, Volume
+from nnunet_csm.schema import parse_json
 
 from . import layout
 
@@ -66,12 +68,11 @@ def _task(release: Path) -> dict[str, Any]:
     path = release / "dataset.json"
     if not path.is_file():
         raise layout.other_layout(release, "dataset.json of a decathlon task")
-    try:
-        task = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); unpack the archive again") from error
+    # those of some releases begin with a byte order mark
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    task: dict[str, Any] = parse_json(content, str(path), "unpack the archive again")
     for key, kind in (("modality", dict), ("labels", dict), ("training", list)):
-        if not isinstance(task, dict) or not isinstance(task.get(key), kind):
+        if not isinstance(task.get(key), kind):
             raise UserError(f"{path} has no {key!r} as the decathlon's have; is it a dataset in nnU-Net's own form already?")
     if not (release / "imagesTr").is_dir():
         raise layout.other_layout(release, "imagesTr")
@@ -106,12 +107,12 @@ def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | Non
     if not test:
         return identifier, release / image, release / entry["label"] if isinstance(entry, dict) and "label" in entry else None
     label = release / "labelsTs" / Path(image).name
-    return identifier, release / image, label if label.is_file() else None
+    return identifier, release / image, label if os.path.isfile(label) else None
 
 
 def _case(identifier: str, image: Path, label: Path | None, series: list[str], labels: Mapping[str, int], test: bool) -> Case:
     for path in (image, *([label] if label else [])):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CaseError(f"{path} is in dataset.json, but not there; unpack the archive again")
     shape = layout.shape_of(image)
     num_volumes = shape[0] if len(shape) == 4 else 1

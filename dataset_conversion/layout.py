@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import is_hidden
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_header
 
 
@@ -31,11 +32,6 @@ def listing(folder: Path, most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file is of the system, not of the release: `.DS_Store`, the `._name` twins that macOS writes into archives."""
-    return path.name.startswith(".")
-
-
 def stem(path: Path) -> str | None:
     """The name without the ending of a volume; None when it is no volume's name."""
     ending = next((ending for ending in READABLE_ENDINGS if path.name.endswith(ending)), None)
@@ -45,7 +41,7 @@ def stem(path: Path) -> str | None:
 def volume_named(folder: Path, name: str) -> Path | None:
     """The volume `name` of a folder, whatever its ending, or the DICOM folder `name`; None when there is none."""
     candidates = [folder / f"{name}{ending}" for ending in READABLE_ENDINGS]
-    return next((path for path in (*candidates, folder / name) if path.exists()), None)
+    return next((path for path in (*candidates, folder / name) if os.path.exists(path)), None)
 
 
 def shape_of(path: Path) -> tuple[int, ...]:

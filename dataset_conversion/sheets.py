@@ -1,18 +1,19 @@
 """Tables that come with a release, as CSV or TSV: rows that know the line they stand in."""
 
 import csv
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_csm.data.diagnoses import is_no_value
 from nnunet_csm.errors import UserError
-
-NO_VALUE = ("", "n/a", "nan")  # compared without case; "n/a" is BIDS' word, "nan" pandas'
+from nnunet_csm.listing import file_problem
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; `values` by the column's name in lower case, stripped, without those that hold no value."""
+    """A row of a table; `values` by the column's name in lower case, stripped."""
 
     path: Path
     line: int
@@ -23,8 +24,9 @@ class Row:
         return f"{self.path} line {self.line}"
 
     def get(self, column: str) -> str:
-        """The value, "" where there is none."""
-        return self.values.get(column.casefold(), "")
+        """The value, "" where there is none, or a word that says so."""
+        value = self.values.get(column.casefold(), "")
+        return "" if is_no_value(value) else value
 
     def require(self, column: str) -> str:
         """The value; raises `UserError` where there is none."""
@@ -49,6 +51,8 @@ def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
 
     Commas, semicolons or tabs between values (the header tells), UTF-8 with or without a byte order mark. Raises `UserError`.
     """
+    if path.exists() and (problem := file_problem(path)):
+        raise UserError(problem)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header_line = stream.readline()
@@ -84,4 +88,12 @@ def _row(path: Path, line: int, header: list[str], values: list[str]) -> Row:
             f"{path} line {line}: has {len(values)} values, but the header has {len(header)}; quote values that hold a separator"
         )
     named = zip(header, values, strict=False)  # a short line ends in empty values
-    return Row(path, line, {name: value for name, value in named if value.casefold() not in NO_VALUE})
+    return Row(path, line, dict(named))
+
+
+def words_for_none(rows: Iterable[Row], column: str) -> list[str]:
+    """A line that tells which words of a column were taken for no value; none where it is empty, or has BIDS' word for that."""
+    values = [row.values.get(column.casefold(), "") for row in rows]
+    words = Counter(value for value in values if value not in ("", "n/a") and is_no_value(value))
+    listed = ", ".join(f"{word!r} in {number} {'row' if number == 1 else 'rows'}" for word, number in sorted(words.items()))
+    return [f"{column!r}: taken for no value: {listed}"] if words else []

@@ -20,6 +20,7 @@ Masks mean what `-labels NAME=VALUE ...` says. Without it the masks are read, an
 The layout is ours.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, R
 
 from . import layout
 from .masks import inferred_labels, labels_of, parse_labels, values_in
-from .sheets import Row, read_sheet
+from .sheets import Row, read_sheet, words_for_none
 
 IS_TEST = {"": "", "train": "", "training": "", "val": "", "valid": "", "validation": "", "0": "", "no": "", "false": ""}
 SPLITS = {**IS_TEST, "test": "test", "1": "test", "yes": "test", "true": "test"}
@@ -62,7 +63,8 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
         raise UserError(f"{release} is not a file; give -i the table, a CSV or TSV with the columns subject, series, path")
     given = parse_labels(labels)
     subjects, matches = dict[str, _Subject](), dict[str, SeriesMatch]()
-    for row in read_sheet(release, ("subject", "series", "path")):
+    rows = read_sheet(release, ("subject", "series", "path"))
+    for row in rows:
         _add(subjects, row, matches)
     layout.require_cases(list(subjects), release, ())
     masks, left_out = dict[str, Path](), dict[str, str]()
@@ -88,7 +90,8 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
     series = tuple(dict.fromkeys(one for subject in subjects.values() for one in subject.images))
     used = tuple(one for one in series if any(one in case.images for case in cases))
     dataset = Dataset(layout.dataset_name(dataset_id, name), used, dataset_labels)
-    return Release(dataset, tuple(cases), left_out, notes=(*_about_series(matches), *_about_labels(file_labels, mapping)))
+    notes = [*words_for_none(rows, "class"), *_about_series(matches)]
+    return Release(dataset, tuple(cases), left_out, notes=(*notes, *_about_labels(file_labels, mapping)))
 
 
 def _add(subjects: dict[str, _Subject], row: Row, matches: dict[str, SeriesMatch]) -> None:
@@ -129,7 +132,7 @@ def _note(subject: _Subject, row: Row, column: str, value: str) -> None:
 
 def _existing(table: Path, given: str, line: int, column: str) -> Path:
     path = table.parent / given
-    if not path.exists():
+    if not os.path.exists(path):
         raise CaseError(f"{table} line {line}: {column} {given} does not exist (looked for {path})")
     return path
 

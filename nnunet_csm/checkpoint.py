@@ -2,6 +2,9 @@
 
 import os
 import platform
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from nnunet_csm import __version__
-from nnunet_csm.errors import UserError
+from nnunet_csm.errors import UserError, reason
 from nnunet_csm.files import whole
+
+# what a run leaves that the next one in its folder must not be taken for
+OF_A_RUN = ("checkpoint_*.pth", "encoder_share.json", "progress.png")
+# what every checkpoint of a training has
+ENTRIES = {"network_weights": dict, "init_args": dict, "trainer_name": str}
 
 
 def software() -> dict[str, str]:
@@ -36,10 +45,21 @@ def plain(value: Any) -> Any:
     return value
 
 
-def save(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write to a temporary name, then rename: a killed run leaves the old file or the new one."""
+def save(checkpoint: dict[str, Any], path: str | Path, first: bool = False) -> Path | None:
+    """Write to a temporary name, then rename: a killed run leaves the old file or the new one.
+
+    Args:
+        checkpoint: what is saved.
+        path: of the file.
+        first: of a run; those of an earlier one are moved away, once this one is written.
+
+    Returns:
+        The folder they went to, see `move_away`.
+    """
     with whole(path) as temporary:
         torch.save(plain(checkpoint), temporary)
+        moved = move_away(Path(path).parent) if first else None
+    return moved
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -52,21 +72,68 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint")
     remedy = "expected a checkpoint written by one of our trainers (nnUNetTrainerCSM...)"
     try:
+        refuse_inflating(Path(path))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # whatever bytes that are no checkpoint may lead to
         raise UserError(f"{path}: not readable as a checkpoint ({type(error).__name__}); {remedy}") from error
-    if not isinstance(checkpoint, dict) or not {"network_weights", "init_args", "trainer_name"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not ENTRIES.keys() <= set(checkpoint):
         raise UserError(f"{path}: a file of tensors but not a training checkpoint; {remedy}")
+    wrong = [name for name, kind in ENTRIES.items() if not isinstance(checkpoint[name], kind)]
+    init_args, weights = checkpoint["init_args"], checkpoint["network_weights"]
+    if not wrong and not (isinstance(init_args.get("plans"), dict) and isinstance(init_args.get("configuration"), str)):
+        wrong = ["init_args"]
+    if not wrong and not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in weights.items()):
+        wrong = ["network_weights"]
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} in it is not what a training writes; {remedy}")
     return checkpoint
 
 
+def refuse_inflating(path: Path) -> None:
+    """Refuse an archive that grows when it is read, before it is: torch stores every record as it is, and each once.
+
+    Raises:
+        UserError: it is compressed, or its records are larger than the file.
+        BadZipFile: it is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+    total = sum(record.file_size for record in records)
+    if packed or total > path.stat().st_size:
+        what = f"the record {packed[0]!r} is compressed" if packed else f"its records are {total:,} bytes long"
+        raise UserError(f"{path}: {what}, in a file of {path.stat().st_size:,}; torch writes no such checkpoint, it is not read")
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Put weights into a network. Raises UserError, which names `source`, when they are another network's."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source}: weights that do not fit the network of the plans ({reason(error)}); train again") from None
+
+
+@contextmanager
+def going_on(path: str | Path) -> Iterator[None]:
+    """Say in a line that a run cannot go on from a checkpoint: of another network, or with what no training writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{path}: a run cannot go on from it ({said}); restore the plans, or train afresh without --c") from None
+
+
 def move_away(folder: str | Path) -> Path | None:
-    """Move the checkpoints of an earlier run into `previous_<time>`, so that none can be taken for the new run's.
+    """Move the checkpoints of an earlier run, and what tells of them, into `previous_<time>`: none is taken for the new run's.
 
     Returns:
         The folder they went to, or None when there were none.
     """
-    stale = sorted(Path(folder).glob("checkpoint_*.pth"))
+    stale = sorted(file for name in OF_A_RUN for file in Path(folder).glob(name))
     if not stale:
         return None
     target = Path(folder) / f"previous_{datetime.now():%Y%m%d_%H%M%S_%f}"

@@ -5,40 +5,64 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from nnunet_csm import __version__, commands, nnunet
 from nnunet_csm.commands import CLASSIFIER, FINETUNER, PRETRAINER
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.listing import argument_problem
 from nnunet_csm.machine import num_cores
 from nnunet_csm.plans import JOINT_PLANS_NAME, PLANS_NAME, STOCK_PLANS_NAME
+from nnunet_csm.processes import follow_parent, stoppable
+
+# the script of this name is imported by the processes that `multiprocessing` starts
+follow_parent()
 
 Command = Callable[[argparse.Namespace], int]
 
 NUM_PROCESSES = min(8, num_cores())
 # nnU-Net's variables that hold one
 NUMBERS = ("nnUNet_def_n_proc", "nnUNet_n_proc_DA", "nnUNet_npp", "nnUNet_nps")
+# what to do after a command was stopped, where it need not begin anew
+GOES_ON = {
+    "pretrain": "go on from the latest checkpoint with --c",
+    "finetune": "go on from the latest checkpoint with --c",
+    "predict": "what was written is whole, go on with --continue_prediction",
+    "fingerprint": "run it again, which goes on where it was",
+    "plan_and_preprocess": "run it again, which makes what is missing",
+    "study": "start it again, which goes on where it was",
+}
 # commands of earlier versions -> what does their work now
 RENAMED = {
-    "classification_check": "doctor -d ID",
-    "evaluate_classes": "evaluate -pred CSV ...",
-    "export_msd": "convert to_msd -i FOLDER -o ARCHIVE -task TASK",
-    "fill_missing": "predict --fill_missing_only -d ID -i FOLDER -o FOLDER",
-    "preprocess": "plan_and_preprocess -d ID -preprocess_only PLANS",
+    "classification_check": ["doctor"],
+    "evaluate_classes": ["evaluate"],
+    "export_msd": ["convert", "to_msd"],
+    "fill_missing": ["predict", "--fill_missing_only"],
+    "preprocess": ["plan_and_preprocess", "-preprocess_only"],
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command; a `UserError` ends in exit code 2 without a traceback."""
-    given = sys.argv[1:] if arguments is None else arguments
-    with exit_on_user_error():
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    outputs = [Path(value) for flag, value in pairwise(given) if flag == "-o"]
+    advice = GOES_ON.get(
+        "" if "--fill_missing_only" in given else "".join(given[:1]), "nothing half-written is left, run it again"
+    )
+    with stoppable(advice), exit_on_user_error(*outputs):
         if given and given[0] in RENAMED:
-            raise UserError(f"`nnunet_csm {given[0]}` is now `nnunet_csm {RENAMED[given[0]]}`; see its --help")
+            print(f"`nnunet_csm {given[0]}` is now `nnunet_csm {' '.join(RENAMED[given[0]])}`, which is run", file=sys.stderr)
+            given[:1] = RENAMED[given[0]]
         args = build_parser().parse_args(given)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 # a terminal that cannot show a sign must not end what took hours
                 stream.reconfigure(errors="replace")
+        for text in [*given, *(os.environ.get(variable, "") for variable in nnunet.FOLDER_VARIABLES)]:
+            if problem := argument_problem(text):
+                raise UserError(problem)
         for variable in NUMBERS:
             if not (value := os.environ.get(variable) or "0").isdigit():
                 raise UserError(f"the environment variable {variable} is {value!r}, expected a whole number; correct or unset it")

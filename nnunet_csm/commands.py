@@ -106,9 +106,10 @@ def plan_and_preprocess(args: argparse.Namespace) -> int:
             )
         preprocess_datasets(args.d, args.c, args.preprocess_only, args.np, args.overwrite)
         return 0
+    # what is wrong with the images is said before what is wrong with a preset
+    for name in dict.fromkeys(nnunet.dataset_name(dataset) for dataset in args.d):
+        check_raw(name, args.np)
     names = check_request(args.d, *asked)
-    for name in names:
-        check_raw(name)
     if labelled := [name for name in names if has_labels(described(name)[0])]:
         _plan_and_preprocess_by_nnunet(labelled, args)
     plan(args)

@@ -2,8 +2,6 @@
 
 import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,13 @@ from nnunet_csm.figures.overlays import save_overlay
 from nnunet_csm.figures.page import Page, Table
 from nnunet_csm.judging.kinds import HIDDEN_WHOLE
 from nnunet_csm.phantom import PhantomSpec, write_task
+from nnunet_csm.processes import run_command
 
 DATASET, NAME, CONFIGURATION, FOLD = "900", "Dataset900_Phantom", "3d_fullres", "0"
 PLANS, PRESET = "nnUNetCSMPlans", "phantom"
 NUM_TRAINING, NUM_TEST = 40, 10
-CONVERT = "from nnunetv2.dataset_conversion.convert_MSD_dataset import entry_point; entry_point()"
-UNTRAINED = "from nnunet_csm.inference.untrained import main; main()"
+CONVERT = "nnunetv2.dataset_conversion.convert_MSD_dataset:entry_point"
+UNTRAINED = "nnunet_csm.inference.untrained:main"
 
 
 class Demo:
@@ -55,13 +54,13 @@ class Demo:
     def stage(self, title: str, *command: str) -> None:
         """Run one command and show its output; its time goes into the summary."""
         number = len(self.times) + 1
-        shown = shlex.join(("nnunet_csm" if c == "-m" else c) for c in command if c != "nnunet_csm" and "\n" not in c)
+        shown = shlex.join(command[1:] if command[1] == "nnunet_csm" else ("python", *command))
         print(f"\n=== {number}. {title}\n$ {shown}", flush=True)
         started = time.monotonic()
-        done = subprocess.run([sys.executable, *command], env=self.environment, check=False)
+        code = run_command(command, self.environment)
         self.times.append((title, time.monotonic() - started))
-        if done.returncode:
-            raise UserError(f"the demo stopped at {title!r} (exit code {done.returncode}, see above); run `nnunet_csm doctor`")
+        if code:
+            raise UserError(f"the demo stopped at {title!r} (exit code {code}, see above); run `nnunet_csm doctor`")
 
 
 def run_demo(folder: Path, seed: int) -> None:
@@ -85,13 +84,19 @@ def run_demo(folder: Path, seed: int) -> None:
     references, images = str(task / "labelsTs"), str(demo.raw / "imagesTs")
     common = ("-d", DATASET, "-f", FOLD, "-device", "cpu")
 
-    demo.stage("convert", "-c", CONVERT, "-i", str(task), "-np", "2")
+    demo.stage("convert", "-m", "nnunet_csm.nnunet", CONVERT, "-i", str(task), "-np", "2")
     demo.stage("plan and preprocess", "-m", "nnunet_csm", "plan_and_preprocess", "-d", DATASET, "-preset", PRESET, "-np", "2")
     demo.stage("pretrain", "-m", "nnunet_csm", "pretrain", *common)
     demo.stage("fine-tune", "-m", "nnunet_csm", "finetune", *common)
     demo.stage("predict", "-m", "nnunet_csm", "predict", *common, "-i", images, "-o", str(predicted))
     demo.stage(
-        "predict with an untrained network", "-c", UNTRAINED, str(demo.results("nnUNetTrainerCSM")), images, str(untrained)
+        "predict with an untrained network",
+        "-m",
+        "nnunet_csm.nnunet",
+        UNTRAINED,
+        str(demo.results("nnUNetTrainerCSM")),
+        images,
+        str(untrained),
     )
     evaluate = ("-m", "nnunet_csm", "evaluate", "-d", DATASET, "-ref", references)
     demo.stage("evaluate", *evaluate, "-pred", str(predicted), "-images", images, "-overlays", "3")

@@ -12,11 +12,14 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
+from nnunet_csm.data.sources import case_names
 from nnunet_csm.errors import UserError
+from nnunet_csm.fingerprint.labels import check_label_values
 from nnunet_csm.machine import num_cores
 from nnunet_csm.planning.classification import check_classification
+from nnunet_csm.planning.request import split_lines
 from nnunet_csm.plans import PLANS_NAME, read_configuration
-from nnunet_csm.raw.check import check_dataset
+from nnunet_csm.raw.check import check_dataset, has_labels, load_dataset_json
 
 TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier")
 
@@ -91,7 +94,11 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
     raw, preprocessed = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
     if raw.is_dir():
         try:
-            for line in check_dataset(raw):
+            dataset_json = load_dataset_json(raw)
+            lines = check_dataset(raw, dataset_json)
+            if has_labels(dataset_json):
+                lines += [*check_label_values(raw, dataset_json, num_cores()), *split_lines(name)]
+            for line in lines:
                 yield Finding(name, line)
             yield Finding(name, "raw files complete")
         except UserError as error:
@@ -107,10 +114,12 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
         yield Finding("CSM plans", "not usable", str(error))
         return
     yield Finding("CSM plans", f"preset {settings.csm.preset}, {', '.join(settings.architecture.series)}")
-    identifier = plans["configurations"][configuration]["data_identifier"]
-    num_cases = len([f for f in (preprocessed / identifier).glob("*.b2nd") if not f.stem.endswith("_seg")])
-    remedy = "" if num_cases else f"nnUNetv2_preprocess -d {name_or_id} -plans_name nnUNetPlans -c {configuration}"
-    yield Finding("preprocessed cases", f"{num_cases} in {identifier}", remedy)
+    for source in settings.csm.sources:
+        try:
+            num_cases = len(case_names(source, preprocessed.parent, source.labelled))
+            yield Finding("preprocessed cases", f"{num_cases} in {source.dataset}/{source.data_identifier}")
+        except UserError as error:
+            yield Finding("preprocessed cases", "not complete", str(error))
     results = nnunet.folder("nnUNet_results") / name
     for trainer in TRAINERS:
         done = sorted(

@@ -5,13 +5,14 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from nnunet_csm.errors import FULL, UserError
+from nnunet_csm.errors import UserError, no_room
 
-# libraries report a full disk in words of their own; one with less room than this is full
-ROOM = 2**20
+# the lock of a folder, and a folder for what is not whole yet
+RUNNING, WORKPLACE = ".running", ".unfinished_"
 
 
 @contextmanager
@@ -30,8 +31,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in FULL
-        if not full and (not path.parent.is_dir() or shutil.disk_usage(path.parent).free > ROOM):
+        if not no_room(error, path.parent):
             raise
         raise UserError(f"{path}: there is no room for it, and nothing was written; free some space and run this again") from None
     finally:
@@ -71,21 +71,25 @@ def whole_folder(final: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: str | Path, what: str, remedy: str = "choose another fold or plans") -> Iterator[None]:
-    """Keep other processes that do the same out of a folder. A killed one no longer does.
+    """Keep other processes that do the same out of a folder. A killed one no longer does, and what it left is removed.
 
     Raises:
         UserError: another one is at work there.
     """
-    path = Path(folder) / ".running"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another {what} is running there; wait for it or stop it, or {remedy}") from None
-        except OSError:
-            # a file system that knows no locks
-            pass
+    path = Path(folder) / RUNNING
+    with ExitStack() as stack:
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+            free = _locked(file)
+            if free is False:
+                raise UserError(f"{folder}: another {what} is running there; wait for it or stop it, or {remedy}")
+            # the one before may have removed the file after it was opened here: then whoever comes next would lock another
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+        if free:
+            _remove_unfinished(path.parent)
         try:
             yield
         finally:
@@ -93,18 +97,53 @@ def alone(folder: str | Path, what: str, remedy: str = "choose another fold or p
 
 
 @contextmanager
-def in_turn(folder: Path, what: str) -> Iterator[None]:
-    """Have other processes that do the same in a folder wait. A killed one no longer makes them wait."""
-    with (folder / ".writing").open("a") as file:
+def workplace(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder` for what is not whole yet, removed at the end with all that is in it.
+
+    Several processes may have one each; those that killed processes left are removed.
+    """
+    for left in folder.glob(f"{WORKPLACE}*"):
+        with suppress(OSError), (left / RUNNING).open("a") as file:
+            if _locked(file):
+                shutil.rmtree(left, ignore_errors=True)
+    unlocked, own = folder / f".{uuid.uuid4().hex}", folder / f"{WORKPLACE}{uuid.uuid4().hex}"
+    with alone(unlocked, "process"):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # only now, as another process may look for what is not locked
+            unlocked.rename(own)
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+@contextmanager
+def in_turn(folder: Path, what: str) -> Iterator[None]:
+    """Have other processes that do the same in a folder wait. A killed one no longer does, and what it left is removed."""
+    with (folder / ".writing").open("a") as file:
+        free = _locked(file)
+        if free is False:
             print(f"{folder}: {what} by another process; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            # a file system that knows no locks
-            pass
+        if free is not None:
+            _remove_unfinished(folder)
         yield
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What `whole` began, in a folder whose lock is held."""
+    for left in folder.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str]) -> bool | None:
+    """Whether the lock of a file was free, and is this process's from now on; None where the file system knows no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:

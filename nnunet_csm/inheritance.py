@@ -1,12 +1,12 @@
 """JSON files that inherit from each other: those that come with the package by name, others by path."""
 
-import json
 from collections.abc import Callable, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.schema import parse_json, shown
 
 Json = dict[str, Any]
 
@@ -45,18 +45,13 @@ def read_inherited(
         child = f"{kind} {children[-1]}: inherits_from: " if children else ""
         offers = ", ".join([*([] if children else others), f"one of {', '.join(shipped_names(folder))}"])
         raise UserError(f"{child}no {kind} {name!r}; expected {offers}, or the path of a JSON file")
-    try:
-        data: Json = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{kind} {name}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{kind} {name}: expected a JSON object, found {type(data).__name__}")
+    data: Json = parse_json(file.read_bytes(), f"{kind} {name}", "correct it")
     parent = data.pop("inherits_from", None)
     if parent is None:
         return data if root else {}
     if not isinstance(parent, str):
         raise UserError(
-            f"{kind} {name}: inherits_from is {parent!r}; expected the name of another {kind} or the path of its file"
+            f"{kind} {name}: inherits_from is {shown(parent)}; expected the name of another {kind} or the path of its file"
         )
     if path is not None and parent.endswith(".json"):
         parent = str(path.parent / parent)

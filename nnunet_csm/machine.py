@@ -4,7 +4,6 @@ import ctypes
 import getpass
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Sequence
@@ -19,6 +18,7 @@ import joblib
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.processes import follow_parent, kill_workers, stopping
 
 if TYPE_CHECKING:
     import torch
@@ -156,12 +156,14 @@ def in_processes(make: Callable[[Given], Made], given: Sequence[Given], num_proc
         what = f"one of {num_processes} processes was killed, most likely for want of memory"
         raise UserError(f"{what}; run again with fewer processes (-np)") from None
     finally:
+        if stopping():
+            kill_workers()
         pool.shutdown(cancel_futures=True)
 
 
 def _start_process() -> None:
-    """One thread each, and Ctrl-C is the parent's to answer, once."""
+    """One thread each, and no longer than the parent."""
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()

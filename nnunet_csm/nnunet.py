@@ -2,21 +2,22 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from batchgenerators.utilities.file_and_folder_operations import save_json as save_as_json
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunet_csm.errors import UserError
+from nnunet_csm.errors import FOLDER_VARIABLES as FOLDER_VARIABLES
+from nnunet_csm.errors import UserError, reason
 from nnunet_csm.files import whole
+from nnunet_csm.host_files import FOLDS, check_channels, check_dataset_json, check_plans, check_splits
+from nnunet_csm.processes import follow_parent, run_command, stoppable
+from nnunet_csm.schema import parse_json
 
 TRAINER_VARIABLE = "nnUNet_extTrainer"
-FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 NUM_FOLDS, SPLIT_SEED = 5, 12345  # of its own splits
 TRAINER_FOLDER = Path(__file__).parent / "nnunet_ext"
 
@@ -58,14 +59,15 @@ def dataset_id(name: str) -> int:
     return int(name.removeprefix("Dataset").split("_")[0])
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON file that an earlier step has to have written."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {remedy}")
+def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
+    """A JSON file that an earlier step has to have written; see `schema.parse_json`."""
     try:
-        return load_json(str(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); {remedy}") from None
+    return parse_json(content, str(path), remedy, kind)
 
 
 def save_json(data: Any, path: Path) -> None:
@@ -75,9 +77,44 @@ def save_json(data: Any, path: Path) -> None:
 
 
 def read_splits(path: Path) -> list[dict[str, list[str]]]:
-    """`splits_final.json`: cases by side, for every fold."""
-    splits: Any = read_json(path, "write it again with `nnunet_csm split -d ID --overwrite`, or delete it")
+    """`splits_final.json`: cases by side, for every fold.
+
+    Raises:
+        UserError: no such file, or folds that are none, or in which a case stands twice.
+    """
+    remedy = f"correct it ({FOLDS}), or write it again with `nnunet_csm split -d ID --overwrite`"
+    splits: list[dict[str, list[str]]] = read_json(path, remedy, list)
+    check_splits(splits, str(path))
     return splits
+
+
+def read_dataset_json(path: Path, remedy: str) -> dict[str, Any]:
+    """`dataset.json`, with what nnU-Net needs of it.
+
+    Raises:
+        UserError: no such file, or one that nnU-Net cannot follow.
+    """
+    content: dict[str, Any] = read_json(path, remedy)
+    check_dataset_json(content, str(path))
+    return content
+
+
+def read_plans(path: Path, remedy: str) -> dict[str, Any]:
+    """Plans of nnU-Net's or ours.
+
+    Raises:
+        UserError: no such file, or what is to be a name in it is a path.
+    """
+    plans: dict[str, Any] = read_json(path, remedy)
+    check_plans(plans, str(path))
+    return plans
+
+
+def path_of_plans(plans: Mapping[str, Any]) -> str:
+    """Where errors say that plans are that a trainer was given. Raises UserError when they are none."""
+    check_plans(plans, "the plans")
+    name, preprocessed = f"{plans['plans_name']}.json", os.environ.get("nnUNet_preprocessed")
+    return name if preprocessed is None else os.path.join(preprocessed, plans["dataset_name"], name)
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
@@ -86,13 +123,7 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: there are none, or they are not numbered from 0.
     """
-    names = dataset_json.get("channel_names") or dataset_json.get("modality")
-    if not names:
-        raise UserError('dataset.json has no channel_names; nnU-Net\'s format wants {"0": "FLAIR", "1": "T1w", ...}')
-    channels = [str(channel) for channel in range(len(names))]
-    if set(names) != set(channels):
-        raise UserError(f"channel_names has the keys {sorted(names)}, not {channels}; number the channels from 0 in dataset.json")
-    return [names[channel] for channel in channels]
+    return check_channels(dataset_json, "dataset.json")
 
 
 def run_apart(entry_point: str, arguments: Sequence[str]) -> int:
@@ -101,8 +132,7 @@ def run_apart(entry_point: str, arguments: Sequence[str]) -> int:
     Returns:
         Its exit code.
     """
-    code = f"from nnunet_csm import nnunet; import sys; nnunet.run({entry_point!r}, sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode
+    return run_command(["-m", "nnunet_csm.nnunet", entry_point, *arguments])
 
 
 def run(entry_point: str, arguments: Sequence[str]) -> None:
@@ -120,3 +150,11 @@ def run(entry_point: str, arguments: Sequence[str]) -> None:
         getattr(importlib.import_module(module), function)()
     finally:
         sys.argv = before
+
+
+if __name__ == "__mp_main__":
+    follow_parent()
+elif __name__ == "__main__":
+    # `python -m nnunet_csm.nnunet ENTRY_POINT [ARGUMENTS ...]`: such a command in a process of its own, see `run_apart`
+    with stoppable("see the command that started it"):
+        run(sys.argv[1], sys.argv[2:])

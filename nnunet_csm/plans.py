@@ -5,20 +5,42 @@ key `csm` is a `Recipe`; everything else is nnU-Net's own.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from nnunet_csm.earlier_plans import VERSION, brought_up, network_brought_up
 from nnunet_csm.errors import UserError
-from nnunet_csm.schema import Size, from_dict, read_value
+from nnunet_csm.host_files import check_network, check_plans
+from nnunet_csm.schema import (
+    Count,
+    Depth,
+    Index,
+    JsonName,
+    Name,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Size,
+    Width,
+    Within,
+    from_dict,
+    read_value,
+)
 
 # nnU-Net's default
 STOCK_PLANS_NAME = "nnUNetPlans"
 PLANS_NAME = "nnUNetCSMPlans"
 JOINT_PLANS_NAME = "nnUNetCSMJointPlans"
 NETWORK_CLASS = "nnunet_csm.model.segmenter.CSMSegmenter"
-VERSION = 3
 SPLITS = "splits_final.json"  # nnU-Net's
+# of a patch: more than any GPU holds, and than 32 bits count
+MOST_VOXELS = 2**31
+BatchSize = Annotated[int, Within(1, 2**16)]
 
 
 @dataclass(frozen=True)
@@ -37,10 +59,10 @@ class EncoderSettings:
 
     kind: str = "vit"
     positions: Literal["geometric", "mae"] = "geometric"
-    series_embedding_std: float = 0.5
-    query_key_gain: float = 4.0
+    series_embedding_std: NotNegative = 0.5
+    query_key_gain: NotNegative = 4.0
     embedding: Literal["shared", "by_series"] = "shared"
-    base: int = 16
+    base: Width = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,7 @@ class FusionSettings:
 
     name: str = "mean"
     refinement: Literal["none", "threshold", "share"] = "none"
-    smoothness: float = 0.0
+    smoothness: NotNegative = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,13 +96,13 @@ class Architecture:
     """
 
     series: tuple[str, ...]
-    channels: tuple[int, ...]
+    channels: tuple[Index, ...]
     token_size: Size
-    width: int
-    depth: int
-    num_heads: int
-    features: int
-    drop_path: float
+    width: Width
+    depth: Depth
+    num_heads: Width
+    features: Width
+    drop_path: ShareBelowOne
     decoder: Literal["unetr", "light", "unet", "linear", "nonlinear", "adaptive"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
     fusion: str | FusionSettings = "mean"
@@ -102,21 +124,21 @@ class Architecture:
 class Optimization:
     """AdamW, linear warm-up over a share of the iterations, cosine decay to zero."""
 
-    iterations_per_epoch: int
-    val_iterations_per_epoch: int
-    batch_size: int
-    learning_rate: float
-    warmup: float
-    weight_decay: float
-    betas: tuple[float, float]
-    layer_decay: float
+    iterations_per_epoch: Count
+    val_iterations_per_epoch: Count
+    batch_size: BatchSize
+    learning_rate: Positive
+    warmup: ShareBelowOne
+    weight_decay: NotNegative
+    betas: tuple[ShareBelowOne, ShareBelowOne]
+    layer_decay: ShareAboveZero
 
 
 @dataclass(frozen=True)
 class Schedule(Optimization):
     """An optimisation of a certain length."""
 
-    num_epochs: int
+    num_epochs: Count
 
     @property
     def num_iterations(self) -> int:
@@ -146,11 +168,11 @@ class Finetuning:
 
     encoder: str
     mirroring: bool
-    frozen_share: float = 0.0
-    stem_closed_share: float = 0.0
-    transferred_blocks: int | None = None
-    ema: float = 0.0
-    series_dropout: float = 0.0
+    frozen_share: ShareBelowOne = 0.0
+    stem_closed_share: ShareBelowOne = 0.0
+    transferred_blocks: Index | None = None
+    ema: ShareBelowOne = 0.0
+    series_dropout: Share = 0.0
     series_dropout_epochs: Literal["all", "alternating"] = "all"
 
 
@@ -167,10 +189,10 @@ class ClassifierSettings:
         encoder: as in `Finetuning`.
     """
 
-    margin: float
+    margin: NotNegative
     pooling: Literal["attentive", "mean"]
     freeze_encoder: bool
-    label_smoothing: float
+    label_smoothing: ShareBelowOne
     class_weights: bool
     encoder: str
 
@@ -202,13 +224,13 @@ class Source:
         absent_series: case to series that it holds only as a copy of another one, and that count as absent.
     """
 
-    dataset: str
+    dataset: Name
     subset: Literal["imagesTr", "imagesTs"]
     labelled: bool
-    data_identifier: str
-    num_channels: int
-    channels: dict[str, int]
-    absent_series: dict[str, tuple[str, ...]]
+    data_identifier: Name
+    num_channels: Count
+    channels: dict[str, Index]
+    absent_series: dict[Name, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -224,7 +246,7 @@ class Recipe:
 
     version: int
     preset: str
-    seed: int
+    seed: Seed
     sources: tuple[Source, ...]
     pretraining_patch_size: Size
     pretext: dict[str, Any]
@@ -233,7 +255,7 @@ class Recipe:
     finetuning: Finetuning
     classification: Classification
     reasons: dict[str, tuple[str, str]]
-    splits: str = SPLITS
+    splits: JsonName = SPLITS
 
 
 @dataclass(frozen=True)
@@ -264,7 +286,7 @@ def read_configuration(plans: Mapping[str, Any], name: str, source: str) -> Conf
         UserError: no such configuration, no `csm` block, an unknown or missing key, a value of the wrong type, or a
             patch that is no multiple of the token.
     """
-    return parse_configuration(_entry(plans, name, source), f"{source}: configurations.{name}")
+    return parse_configuration(configuration_of(plans, name, source), f"{source}: configurations.{name}")
 
 
 def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Architecture:
@@ -273,56 +295,48 @@ def read_architecture(plans: Mapping[str, Any], name: str, source: str) -> Archi
     Raises:
         UserError: no such configuration, or not a network of ours.
     """
-    return _architecture(_entry(plans, name, source), f"{source}: configurations.{name}")
+    return _architecture(configuration_of(plans, name, source), f"{source}: configurations.{name}")
 
 
 def _architecture(entry: Mapping[str, Any], where: str) -> Architecture:
-    network = entry.get("architecture") or {}
-    return parse_architecture(network.get("arch_kwargs"), f"{where}.architecture.arch_kwargs")
+    where = f"{where}.architecture"
+    network = read_value(dict[str, Any], entry.get("architecture"), where)
+    check_network(network, where, NETWORK_CLASS)
+    return parse_architecture(network["arch_kwargs"], f"{where}.arch_kwargs")
 
 
 def parse_architecture(kwargs: Any, where: str) -> Architecture:
     """Read nnU-Net's `arch_kwargs`, also those of plans before version 3."""
-    if isinstance(kwargs, Mapping) and "joint_tokens" in kwargs:
-        kwargs = dict(kwargs)
-        kwargs["encoder"] = {"kind": "joint_vit" if kwargs.pop("joint_tokens") else "vit"}
-    return from_dict(Architecture, kwargs, where)
+    return from_dict(Architecture, network_brought_up(kwargs), where)
 
 
-def brought_up(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A configuration as version 3 has it: version 2 had two pretexts, told apart by `joint_tokens`, their settings in `csm`."""
-    csm = entry.get("csm")
-    if not isinstance(csm, Mapping) or csm.get("version") != 2 or not {"masking", "reconstruction"} <= csm.keys():
-        return entry
-    others = {key: value for key, value in csm.items() if key not in ("masking", "reconstruction")}
-    pretext = {"name": "csm", "masking": csm["masking"], "reconstruction": csm["reconstruction"]}
-    if entry.get("architecture", {}).get("arch_kwargs", {}).get("joint_tokens"):
-        of_places = {key: value for key, value in csm["masking"].items() if key not in ("places", "hidden_series")}
-        pretext |= {"name": "mae3d", "masking": of_places}
-    return {**entry, "csm": {**others, "version": VERSION, "pretext": pretext}}
+def configuration_of(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    """A configuration of plans, ours or nnU-Net's, with its inheritance resolved.
 
-
-def _entry(plans: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
-    configurations = plans.get("configurations", {})
+    Raises:
+        UserError: there is none of that name, or what is to be a name in the plans is a path.
+    """
+    check_plans(plans, source)
+    configurations = plans["configurations"]
     if name not in configurations:
         raise UserError(f"{source}: no configuration {name!r}, expected one of {sorted(configurations)}; choose with -c")
-    if "inherits_from" not in configurations[name]:
-        return configurations[name]
-    # only then: importing nnU-Net's plans takes seconds
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    return PlansManager(dict(plans)).get_configuration(name).configuration
+    entry: dict[str, Any] = configurations[name]
+    parent = entry.get("inherits_from")
+    while parent is not None:
+        # as nnU-Net does, whose own class takes seconds to import
+        above: dict[str, Any] = configurations[parent]
+        entry, parent = {**above, **entry}, above.get("inherits_from")
+    return entry
 
 
 def parse_configuration(entry: Mapping[str, Any], where: str) -> Configuration:
     """Do as `read_configuration`, for the configuration's own dictionary (nnU-Net's `ConfigurationManager.configuration`)."""
     if "csm" not in entry:
         raise UserError(f"{where} has no 'csm' block; write CSM plans with `nnunet_csm plan -d ID` and choose them with -p")
-    entry = brought_up(entry)
     configuration = Configuration(
         patch_size=read_value(Size, entry.get("patch_size"), f"{where}.patch_size"),
         architecture=_architecture(entry, where),
-        csm=from_dict(Recipe, entry["csm"], f"{where}.csm"),
+        csm=from_dict(Recipe, brought_up(entry)["csm"], f"{where}.csm"),
     )
     _check(configuration, where)
     # nnU-Net reads the one, people edit the other
@@ -339,31 +353,32 @@ def _check(configuration: Configuration, where: str) -> None:
     token_size = architecture.token_size
     if csm.version != VERSION:
         raise UserError(f"{where}.csm.version is {csm.version}, expected {VERSION}; plan again with `nnunet_csm plan`")
-    if any(t < 1 or t & (t - 1) for t in token_size) or max(token_size) < 2:
+    if any(t & (t - 1) for t in token_size) or max(token_size) < 2:
         raise UserError(f"{where}: token_size {token_size} must be powers of two, at least one of them above 1")
     patches = {"patch_size": patch_size, "csm.pretraining_patch_size": csm.pretraining_patch_size}
     for name, size in (patches | {"csm.classification.patch_size": csm.classification.patch_size}).items():
-        if any(p < t or p % t for p, t in zip(size, token_size, strict=True)):
+        if any(p % t for p, t in zip(size, token_size, strict=True)):
             raise UserError(
                 f"{where}: {name} {size} is not a multiple of token_size {token_size}; "
                 f"edit one of them or plan again with `nnunet_csm plan`"
             )
-    for name, size in (patches | {"csm.classification.patch_size": csm.classification.patch_size}).items():
         if size == token_size:
             raise UserError(f"{where}: {name} {size} is a single token; a patch holds several: make it larger")
+        if math.prod(size) > MOST_VOXELS:
+            raise UserError(f"{where}: {name} {size} is more than {MOST_VOXELS:,} voxels; make it smaller")
     series, channels = architecture.series, architecture.channels
     if not series or len(set(series)) != len(series) or len(set(channels)) != len(channels) or len(series) != len(channels):
         raise UserError(f"{where}: series {series} in channels {channels}; expected one channel of its own for every series")
     if not csm.sources:
         raise UserError(f"{where}.csm.sources is empty; pretraining needs images: plan again with `nnunet_csm plan`")
     check_width(architecture.width, architecture.num_heads, f"{where}: arch_kwargs")
-    if "/" in csm.splits or not csm.splits.endswith(".json"):
-        raise UserError(f"{where}.csm.splits is {csm.splits!r}, expected the name of a JSON file in the preprocessed folder")
-    for name in ("frozen_share", "stem_closed_share", "ema"):
-        if not 0.0 <= (value := getattr(csm.finetuning, name)) < 1.0:
-            raise UserError(f"{where}.csm.finetuning.{name} is {value}, expected 0 <= {name} < 1; 0 is without")
-    if not 0.0 <= (value := csm.finetuning.series_dropout) <= 1.0:
-        raise UserError(f"{where}.csm.finetuning.series_dropout is {value}, expected 0 <= series_dropout <= 1; 0 is without")
+    for number, source in enumerate(csm.sources):
+        used = source.channels.values()
+        if not used or max(used) >= source.num_channels or len(set(used)) < len(used):
+            raise UserError(
+                f"{where}.csm.sources[{number}] has {source.num_channels} channels, and series in {source.channels}; expected "
+                f"one of these channels, from 0 on, for every series"
+            )
     if csm.finetuning.stem_closed_share and (architecture.stem == "none" or architecture.decoder != "unetr"):
         raise UserError(
             f"{where}.csm.finetuning.stem_closed_share is {csm.finetuning.stem_closed_share}, but the network has no stem; make "

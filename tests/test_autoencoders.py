@@ -310,8 +310,8 @@ def test_everything_is_rebuilt_in_the_units_of_the_input(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "changes", "complaint"),
     [
-        ("ae", {"latent_channels": 0}, "latent_channels is 0, expected 1 or more"),
-        ("vae", {"kl_weight": -1e-6}, "kl_weight is -1e-06, expected 0 or more"),
+        ("ae", {"latent_channels": 0}, "latent_channels is 0, expected 1 <= latent_channels"),
+        ("vae", {"kl_weight": -1e-6}, "kl_weight is -1e-06, expected 0 <= kl_weight"),
         ("vqvae", {"num_codes": 0}, "num_codes is 0"),
         ("vqvae", {"decay": 1.0}, "decay is 1.0, expected 0 <= decay < 1"),
         ("ae", {"masking": {}}, "unknown masking"),

@@ -583,7 +583,7 @@ def test_a_file_that_was_cut_off_is_named_with_the_remedy(folder):
     path = folder / "large.b2nd"
     for _ in range(2):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(UserError, match=r"large\.b2nd: not a whole file .* preprocess again"):
+        with pytest.raises(UserError, match=r"large\.b2nd: not a whole file .* make them again with"):
             opened(case_files(folder))
         path.unlink()
         save(folder, "large", volume_of("large"))

@@ -110,15 +110,24 @@ def test_formats_are_those_that_can_be_read():
     assert [name.removeprefix("convert ") for name in COMMANDS if " " in name] == [*FORMATS, "to_msd"]
 
 
-@pytest.mark.parametrize("name", cli.RENAMED)
-def test_an_old_name_is_answered_with_the_new_one(name, capsys):
-    message = refused([name, "-d", "1"], capsys)
-    assert len(message.splitlines()) == 1
-    new = message.split("is now `nnunet_csm ")[1].split("`")[0]
-    command, *rest = new.replace(" ...", "").split()
-    assert name not in COMMANDS and command in COMMANDS
-    parsed = cli.build_parser().parse_args([command, *rest])
-    assert parsed.run
+@pytest.mark.parametrize(("name", "flags"), [("preprocess", ["-np", "1"]), ("fill_missing", ["-i", "in", "-o", "out"])])
+def test_an_old_name_runs_the_new_command_and_says_so(name, flags, monkeypatch, capsys):
+    new, seen = cli.RENAMED[name], []
+
+    def command(args):
+        seen.append(args)
+        return 0
+
+    monkeypatch.setattr(cli.nnunet, "dataset_name", lambda name: name)
+    monkeypatch.setattr(cli.commands, new[0], command)
+    assert cli.main([name, "-d", "1", *flags]) == 0 == cli.main([*new, "-d", "1", *flags])
+    assert seen[0] == seen[1]
+    assert capsys.readouterr().err.splitlines() == [f"`nnunet_csm {name}` is now `nnunet_csm {' '.join(new)}`, which is run"]
+
+
+def test_old_names_are_no_commands_and_new_ones_are():
+    for name, new in cli.RENAMED.items():
+        assert name not in COMMANDS and new[0] in {command.split()[0] for command in COMMANDS}
 
 
 @pytest.mark.parametrize(

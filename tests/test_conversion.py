@@ -514,6 +514,29 @@ def test_table(tmp_path: Path, table_rows: list[dict[str, str]], name: str, deli
     assert np.array_equal(files["imagesTs/S2_0001.nii.gz"], np.arange(60).reshape(SHAPE))
 
 
+@pytest.mark.parametrize("word", ["NA", "nan", "None", "null", "-", "?", "N/A"])
+def test_a_word_for_no_value_is_no_class(tmp_path: Path, word: str) -> None:
+    names = {"S1": "benign", "S2": "malignant", "S3": word}
+    rows = [{"subject": name, "series": "T2w", "path": f"{name}.nii.gz", "class": one} for name, one in names.items()]
+    for name in names:
+        write(tmp_path / f"{name}.nii.gz")
+    release = read("table", write_csv(tmp_path / "series.csv", rows))
+    classes = {name: [one.name for one in case.diagnoses] for name, case in by_name(release).items()}
+    assert classes == {"S1": ["benign"], "S2": ["malignant"], "S3": []}
+    assert release.notes == (f"'class': taken for no value: {word!r} in 1 row",)
+
+
+@pytest.mark.parametrize("twins", [("benign", "Benign"), ("1", "1.0"), ("malignant", "malignant\u200b"), ("a b", "a\u00a0b")])
+def test_classes_that_look_alike_are_refused_before_anything_is_written(tmp_path: Path, twins: tuple[str, str]) -> None:
+    rows = [{"subject": f"S{k}", "series": "T2w", "path": f"{k}.nii.gz", "class": one} for k, one in enumerate((*twins, "other"))]
+    for k in range(3):
+        write(tmp_path / f"{k}.nii.gz")
+    release = read("table", write_csv(tmp_path / "series.csv", rows))
+    with pytest.raises(UserError, match=r"the classes .* differ only in case"):
+        write_dataset(release.cases, release.dataset, tmp_path / "raw", num_processes=1)
+    assert not (tmp_path / "raw").exists()
+
+
 def test_labels_by_name(tmp_path: Path, table_rows: list[dict[str, str]]) -> None:
     table = write_csv(tmp_path / "t.csv", table_rows)
     release = read("table", table, labels=["enhancing=4", "necrosis=1"])
@@ -695,6 +718,118 @@ def test_diffusion_without_b_values(bids: Path) -> None:
 def test_a_class_column_that_is_not_there(bids: Path) -> None:
     with pytest.raises(UserError, match=r"participants\.tsv lacks the column diagnosis; found participant_id, group"):
         read("bids", bids, class_column="diagnosis")
+
+
+def with_runs(folder: Path, masks: Mapping[str, int]) -> Path:
+    """sub-01 with two runs of T2w, and `masks`: entities of a mask's name to the slice that it fills."""
+    for run in (1, 2):
+        write(folder / f"sub-01/anat/sub-01_run-{run}_T2w.nii.gz", 100 * run)
+    for name, z in masks.items():
+        write(folder / f"derivatives/manual/sub-01/anat/sub-01_{name}_label-lesion_mask.nii.gz", mask((z, 1)))
+    return folder
+
+
+def test_the_image_is_of_the_run_that_the_mask_names(tmp_path: Path) -> None:
+    release = read("bids", with_runs(tmp_path / "bids", {"run-02": 1}))
+    files = converted(release, tmp_path / "raw")
+    assert files["imagesTr/sub-01_0000.nii.gz"].min() == 200
+    assert "T2w is sub-01_run-2_T2w.nii.gz, not sub-01_run-1_T2w.nii.gz" in release.doubts[0]
+
+
+def test_of_masks_of_two_runs_that_of_the_image_is_taken(tmp_path: Path) -> None:
+    release = read("bids", with_runs(tmp_path / "bids", {"run-2": 2, "run-1": 1, "space-MNI152_run-1": 0}))
+    files = converted(release, tmp_path / "raw")
+    assert files["imagesTr/sub-01_0000.nii.gz"].min() == 100
+    assert np.array_equal(files["labelsTr/sub-01.nii.gz"], mask((1, 1)))
+    assert any("the mask is sub-01_run-1_label" in line for line in release.doubts)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("run-3", "another run"), ("acq-cor_run-1", "another run"), ("space-MNI152", "MNI152")]
+)
+def test_a_mask_of_another_image_leaves_the_case_out(tmp_path: Path, name: str, said: str) -> None:
+    folder = with_runs(tmp_path / "bids", {name: 1})
+    write(folder / "sub-02/anat/sub-02_T2w.nii.gz")
+    write(folder / "sub-02/anat/sub-02_space-T2w_label-lesion_mask.nii.gz", mask((1, 1)))  # beside its image
+    release = read("bids", folder)
+    assert list(by_name(release)) == ["sub-02"] and by_name(release)["sub-02"].masks
+    assert said in release.left_out["sub-01"] and f"sub-01_{name}_label-lesion_mask" in release.left_out["sub-01"]
+
+
+def test_a_series_of_another_run_than_the_mask_is_told(tmp_path: Path) -> None:
+    folder = with_runs(tmp_path / "bids", {"run-2": 1})
+    write(folder / "sub-01/anat/sub-01_run-1_FLAIR.nii.gz")
+    assert any("FLAIR is sub-01_run-1_FLAIR.nii.gz, of another run than the mask" in line for line in read("bids", folder).doubts)
+
+
+def test_what_looks_like_a_mask_and_is_none_of_bids_is_named(bids: Path) -> None:
+    write(bids / "sub-02/anat/sub-02_T2w_lesion_seg.nii.gz", mask((1, 1)))
+    write(bids / "derivatives/manual/sub-09/anat/sub-09_label-lesion_mask.nii.gz", mask((1, 1)))
+    write(bids / "derivatives/fs/sub-02/anat/sub-02_label-GM_probseg.nii.gz", mask((1, 1)))
+    (line,) = read("bids", bids).notes
+    assert "probseg" not in line
+    assert "sub-02_T2w_lesion_seg.nii.gz" in line and "sub-09_label-lesion_mask.nii.gz" in line
+
+
+def write_dwi(folder: Path, entity: str, b_values: str, num_volumes: int | None = None) -> Path:
+    """Volume i holds i, under sub-01."""
+    path = folder / f"sub-01/dwi/sub-01_{entity}_dwi.nii.gz"
+    number = num_volumes or len(b_values.split())
+    write(path, np.stack([np.full(SHAPE, i, np.int16) for i in range(number)]))
+    path.with_name(f"sub-01_{entity}_dwi.bval").write_text(b_values)
+    return path
+
+
+def test_dwi_is_the_highest_b_value_of_the_session(bids: Path) -> None:
+    write(bids / "sub-01/anat/sub-01_T2w.nii.gz")
+    for entity, b_values in (("acq-b0", "0 5"), ("acq-b1000", "0 1000"), ("acq-b800", "0 800"), ("acq-odd", "0 3000")):
+        write_dwi(bids, entity, b_values, 3 if entity == "acq-odd" else None)
+    release = read("bids", bids)
+    chosen = by_name(release)["sub-01"].images["DWI"]
+    assert (chosen.path.name, chosen.index) == ("sub-01_acq-b1000_dwi.nii.gz", 1)
+    said = "\n".join(line for line in release.doubts if line.startswith("sub-01: "))
+    assert "acq-odd_dwi.bval holds 2 b-values, but sub-01_acq-odd_dwi.nii.gz has 3 volumes" in said
+    assert "not sub-01_acq-b800" in said
+
+
+@pytest.mark.parametrize("b_values", ["0 0", "5", "nan 1000", "-1 1000", "b"])
+def test_volumes_without_diffusion_weighting_are_no_dwi(bids: Path, b_values: str) -> None:
+    write(bids / "sub-01/anat/sub-01_T2w.nii.gz")
+    write_dwi(bids, "dir-PA", b_values)
+    release = read("bids", bids)
+    assert sorted(by_name(release)["sub-01"].images) == ["T2w"]
+    assert any("sub-01: no DWI from sub-01_dir-PA_dwi.nii.gz" in line for line in release.doubts)
+
+
+def test_a_file_called_b0_without_b_values_is_no_dwi(bids: Path) -> None:
+    write(bids / "sub-02/dwi/sub-02_acq-b0_dwi.nii.gz")
+    release = read("bids", bids)
+    assert "DWI" not in by_name(release)["sub-02"].images and any("called b = 0" in line for line in release.doubts)
+
+
+def test_participants_are_found_by_number_and_others_are_named(bids: Path) -> None:
+    write(bids / "sub-003/anat/sub-003_T2w.nii.gz")
+    rows = [{"participant_id": name, "group": group} for name, group in (("1", "a"), ("sub-02", "NA"), ("17", "b"))]
+    write_csv(bids / "participants.tsv", rows, "\t")
+    release = read("bids", bids, class_column="group")
+    classes = {name: [one.name for one in case.diagnoses] for name, case in by_name(release).items()}
+    assert classes == {"sub-01_ses-post": ["a"], "sub-01_ses-pre": ["a"], "sub-02": [], "sub-003": []}
+    said = "\n".join(release.doubts)
+    assert "by number: 1 is sub-01" in said and "rows of no subject: 17" in said and "without a row: sub-003" in said
+
+
+def test_a_subject_in_two_rows_is_refused(bids: Path) -> None:
+    rows = [{"participant_id": name, "group": group} for name, group in (("01", "a"), ("1", "b"))]
+    write_csv(bids / "participants.tsv", rows, "\t")
+    with pytest.raises(UserError, match="line 3: 1 is sub-01, which line 2 is about"):
+        read("bids", bids, class_column="group")
+
+
+@pytest.mark.parametrize("rows", ["", "sub-01\tn/a\n", "sub-17\ta\n"])
+def test_participants_without_any_class_are_refused(bids: Path, rows: str) -> None:
+    (bids / "participants.tsv").write_text("participant_id\tgroup\n" + rows)
+    with pytest.raises(UserError, match=r"participants\.tsv tells the class \(group\) of none of the 2 subjects"):
+        read("bids", bids, class_column="group")
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
@@ -44,6 +45,27 @@ def transforms():
 def augment(transforms, image, seed):
     seed_everything(seed)
     return transforms(image=image.clone(), segmentation=torch.zeros(1, *image.shape[1:], dtype=torch.int16))["image"]
+
+
+@pytest.mark.parametrize("thickness", [1, 2, 3])
+def test_patches_that_are_thinner_than_the_blur_are_augmented_without_it(thickness):
+    composed = nnUNetTrainerCSM.get_training_transforms(
+        patch_size=np.array([thickness, 10, 8]),
+        rotation_for_DA=(-0.5, 0.5),
+        deep_supervision_scales=None,
+        mirror_axes=(0, 1, 2),
+        do_dummy_2d_data_aug=True,
+        foreground_labels=[1],
+    )
+    intensity = composed.transforms[-1].transforms.transforms
+    for transform in intensity:
+        if hasattr(transform, "apply_probability"):
+            transform.apply_probability = 1.0
+    image = torch.randn(2, thickness, 10, 8)
+    for seed in range(20):
+        made = augment(composed, image, seed)
+        assert made.shape == image.shape and made.isfinite().all() and not made.equal(image)
+    assert not any(isinstance(getattr(one, "transform", None), GaussianBlurTransform) for one in intensity)
 
 
 @pytest.mark.parametrize("absent", [[1], [0, 2], []])

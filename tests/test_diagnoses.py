@@ -123,6 +123,8 @@ def test_samples_of_cases() -> None:
         ("case,class,mask_label\na,x,1\na_1,y,\n", "a_1 is a case and a lesion of a"),
         ("case,class\na,x\nb,x\n", "one class only, x"),
         ('case,class\na,"x\nb,y\n', "not CSV"),
+        ("case,class\na,x\nb,y\nc,NA\n", r"line 4: class is 'NA' \(c\), a word for no value"),
+        ("case,class,patient\na,x,P\nb,y,n/a\n", "line 3: patient is empty"),
     ],
 )
 def test_a_bad_table_is_refused_with_file_and_line(path: Path, text: str, message: str) -> None:
@@ -137,6 +139,30 @@ def test_what_is_no_text_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match="save it as CSV"):
         read_class_table(path)
+
+
+@pytest.mark.parametrize("word", ["NA", "n/a", "nan", "NaN", "None", "null", "-", "?", "<NA>", "N\u200bA", "\ufeffnone"])
+def test_a_word_for_no_value_is_a_class_only_where_dataset_json_says_so(path: Path, word: str) -> None:
+    path.write_text(f"case,class\na,x\nb,y\nc,{word}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 4: class is .*a word for no value"):
+        read_class_table(path)
+    assert len(read_class_table(path, ["x", "y", word]).samples) == 3
+
+
+@pytest.mark.parametrize("twin", ["Benign", "be nign", "benign\u200b", "benign\u200e", "ｂenign"])
+def test_classes_that_look_alike_are_refused(path: Path, twin: str) -> None:
+    path.write_text(f"case,class\na,benign\nb,malignant\nc,{twin}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"the classes .*{re.escape(ascii(twin))}.* differ only in case"):
+        read_class_table(path)
+    assert len(read_class_table(path, ["benign", twin, "malignant"]).samples) == 3
+
+
+def test_one_number_in_two_spellings_is_refused_and_other_numbers_are_not(path: Path) -> None:
+    path.write_text("case,class\na,0\nb,1\nc,1.0\n")
+    with pytest.raises(UserError, match=r"the classes '1' and '1\.0' differ only"):
+        read_class_table(path)
+    path.write_text("case,class\na,0\nb,1\nc,10\nd,1.5\n")
+    assert len(read_class_table(path).classes) == 4
 
 
 def test_a_missing_file_is_refused(path: Path) -> None:
@@ -377,6 +403,8 @@ def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
 def test_a_class_table_that_cannot_be_read_is_said_and_one_that_is_not_there_is_not(raw: Path) -> None:
     write_rows(raw, ["c00,x,P0", "c00,y,P0"])
     assert "not usable" in str(*of_classes(NAME))
+    write_rows(raw, ["c00,x,P0", "c01,X,P1", "c02,y,P2"])
+    assert "differ only in case" in str(*of_classes(NAME))
     (raw / "classification.csv").unlink()
     assert not list(of_classes(NAME))
 

@@ -1,14 +1,21 @@
 """A DICOM folder gives the volume its headers describe, or an error that says what is wrong; attributes give the series' name."""
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.raw.dicom import name_from_attributes, read_dicom_series, series_name
-from nnunet_csm.raw.subjects import CaseError
+from nnunet_csm.raw.subjects import CaseError, Volume
+from nnunet_csm.raw.volumes import read_volume
 
 # an oblique stack: rows and columns turned by about 20 degrees about x
 DIRECTION = (1.0, 0.0, 0.0, 0.0, 0.94, -0.34117444218, 0.0, 0.34117444218, 0.94)
@@ -213,3 +220,283 @@ def timing(sequence: str, repetition: float, echo: float, inversion: float | Non
 )
 def test_names_of_attributes(attributes: dict[str, str], expected: str | None) -> None:
     assert name_from_attributes(attributes) == expected
+
+
+# --- what makes one volume, and files with many frames -------------------------------------------------------------------
+
+
+def changed(folder: Path, change: Callable[[Dataset, int], None]) -> None:
+    """Have `change` edit every file of a folder, given its place in the stack."""
+    for path in sorted(folder.iterdir()):
+        data = pydicom.dcmread(path)
+        change(data, int(data.InstanceNumber) - 1)
+        data.save_as(path)
+
+
+def enhanced(path: Path, voxels: np.ndarray, places: Sequence[float], *changes: Callable[[Dataset, int], None]) -> None:
+    """An enhanced file: frame i lies at `places[i]` mm; `changes` edit the group of each frame."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID("1.2.840.10008.5.1.4.1.1.4.1"), generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = "1.2.3.9", "1.2.3", "MR"
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+    data.NumberOfFrames, data.Rows, data.Columns = voxels.shape
+    measures, plane, shared = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, plane.ImageOrientationPatient = [0.75, 0.5], [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    data.SharedFunctionalGroupsSequence = [shared]
+    groups = []
+    for number, place in enumerate(places):
+        group, position = Dataset(), Dataset()
+        position.ImagePositionPatient = [-10, 20, place]
+        group.PlanePositionSequence = [position]
+        for change in changes:
+            change(group, number)
+        groups.append(group)
+    data.PerFrameFunctionalGroupsSequence = groups
+    data.PixelData = voxels.astype("<u2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def of_b_value(value: Callable[[int], float]) -> Callable[[Dataset, int], None]:
+    def change(group: Dataset, number: int) -> None:
+        diffusion = Dataset()
+        diffusion.DiffusionBValue = value(number)
+        group.MRDiffusionSequence = [diffusion]
+
+    return change
+
+
+def noise(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 4000, shape)
+
+
+def test_frames_of_an_enhanced_file_are_sorted_by_place_each_with_its_own_slope(tmp_path: Path) -> None:
+    voxels, order = noise((5, 4, 3)), [3, 0, 4, 1, 2]
+
+    def scaled(group: Dataset, number: int) -> None:
+        transformation = Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = 0.5 * (order[number] + 1), -order[number]
+        group.PixelValueTransformationSequence = [transformation]
+
+    enhanced(tmp_path / "x.dcm", voxels[order], [2.5 * place for place in order], scaled)
+    read = read_dicom_series(tmp_path)
+    steps = np.arange(5).reshape(5, 1, 1)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read), 0.5 * (steps + 1) * voxels - steps)
+    assert read.GetSpacing() == (0.5, 0.75, 2.5)
+    assert read.GetOrigin() == (-10, 20, 0)
+
+
+def test_several_b_values_in_an_enhanced_file_are_volumes_to_choose_from(tmp_path: Path) -> None:
+    voxels = noise((8, 4, 3))
+    enhanced(tmp_path / "x.dcm", voxels, [3.0 * (i // 2) for i in range(8)], of_b_value(lambda i: [2000, 0][i % 2]))
+    with pytest.raises(
+        CaseError, match=r"2 volumes in one series, told apart by b-value: 0: b-value 0 \(4 slices\); 1: b-value 2000"
+    ):
+        read_dicom_series(tmp_path)
+    for index, start in ((0, 1), (1, 0)):
+        read = read_volume(Volume(tmp_path, index))
+        assert np.array_equal(sitk.GetArrayFromImage(read), voxels[start::2])
+    with pytest.raises(CaseError, match="none of index 2; give one from 0 to 1"):
+        read_volume(Volume(tmp_path, 2))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values", "name"),
+    [
+        ("EchoTime", (80.0, 120.0), "echo time"),
+        ("DiffusionBValue", (0.0, 2000.0), "b-value"),
+        ("ImageType", (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]), "image type"),
+        ("TemporalPositionIdentifier", (1, 2), "time point"),
+        ("InversionTime", (700.0, 2500.0), "inversion time"),
+        ("FlipAngle", (4.0, 20.0), "flip angle"),
+        ("DiffusionGradientOrientation", ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0]), "diffusion direction"),
+    ],
+)
+def test_two_kinds_of_image_whose_places_alternate_are_no_volume(
+    tmp_path: Path, keyword: str, values: tuple[Any, Any], name: str
+) -> None:
+    image = volume((6, 4, 3))
+    write_dicom(tmp_path, image)
+    changed(tmp_path, lambda data, place: setattr(data, keyword, values[place % 2]))
+    with pytest.raises(CaseError, match=f"2 volumes in one series, told apart by {name}"):
+        read_dicom_series(tmp_path)
+    read = read_dicom_series(tmp_path, 1)
+    assert np.array_equal(sitk.GetArrayFromImage(read), sitk.GetArrayFromImage(image)[1::2])
+    assert read.GetSpacing()[2] == pytest.approx(6.0)
+
+
+def test_the_b_value_may_stand_where_a_vendor_keeps_it(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume((6, 4, 3)))
+
+    def siemens(data: Dataset, place: int) -> None:
+        data.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0C, "IS", [50, 800][place % 2])
+
+    changed(tmp_path, siemens)
+    with pytest.raises(CaseError, match=r"0: b-value 50 \(3 slices\); 1: b-value 800"):
+        read_dicom_series(tmp_path)
+
+
+def test_numbers_that_only_rounding_tells_apart_are_one(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    changed(tmp_path, lambda data, place: setattr(data, "EchoTime", 80 + 0.01 * place))
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+
+
+def test_two_acquisitions_whose_places_alternate_are_refused(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "phases", volume((6, 4, 3)))
+
+    def phases(data: Dataset, place: int) -> None:
+        data.AcquisitionNumber, data.SliceThickness = 1 + place % 2, 6
+        del data.SpacingBetweenSlices
+
+    changed(tmp_path / "phases", phases)
+    with pytest.raises(CaseError, match=r"3\.00 mm apart where the headers say 6 mm, and the acquisition numbers 1, 2"):
+        read_dicom_series(tmp_path / "phases")
+    changed(
+        tmp_path / "phases", lambda data, place: setattr(data, "AcquisitionNumber", 1)
+    )  # thick slices as such are usual in CT
+    assert read_dicom_series(tmp_path / "phases").GetSize() == (3, 4, 6)
+    write_dicom(tmp_path / "packages", volume((6, 4, 3)))  # one volume, its odd slices acquired after its even ones
+    changed(tmp_path / "packages", lambda data, place: setattr(data, "AcquisitionNumber", 1 + place % 2))
+    assert read_dicom_series(tmp_path / "packages").GetSize() == (3, 4, 6)
+
+
+def test_slices_have_slopes_and_types_of_their_own(tmp_path: Path) -> None:
+    image = volume()
+    write_dicom(tmp_path, image)
+
+    def typed(data: Dataset, place: int) -> None:
+        data.RescaleSlope, data.RescaleIntercept = 1, 0
+        if place == 0:  # the first slice is stored without a sign
+            data.PixelRepresentation = 0
+            data.PixelData = np.full((4, 3), 60000, dtype="<u2").tobytes()
+        if place == 2:
+            data.RescaleSlope, data.RescaleIntercept = 0.5, -7
+
+    changed(tmp_path, typed)
+    expected = sitk.GetArrayFromImage(image).astype(float)
+    expected[0], expected[2] = 60000, 0.5 * expected[2] - 7
+    np.testing.assert_allclose(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), expected)
+
+
+def test_a_spacing_that_changes_within_a_series_is_refused(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    changed(tmp_path, lambda data, place: setattr(data, "PixelSpacing", [0.75, 0.5 + 0.1 * (place > 2)]))
+    with pytest.raises(CaseError, match=r"several PixelSpacing.*\(0\.75, 0\.5\) mm in .*\(0\.75, 0\.6\) mm in"):
+        read_dicom_series(tmp_path)
+
+
+def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    report = pydicom.dcmread(next(tmp_path.iterdir()), stop_before_pixels=True)
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.88.11")  # structured report
+    report.SeriesInstanceUID = "1.2.3.77"
+    report.save_as(tmp_path / "report.dcm")
+    (tmp_path / "._twin.dcm").write_bytes(b"\0\5\x16\7")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+    (tmp_path / "gone.dcm").symlink_to(tmp_path / "nowhere.dcm")
+    with pytest.raises(CaseError, match=r"gone\.dcm is a link to a file that is not there"):
+        read_dicom_series(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html><html>Log in first</html>" * 9, r"begins with b'<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "pointer of Git LFS"),
+        (b"", "empty"),
+        (b"\0" * 128 + b"DICM", "no DICOM, or cut off"),
+        (None, "a pipe"),
+    ],
+)
+def test_what_is_called_as_a_slice_and_is_none_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
+    write_dicom(tmp_path, volume())
+    odd = tmp_path / "odd.dcm"  # the last slice may have been it, which the others cannot tell
+    if content is None:
+        os.mkfifo(odd)
+    else:
+        odd.write_bytes(content)
+    for read in (read_dicom_series, series_name):
+        with pytest.raises(CaseError, match=rf"odd\.dcm is called as the slices are, but is .*{said}"):
+            read(tmp_path)
+    odd.rename(tmp_path / "odd.txt")
+    assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
+
+
+def test_of_numbered_files_one_that_is_no_dicom_is_named(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        path.rename(tmp_path / f"IM.{number}")
+    (tmp_path / "IM.9").write_bytes(b"lost")
+    with pytest.raises(CaseError, match=r"IM\.9 is called as the slices are"):
+        read_dicom_series(tmp_path)
+
+
+def test_gradient_directions_of_an_enhanced_file_are_volumes(tmp_path: Path) -> None:
+    voxels = noise((6, 4, 3))
+
+    def directed(group: Dataset, number: int) -> None:
+        direction, diffusion = Dataset(), Dataset()
+        direction.DiffusionGradientOrientation = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]][number % 2]
+        diffusion.DiffusionBValue, diffusion.DiffusionGradientDirectionSequence = 1000.0, [direction]
+        group.MRDiffusionSequence = [diffusion]
+
+    enhanced(tmp_path / "x.dcm", voxels, [0, 0, 3, 3, 6, 6], directed)
+    with pytest.raises(CaseError, match="2 volumes in one series, told apart by diffusion direction"):
+        read_dicom_series(tmp_path)
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path, 0)), voxels[1::2])
+
+
+def test_compressed_slices_are_decoded(tmp_path: Path) -> None:
+    image = volume((5, 16, 16))
+    write_dicom(tmp_path / "plain", image)
+    for path in (tmp_path / "plain").iterdir():
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetCompressor("JPEG2000")
+        writer.SetFileName(str(path))
+        writer.Execute(sitk.ReadImage(str(path)))
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path / "plain")), sitk.GetArrayFromImage(image))
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+def test_compressed_frames_are_decoded_and_scaled_each(tmp_path: Path, compressor: str) -> None:
+    voxels = noise((4, 64, 48)).astype(np.uint16)
+
+    def scaled(group: Dataset, number: int) -> None:
+        transformation = Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = number + 1, 0
+        group.PixelValueTransformationSequence = [transformation]
+
+    enhanced(tmp_path / "x.dcm", voxels, [0, 2, 4, 6], scaled)
+    writer = sitk.ImageFileWriter()
+    writer.UseCompressionOn()
+    writer.SetCompressor(compressor)
+    writer.SetFileName(str(tmp_path / "compressed.tmp.dcm"))
+    writer.Execute(sitk.GetImageFromArray(voxels))
+    compressed, data = pydicom.dcmread(tmp_path / "compressed.tmp.dcm"), pydicom.dcmread(tmp_path / "x.dcm")
+    data.file_meta.TransferSyntaxUID = compressed.file_meta.TransferSyntaxUID
+    data.PixelData = compressed.PixelData
+    data["PixelData"].VR = "OB"
+    data.save_as(tmp_path / "x.dcm")
+    (tmp_path / "compressed.tmp.dcm").unlink()
+    assert data.file_meta.TransferSyntaxUID.is_compressed
+    steps = np.arange(1, 5).reshape(4, 1, 1)
+    assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), voxels * steps)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+def test_a_file_that_is_cut_off_anywhere_is_an_error_or_no_image(tmp_path: Path, share: float) -> None:
+    enhanced(tmp_path / "x.dcm", noise((4, 8, 8)), [0, 2, 4, 6], of_b_value(lambda i: 1000))
+    content = (tmp_path / "x.dcm").read_bytes()
+    (tmp_path / "x.dcm").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CaseError):
+        read_dicom_series(tmp_path)

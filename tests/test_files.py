@@ -1,11 +1,14 @@
 """A reader sees the old file or the whole new one, whatever happens in between."""
 
 import errno
+import fcntl
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nnunet_csm import errors
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone, in_turn, whole, write_text
 
@@ -43,11 +46,9 @@ def test_a_full_disk_is_named(tmp_path: Path, number: int) -> None:
 
 
 def test_a_library_that_calls_a_full_disk_otherwise_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunet_csm import files
-
     with pytest.raises(RuntimeError, match="unexpected pos"), whole(tmp_path / "a"):
         raise RuntimeError("unexpected pos")
-    monkeypatch.setattr(files, "ROOM", 2**63)
+    monkeypatch.setattr(errors, "ROOM", 2**63)
     with pytest.raises(UserError, match="no room"), whole(tmp_path / "a"):
         raise RuntimeError("unexpected pos")
 
@@ -63,6 +64,63 @@ def test_a_disk_that_is_full_elsewhere_ends_a_command_with_exit_code_2(capsys: p
     assert ended.value.code == 2 and "out/a.nii.gz: there is no room" in capsys.readouterr().err
     with pytest.raises(PermissionError), exit_on_user_error():
         raise PermissionError(errno.EACCES, "no")
+
+
+def test_what_the_system_refuses_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for path, what in (
+        (tmp_path / "file" / "a", "Not a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path, "Is"),
+    ):
+        with pytest.raises(SystemExit) as ended, exit_on_user_error():
+            path.open("w")
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith(f"Error: {path}: {what}") and said.count("\n") == 1
+
+
+def test_a_library_in_whose_words_no_disk_is_full_is_understood_by_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RuntimeError, match="no frame"), exit_on_user_error(tmp_path / "out"):
+        raise RuntimeError("no frame")
+    with pytest.raises(SystemExit), exit_on_user_error(tmp_path / "out"):
+        raise RuntimeError("blosc2: No space left on device")
+    monkeypatch.setattr(errors, "ROOM", 2**63)
+    with pytest.raises(SystemExit), exit_on_user_error(tmp_path / "out" / "deeper"):
+        raise RuntimeError("more\nno frame")
+    assert f"a file in {tmp_path} (no frame): there is no room for it" in capsys.readouterr().err
+
+
+def test_the_lock_is_one_lock_for_whoever_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One opens the file, the one before removes it on leaving: a lock of the removed file keeps nobody out."""
+    lock, begun = before_locking(monkeypatch), tmp_path / "fold_0"
+    first = alone(begun, "training")
+    first.__enter__()
+    lock.append(lambda: first.__exit__(None, None, None))
+    with alone(begun, "training"), pytest.raises(UserError, match="another training"), alone(begun, "training"):
+        pass
+
+
+def before_locking(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What is done between the opening of a lock's file and its locking, once each."""
+    waiting: list[Callable[[], object]] = []
+    flock = fcntl.flock
+
+    def late(file: object, how: int) -> None:
+        while waiting:
+            waiting.pop()()
+        flock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    return waiting
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    for name in (".checkpoint_latest.pth.0123.tmp", "checkpoint_best.pth"):
+        (tmp_path / name).touch()
+    with alone(tmp_path, "training"):
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".running", "checkpoint_best.pth"]
 
 
 def test_a_second_one_is_kept_out_until_the_first_has_ended(tmp_path: Path) -> None:

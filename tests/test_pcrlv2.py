@@ -321,7 +321,7 @@ def test_patches_of_two_tokens_will_do(patch_size: tuple[int, int, int]) -> None
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"views": {"num_local": 0}}, "views.num_local is 0, expected 1 or more"),
+        ({"views": {"num_local": 0}}, "views.num_local is 0, expected 1 <= num_local"),
         ({"views": {"overlap": 1.0}}, "views.overlap is 1.0, expected 0 <= overlap < 1"),
         ({"views": {"swapped": -0.1}}, "views.swapped is -0.1"),
         ({"views": {"global_scale": [0.2, 0.8]}}, "may have only 0.25 in common, but overlap is 0.3"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, as_version_2, csm_plans, settings
@@ -119,7 +120,7 @@ def test_an_unknown_key_is_named_with_those_that_are_expected(path):
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (["patch_size"], [8, 8], "patch_size is [8, 8], expected"),
+        (["patch_size"], [8, 8], "patch_size 2; expected as many"),
         (["patch_size"], 8, "patch_size is 8, expected"),
         (["patch_size"], [4, 12, 10.0], "patch_size[2] is 10.0, expected int"),
         (["architecture"], None, "architecture"),
@@ -160,7 +161,7 @@ def test_whole_numbers_will_do_for_rates():
 
 
 @pytest.mark.parametrize("path", [["patch_size"], ["csm", "pretraining_patch_size"]])
-@pytest.mark.parametrize("size", [[4, 12, 11], [1, 12, 10], [0, 12, 10], [-4, 12, 10]])
+@pytest.mark.parametrize("size", [[4, 12, 11], [1, 12, 10], [6, 12, 11]])
 def test_a_patch_that_is_no_multiple_of_the_token_is_refused_with_both_sizes(path, size):
     message = refused(edited(path, size))
     assert path[-1] in message and str(tuple(size)) in message and str(TOKEN_SIZE) in message
@@ -171,10 +172,12 @@ def test_a_patch_that_is_no_multiple_of_the_token_is_refused_with_both_sizes(pat
     [
         (["architecture", "arch_kwargs", "token_size"], [2, 3, 2], "powers of two"),
         (["architecture", "arch_kwargs", "token_size"], [1, 1, 1], "powers of two"),
-        (["architecture", "arch_kwargs", "token_size"], [0, 4, 2], "powers of two"),
+        (["architecture", "arch_kwargs", "token_size"], [0, 4, 2], "token_size[0] is 0, expected 1 <= token_size[0]"),
+        (["patch_size"], [-4, 12, 10], "patch_size[0] is -4, expected 1 <= patch_size[0]"),
+        (["patch_size"], [4, 12 * 2**12, 10 * 2**12], "more than 2,147,483,648 voxels"),
         (["architecture", "arch_kwargs", "width"], 25, "multiple of num_heads 2"),
         (["architecture", "arch_kwargs", "depth"], 1, "depth 1 is too small"),
-        (["architecture", "arch_kwargs", "num_heads"], 0, "num_heads 0"),
+        (["architecture", "arch_kwargs", "num_heads"], 0, "num_heads is 0, expected 1 <= num_heads"),
         (["csm", "pretext", "reconstruction", "width"], 4, "width 4"),
         (["csm", "pretext", "reconstruction", "num_heads"], 5, "multiple of num_heads 5"),
         (["csm", "pretext", "masking", "mask_ratio"], 1.0, "mask_ratio is 1.0"),
@@ -183,6 +186,25 @@ def test_a_patch_that_is_no_multiple_of_the_token_is_refused_with_both_sizes(pat
         (["csm", "pretext", "reconstruction", "rebuilt_share"], 0.0, "rebuilt_share is 0.0"),
         (["csm", "pretext", "reconstruction", "depth"], 0, "depth is 0"),
         (["csm", "version"], 99, "version is 99"),
+        (["csm", "seed"], -1, "csm.seed is -1, expected 0 <= seed"),
+        (["csm", "pretraining", "learning_rate"], math.nan, "learning_rate is nan, expected a finite number"),
+        (["csm", "pretraining", "learning_rate"], 10**400, "expected a finite number"),
+        (["csm", "pretraining", "learning_rate"], 0, "learning_rate is 0, expected 0 < learning_rate"),
+        (["csm", "pretraining", "warmup"], 2.0, "warmup is 2.0, expected 0 <= warmup < 1"),
+        (["csm", "pretraining", "val_iterations_per_epoch"], 0, "val_iterations_per_epoch is 0, expected 1 <= "),
+        (["csm", "pretraining", "num_epochs"], 0, "num_epochs is 0, expected 1 <= num_epochs"),
+        (["csm", "pretraining", "iterations_per_epoch"], 0, "pretraining.iterations_per_epoch is 0, expected 1 <= "),
+        (["csm", "pretraining", "betas"], [0.9, 1.0], "betas[1] is 1.0, expected 0 <= betas[1] < 1"),
+        (["csm", "finetuning_schedule", "weight_decay"], -0.1, "weight_decay is -0.1, expected 0 <= weight_decay"),
+        (["csm", "finetuning_schedule", "layer_decay"], 1.5, "layer_decay is 1.5, expected 0 < layer_decay <= 1"),
+        (["csm", "finetuning", "ema"], math.inf, "ema is inf, expected a finite number"),
+        (["csm", "finetuning", "series_dropout"], 1.1, "series_dropout is 1.1, expected 0 <= series_dropout <= 1"),
+        (["csm", "classification", "margin"], -1, "margin is -1, expected 0 <= margin"),
+        (["csm", "classification", "label_smoothing"], 1, "label_smoothing is 1, expected 0 <= label_smoothing < 1"),
+        (["csm", "sources", 0, "channels"], {"FLAIR": 7}, "sources[0] has 3 channels, and series in {'FLAIR': 7}"),
+        (["csm", "sources", 0, "channels"], {"FLAIR": 0, "T1w": 0, "T2w": 1}, "one of these channels"),
+        (["architecture", "arch_kwargs", "width"], 10**9, "width is 1000000000, expected 1 <= width <= 65536"),
+        (["architecture", "arch_kwargs", "encoder", "query_key_gain"], -math.inf, "query_key_gain is -inf, expected a finite"),
     ],
 )
 def test_values_that_no_network_could_be_built_from_are_refused(path, value, words):

@@ -234,7 +234,7 @@ def test_directions_that_itk_refuses_are_read_as_nnunet_does(dataset: Path) -> N
     assert len(check_dataset(dataset)) == 1
 
 
-@pytest.mark.parametrize(("name", "message"), [("a_0003.nii.gz", "0002 T1ce; rename or remove"), ("c.nii.gz", "CASE_0000")])
+@pytest.mark.parametrize(("name", "message"), [("a_0003.nii.gz", "0002 T1ce; rename it"), ("c.nii.gz", "CASE_0000")])
 def test_a_file_that_is_no_series_is_refused(dataset: Path, name: str, message: str) -> None:
     write_volume(dataset / "imagesTr" / name)
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
@@ -266,7 +266,7 @@ def test_a_missing_part_of_the_folder_is_named(dataset: Path, name: str) -> None
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "holds a list"),
+        ("[]", "expected a JSON object"),
         ('{"modality": {"0": "MRI"}}', "nnUNetv2_convert_MSD_dataset"),
         ('{"channel_names": {"0": "MRI"}, "labels": {}}', "no 'file_ending'"),
     ],

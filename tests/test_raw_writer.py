@@ -105,7 +105,9 @@ def test_what_a_header_says_of_the_patient_does_not_come_along(tmp_path: Path) -
 
 def test_a_folder_is_read_as_dicom(tmp_path: Path, monkeypatch) -> None:
     image = image_of(noise())
-    monkeypatch.setattr("nnunet_csm.raw.dicom.read_dicom_series", lambda folder: image if folder == tmp_path else None)
+    monkeypatch.setattr(
+        "nnunet_csm.raw.dicom.read_dicom_series", lambda folder, index: image if (folder, index) == (tmp_path, None) else None
+    )
     assert np.array_equal(array(read_volume(Volume(tmp_path))), array(image))
 
 

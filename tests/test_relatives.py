@@ -22,11 +22,12 @@ from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.planner import plan
 from nnunet_csm.planning.presets import merged
 from nnunet_csm.plans import Architecture, EncoderSettings, read_configuration
-from nnunet_csm.pretext.base import Batch, Setup, setup_of
+from nnunet_csm.pretext.base import Batch, Setup, read_pretext, setup_of
 from nnunet_csm.pretext.csm import CSM
 from nnunet_csm.pretext.maesil import MAESIL, DualMasking, NoisyMask, Settings, hidden_in_planes, num_in_plane
 from nnunet_csm.pretext.masking import Masking, ask_some, dirichlet_counts, draw_mask, shown_series_weights, total_visible
 from nnunet_csm.pretext.rebuilding import Rebuilding, Reconstruction, masked_mean
+from nnunet_csm.schema import to_dict
 
 UNIME = Masking(0.75, "independent", "rebuilt", fewest_hidden=0, counts="pooled")
 BM_MAE = Masking(0.75, "independent", "none", counts="dirichlet")
@@ -275,11 +276,14 @@ def test_normal_numbers_are_normal_and_those_of_their_key():
     assert keyed(3).normal(What.TOKENS, 40_001, first=5).equal(drawn)
 
 
-@pytest.mark.parametrize("noise", [(), (-0.1,), (0.0, -1.0)])
-def test_noise_that_cannot_be_is_refused(noise):
-    chosen = dataclasses.replace(maesil().settings, noise=noise)
-    with pytest.raises(UserError, match=r"here\.noise is"):
-        MAESIL.check(chosen, architecture(kind="joint_vit"), "here")
+@pytest.mark.parametrize(
+    ("noise", "told"),
+    [([], r"noise is \[\]"), ([-0.1], r"noise\[0\] is -0.1"), ([0.0, -1.0], r"noise\[1\] is -1"), ([1e999], "finite")],
+)
+def test_noise_that_cannot_be_is_refused(noise, told):
+    block = {"name": "maesil", **to_dict(maesil().settings), "noise": noise}
+    with pytest.raises(UserError, match=f"here.{told}" if told != "finite" else told):
+        read_pretext(block, architecture(kind="joint_vit"), "here")
 
 
 # --- all of them -------------------------------------------------------------------------------------------------------------

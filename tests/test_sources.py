@@ -1,12 +1,13 @@
 """Pretraining draws on any number of datasets, keeps to the folds of each, and never trains on what a fold holds back."""
 
 import json
+import pickle
 
 import pytest
 from factories import source_of
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_csm.data.sources import fold_files, split
+from nnunet_csm.data.sources import case_names, check_preprocessed, fold_files, split
 from nnunet_csm.errors import UserError
 
 SERIES = ("FLAIR", "T1w", "T2w", "ADC")
@@ -22,6 +23,7 @@ def preprocessed(tmp_path):
         for name in names:
             (folder / f"{name}.b2nd").touch()
             (folder / f"{name}_seg.b2nd").touch()
+            (folder / f"{name}.pkl").write_bytes(pickle.dumps({}))
 
     make("Dataset001_A", "x", [f"case{n}" for n in range(10)])
     make("Dataset002_B", "x", [f"case{n}" for n in range(5)])
@@ -96,6 +98,31 @@ def test_a_folder_whose_preprocessing_was_stopped_is_not_taken_for_whole(preproc
     (preprocessed / "Dataset003_C" / "x_unlabelled" / ".three.b2nd").touch()
     with pytest.raises(UserError, match="three is missing"):
         fold_files([C], SERIES, preprocessed, "all")
+
+
+def test_a_first_preprocessing_that_was_killed_is_known_by_the_raw_dataset(preprocessed, tmp_path, monkeypatch):
+    raw = tmp_path / "raw" / "Dataset001_A"
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).mkdir(parents=True)
+    for n in range(10):
+        (raw / "imagesTr" / f"case{n}_0000.nii.gz").touch()
+        (raw / "labelsTr" / f"case{n}.nii.gz").touch()
+    (raw / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "numTraining": 10}))
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    folder = preprocessed / "Dataset001_A" / "x"
+    assert len(case_names(A, preprocessed)) == 10  # nnU-Net was about to copy the labels
+    (folder / "case4.pkl").write_bytes(pickle.dumps(list(range(999)))[:-1])
+    with pytest.raises(UserError, match=r"10 cases, case4 is missing or not whole: preprocessing was stopped; run `nnunet_csm"):
+        check_preprocessed([A], "Dataset001_A", preprocessed)
+    for file in folder.glob("case[789]*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"7 cases, case4 \(and 3 more\) is missing"):
+        check_preprocessed([A], "Dataset001_A", preprocessed)
+    with pytest.raises(UserError, match=r"7 cases, case7 \(and 2 more\) is missing"):
+        fold_files([A], SERIES, preprocessed, "all")
+    # without the raw images nobody can tell
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path))
+    assert len(case_names(A, preprocessed)) == 7
 
 
 def test_too_few_cases_for_folds_and_an_empty_folder_are_errors_with_a_remedy(preprocessed):

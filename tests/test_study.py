@@ -4,14 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
@@ -135,7 +132,7 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"arms": [SCRATCH, SCRATCH]}, "name of its own"),
         ({"arms": []}, "at least one"),
         ({"baseline": "nobody"}, "none of the arms"),
-        ({"labels": [0.0]}, "above 0"),
+        ({"labels": [0.0]}, r"labels\[0\] is 0.0, expected 0 < labels"),
         ({"labels": [0.5, 0.5]}, "each once"),
         ({"repeats": {"kind": "folds", "number": 1}}, "2 folds"),
         ({"search": {"pretraining.learning_rate": [1]}}, "concerns pretraining"),
@@ -144,12 +141,12 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"search": {"classification.schedule.learning_rate": [0.1]}}, "does nothing for segmentation"),
         ({"arms": [{**CSM, "changes": {"stem_closed_share": 0.5}}], "task": "classification"}, "arm 'CSM': stem_closed_share"),
         ({"search": {"network.width": [24, 48]}}, "concerns pretraining"),
-        ({"arms": [{**CSM, "incomplete": {"share": 2, "remove": [1]}}]}, "share above 0"),
+        ({"arms": [{**CSM, "incomplete": {"share": 2, "remove": [1]}}]}, "share is 2, expected 0 < share <= 1"),
         ({"arms": [CSM, {"name": "n", "nnunet": {"plans": "p", "minutes_of": "n", "with_pretraining": False}}]}, "minutes_of"),
         ({"task": "classification", "tested": "subsets"}, "all series"),
         ({"surprise": 1}, "unknown surprise"),
         ({"arms": [{**CSM, "colour": "red"}]}, "unknown colour"),
-        ({"arms": [{**CSM, "pretraining_series": 0}]}, "at least one"),
+        ({"arms": [{**CSM, "pretraining_series": 0}]}, "pretraining_series is 0, expected 1 <= "),
         (reconstruction(CSM, SCRATCH), "arm 'scratch': pretrained does nothing for reconstruction"),
         (reconstruction(labels=[0.5]), "labels does nothing"),
         (reconstruction(tested="subsets"), "tested does nothing"),
@@ -577,18 +574,17 @@ def test_a_dry_run_tells_runs_and_costs_and_writes_no_plans(
 
 def study_of_warm_steps(*arguments: str) -> int:
     """`nnunet_csm study`, in a process of its own, whose steps start warm as well and end with it."""
-    stand_in = SimpleNamespace(run=warm_step, DEVNULL=subprocess.DEVNULL)
-    execution.subprocess = stand_in  # type: ignore[assignment]
+    execution.run_command = warm_step  # type: ignore[assignment]
     return cli.main(["study", *arguments])
 
 
-def warm_step(command: Sequence[str], env: Mapping[str, str], stdout: TextIO, **_: Any) -> SimpleNamespace:
-    assert command[:3] == [sys.executable, "-m", measured.__name__]
+def warm_step(command: Sequence[str], environment: Mapping[str, str], stdout: TextIO) -> int:
+    assert command[:2] == ["-m", measured.__name__]
     log = Path(stdout.name)
-    process = warm_processes.start(measured.main, [command[3:]], env, log, log, os.getpgrp())
+    process = warm_processes.start(measured.main, [command[2:]], environment, log, log, os.getpgrp())
     process.join()
     # its exit code is read once, by either of the threads that do runs; the file is written when all went well
-    return SimpleNamespace(returncode=int(not Path(command[3]).is_file()))
+    return int(not Path(command[2]).is_file())
 
 
 def start_study(planned: PlannedDataset, file: Path, output: Path) -> warm_processes.WarmProcess:

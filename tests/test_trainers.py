@@ -221,15 +221,31 @@ def test_weights_given_by_hand_stay_in_charge(make_trainer: Callable[..., Any]) 
     assert all(torch.equal(before[k], v) for k, v in finetuner.network.state_dict().items())
 
 
-def test_a_fresh_run_moves_old_checkpoints_away(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_run_moves_old_checkpoints_away_when_it_has_one(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
     trainer = make_trainer(False)
     stale = Path(trainer.output_folder) / "checkpoint_final.pth"
     stale.write_bytes(b"an earlier run")
+    plans = Path(trainer.output_folder_base) / "plans.json"
+    plans.write_text("of the earlier run")
     kill_in(trainer, epoch=0, step=1)
     with pytest.raises(KilledError):
         trainer.run_training()
-    assert not stale.exists()
+    # it can be used until there is another, but it is not what would be gone on with
+    assert stale.read_bytes() == b"an earlier run" and plans.read_text() == "of the earlier run"
+    later = make_trainer(False)
+    later.current_epoch = 1
+    with pytest.raises(SystemExit):
+        later.run_training()
+    assert "a run that was begun afresh ended before its first checkpoint" in capsys.readouterr().err
+    trainer = make_trainer(False)
+    kill_in(trainer, epoch=1, step=1)
+    with pytest.raises(KilledError):
+        trainer.run_training()
+    assert not stale.exists() and json.loads(plans.read_text())["plans_name"]
+    assert not (Path(trainer.output_folder) / "begun_afresh.txt").exists()
     moved = list(Path(trainer.output_folder).glob("previous_*/checkpoint_final.pth"))
     assert [f.read_bytes() for f in moved] == [b"an earlier run"]
 

@@ -1,6 +1,8 @@
 """Which class each case or lesion has, by `classification.csv`, and splits of them by patient, stratified by class."""
 
 import csv
+import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from jaxtyping import Int
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
+from nnunet_csm.listing import file_problem
 
 FILE_NAME = "classification.csv"
 COLUMNS = ("case", "class", "mask_label", "patient")
@@ -18,6 +21,9 @@ REQUIRED = COLUMNS[:2]
 # the last two columns may be absent; spreadsheets of some countries write semicolons
 DELIMITERS = ",;\t"
 EXPECTED = "expected columns case,class and optionally mask_label,patient"
+
+# words of R, pandas, BIDS and people for a value that is not known; compared without case
+NO_VALUE = ("", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "none", "null", "nil", "-", "--", "?")
 
 # repeats are cut from tenths: eight to train on, one to validate, one to test
 NUM_TENTHS = 10
@@ -62,6 +68,35 @@ class ClassTable:
         return ClassTable(self.classes, self.of(cases))
 
 
+def is_no_value(text: str) -> bool:
+    """Whether a table says with this that it knows no value; such a word is never a class."""
+    return unicodedata.normalize("NFKC", _visible(text)).strip().casefold() in NO_VALUE
+
+
+def alike_classes(names: Iterable[str]) -> list[str]:
+    """Lines about names that differ only in case, spaces, characters that nobody sees, or in how a number is written."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(set(names)):
+        spellings[_spelling(name)].append(name)
+    how = "differ only in case, spaces, invisible characters, or in how a number is written"
+    return [f"the classes {' and '.join(map(ascii, group))} {how}" for group in spellings.values() if len(group) > 1]
+
+
+def _spelling(name: str) -> str:
+    spelling = "".join(unicodedata.normalize("NFKC", _visible(name)).split()).casefold()
+    try:
+        number = float(spelling)
+    except ValueError:
+        return spelling
+    return repr(number) if math.isfinite(number) else spelling
+
+
+def _visible(text: str) -> str:
+    """Without characters of the kinds format and control, such as a zero-width space; tabs and the like become spaces."""
+    spaced = (" " if one.isspace() else one for one in text)
+    return "".join(one for one in spaced if unicodedata.category(one) not in ("Cf", "Cc"))
+
+
 def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> ClassTable:
     """Read `classification.csv`: a row a case, or a row a lesion.
 
@@ -81,6 +116,12 @@ def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> 
     for line, row in _rows(path):
         case, name, label = row["case"], row["class"], row.get("mask_label", "")
         patient = row.get("patient", case)
+        if name and is_no_value(name) and name not in (classes or ()):
+            raise UserError(
+                f"{path}: line {line}: class is {name!r} ({case or 'no case'}), a word for no value; delete the row, rename it, "
+                'or list it in "classes" of dataset.json'
+            )
+        label, patient = ("" if is_no_value(value) else value for value in (label, patient))
         for column, value in (("case", case), ("class", name), ("patient", patient)):
             if not value:
                 raise UserError(f"{path}: line {line}: {column} is empty ({case or 'no case'}); fill it in or delete the row")
@@ -158,6 +199,8 @@ def split_problems(table: ClassTable, split: Mapping[str, Collection[str]]) -> l
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Line number and named values of every row that is not blank."""
+    if path.exists() and (problem := file_problem(path)):
+        raise UserError(problem)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -221,6 +264,8 @@ def _class_names(path: Path, found: Sequence[tuple[int, str]], classes: Sequence
     if classes is None:
         if len(names) < 2:
             raise UserError(f"{path}: one class only, {names.pop()}; expected two or more")
+        if alike := alike_classes(names):
+            raise UserError(f'{path}: {alike[0]}; give them one spelling, or list both in "classes" of dataset.json')
         in_numbers = all(name.isascii() and name.removeprefix("-").isdigit() for name in names)
         return tuple(sorted(names, key=lambda name: (int(name), name)) if in_numbers else sorted(names))
     if isinstance(classes, str) or len(classes) < 2 or len(set(map(str, classes))) < len(classes):

@@ -1,15 +1,19 @@
 """The cases of a pretraining run: which datasets they come from, and on which side of a fold they are."""
 
+import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_csm.data.stored import CaseFile
+from nnunet_csm.data.properties import check_properties
+from nnunet_csm.data.stored import CaseFile, open_volumes
 from nnunet_csm.errors import UserError
-from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
+from nnunet_csm.host_files import check_known
+from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, read_dataset_json, read_json, read_splits, save_json
 from nnunet_csm.plans import SPLITS, Source
 
 
@@ -47,8 +51,13 @@ def fold_files(
     return training, validation
 
 
-def case_names(source: Source, preprocessed: Path) -> list[str]:
+def case_names(source: Source, preprocessed: Path, labels: bool = False) -> list[str]:
     """Sorted identifiers of the preprocessed cases of a source.
+
+    Args:
+        source: of the plans.
+        preprocessed: nnU-Net's folder.
+        labels: they are needed as well as the images.
 
     Raises:
         UserError: none, or fewer than there are to be.
@@ -59,10 +68,11 @@ def case_names(source: Source, preprocessed: Path) -> list[str]:
     remedy = f"run `nnunet_csm plan_and_preprocess -d {source.dataset} -preprocess_only` with the name of these plans"
     if not names:
         raise UserError(f"{folder}: no preprocessed case; {remedy}")
-    missing = sorted(expected_cases(source, preprocessed) - set(names))
+    missing = sorted(name for name in expected_cases(source, preprocessed) if not is_complete(folder, name, labels))
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{folder}: {len(names)} cases, {missing[0]}{more} is missing: preprocessing was stopped; {remedy}")
+        found = f"{len(names)} cases, {missing[0]}{more} is missing or not whole: preprocessing was stopped"
+        raise UserError(f"{folder}: {found}; {remedy}")
     return names
 
 
@@ -71,10 +81,44 @@ def expected_cases(source: Source, preprocessed: Path) -> set[str]:
     folder = preprocessed / source.dataset
     if not source.labelled:
         manifest = folder / f"{source.data_identifier}.manifest.json"
-        return set(load_json(str(manifest))["all_cases"]) if manifest.is_file() else set()
-    # nnU-Net copies the labels when it has preprocessed all cases
-    ending = load_json(str(folder / "dataset.json"))["file_ending"] if (folder / "dataset.json").is_file() else ".nii.gz"
-    return {f.name.removesuffix(ending) for f in (folder / "gt_segmentations").glob(f"*{ending}")}
+        return set(read_json(manifest, "move it away").get("all_cases", ())) if manifest.is_file() else set()
+    copied_json = folder / "dataset.json"
+    described = read_dataset_json(copied_json, "copy it from the raw dataset") if copied_json.is_file() else {}
+    ending = described.get("file_ending", ".nii.gz")
+    copied = {f.name.removesuffix(ending) for f in (folder / "gt_segmentations").glob(f"*{ending}")}
+    # nnU-Net copies the labels when it has preprocessed all cases: without them it has not, or never this dataset
+    raw = Path(os.environ.get("nnUNet_raw", "")) / source.dataset
+    if copied or not (raw / "dataset.json").is_file():
+        return copied
+    described = read_dataset_json(raw / "dataset.json", "it names the channels, the labels and the file ending")
+    return set(get_filenames_of_train_images_and_targets(str(raw), described))
+
+
+def is_complete(folder: Path, case: str, labels: bool) -> bool:
+    """Whether the files of a preprocessed case are there; the last one to be written ends as a pickle does."""
+    if not labels:
+        return (folder / f"{case}.b2nd").is_file()
+    if not all((folder / f"{case}{ending}").is_file() for ending in (".b2nd", "_seg.b2nd", ".pkl")):
+        return False
+    with (folder / f"{case}.pkl").open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 1))
+        return file.read() == pickle.STOP
+
+
+def check_preprocessed(sources: Sequence[Source], dataset: str, preprocessed: Path) -> None:
+    """Look at every file of a dataset with labels before the first step of a training, not when a batch asks for it.
+
+    Raises:
+        UserError: one that is missing or not whole.
+    """
+    for source in sources:
+        if source.labelled and source.dataset == dataset:
+            for name in case_names(source, preprocessed, labels=True):
+                folder = preprocessed / dataset / source.data_identifier
+                for ending in (".b2nd", "_seg.b2nd"):
+                    open_volumes(folder / f"{name}{ending}")
+                check_properties(folder / f"{name}.pkl")
 
 
 def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLITS) -> tuple[list[str], list[str]]:
@@ -89,9 +133,10 @@ def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLI
                 f"use all of them with fold all, or write {path}"
             )
         save_json(generate_crossval_split([str(name) for name in np.sort(names)], SPLIT_SEED, NUM_FOLDS), path)
-    splits = load_json(str(path))
+    splits = read_splits(path)
     if not fold < len(splits):
         raise UserError(f"{path}: has {len(splits)} folds, fold {fold} is not among them; choose another with -f")
+    check_known(splits[fold], names, f"{path}: fold {fold}")
     return [str(name) for name in splits[fold]["train"]], [str(name) for name in splits[fold]["val"]]
 
 

@@ -223,12 +223,18 @@ def open_volumes(path: Path) -> blosc2.NDArray:
         UserError: not such a file, or not the whole of one.
     """
     try:
-        return blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        opened = blosc2.open(urlpath=str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        if not isinstance(opened, blosc2.NDArray):
+            # blosc2 knows files that hold an expression, a function or a link in place of voxels
+            raise UserError(f"{path}: holds a {type(opened).__name__} and no voxels; preprocess again")
+        return opened
+    except UserError:
+        raise
     except (RuntimeError, ValueError, OSError):
         # blosc2 says of any such file that it could not open it
         raise UserError(
-            f"{path}: not a whole file of preprocessed data, it was cut off or changed; delete the files of this case there and "
-            f"preprocess again"
+            f"{path}: not a whole file of preprocessed data, it was cut off or changed; make them again with "
+            f"`nnunet_csm plan_and_preprocess -preprocess_only --overwrite`, with -d and the name of the plans"
         ) from None
 
 

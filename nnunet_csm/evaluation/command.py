@@ -28,7 +28,7 @@ def evaluate_dataset(
     name = nnunet.dataset_name(dataset)
     candidates = [nnunet.folder(v) / name / "dataset.json" for v in ("nnUNet_raw", "nnUNet_preprocessed")]
     path = next((c for c in candidates if c.is_file()), candidates[0])
-    dataset_json = nnunet.read_json(path, "nnU-Net needs it to read the dataset")
+    dataset_json = nnunet.read_dataset_json(path, "nnU-Net needs it to read the dataset")
     scores = evaluate_folder(references, predictions, dataset_json, parse_regions(regions) if regions else None, num_processes)
     scores.save(out_folder)
     print(scores.to_markdown())

@@ -1,6 +1,8 @@
 """Dice, sensitivity, precision and volumes of a folder of predicted segmentations, per label and per region."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,13 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from jaxtyping import Int
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.regions import Structure, foreground_of, structures_of
 from nnunet_csm.evaluation.scores import METRICS, Scores
+from nnunet_csm.listing import files_in
+from nnunet_csm.machine import in_processes
 from nnunet_csm.raw.geometry import described_misfit
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import look_at, read_volume
@@ -56,13 +59,14 @@ def evaluate_folder(
             f"{prediction_folder}: no prediction for {len(missing)} of {len(references)} references ({shown}); "
             "predict them, or take their references out of the reference folder"
         )
-    score = delayed(_score_case)
-    jobs = (score(case, file, predictions[case], structures, sorted(declared), ignore) for case, file in references.items())
-    scored = Parallel(n_jobs=max(1, min(num_processes, len(references))), return_as="generator")(jobs)
-    bar = tqdm(scored, total=len(references), desc="evaluating", unit="case", disable=not progress_bar)
-    found = list(bar)
-    table = pd.DataFrame([row for rows, _ in found for row in rows], columns=["case", "structure", "kind", *METRICS])
-    brought = {case: said for case, (_, said) in zip(references, found, strict=True) if said != "kept"}
+    score = partial(_score_case, structures=structures, declared=sorted(declared), ignore=ignore)
+    jobs = [(case, file, predictions[case]) for case, file in references.items()]
+    with closing(in_processes(score, jobs, num_processes)) as scored:
+        bar = tqdm(scored, total=len(references), desc="evaluating", unit="case", disable=not progress_bar)
+        found = dict(bar)
+    rows = [row for job in jobs for row in found[job][0]]
+    brought = {case: said for case, *files in jobs if (said := found[case, *files][1]) != "kept"}
+    table = pd.DataFrame(rows, columns=["case", "structure", "kind", *METRICS])
     return Scores(table, structures, tuple(sorted(predictions.keys() - references.keys())), brought)
 
 
@@ -70,24 +74,23 @@ def _files_in(folder: Path, file_ending: str) -> dict[str, Path]:
     """Case to its file, sorted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the segmentations")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(file_ending) and not path.name.startswith("."))
+    files = files_in(folder, file_ending)
     if not files:
         raise UserError(f"{folder}: no file ends with {file_ending}; give the folder that holds the segmentations")
     return {path.name.removesuffix(file_ending): path for path in files}
 
 
 def _score_case(
-    case: str,
-    reference_file: Path,
-    prediction_file: Path,
+    job: tuple[str, Path, Path],
     structures: Sequence[Structure],
     declared: Sequence[int],
     ignore: int | None,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Rows of `Scores.table`, and how the prediction came to the reference's grid.
+    """Rows of `Scores.table` for a case, its reference and its prediction, and how the prediction came to the reference's grid.
 
     Everything follows from one joint count of labels, so a region costs no pass over the voxels.
     """
+    case, reference_file, prediction_file = job
     reference_image, prediction_image = (read_volume(Volume(file)) for file in (reference_file, prediction_file))
     places, predicted_places = look_at(reference_file), look_at(prediction_file)
     fit = predicted_places.fit_to(places)

@@ -29,6 +29,7 @@ from nnunet_csm.figures.canvas import (
     write_above,
     write_beside,
 )
+from nnunet_csm.listing import files_in
 
 # Pixels. The width of a panel shrinks with their number, which keeps files under 300 kB.
 PICTURE_WIDTH = 820
@@ -157,7 +158,7 @@ def save_overlays_of_folder(
     its left whatever the file's orientation. Raises UserError when a file is missing or its grid is not that of the image.
     """
     prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
-    predictions = sorted(path for path in prediction_folder.glob(f"*{file_ending}") if not path.name.startswith("."))
+    predictions = files_in(prediction_folder, file_ending)
     if not predictions:
         raise UserError(f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions")
     drawn = []

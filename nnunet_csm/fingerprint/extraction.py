@@ -19,7 +19,6 @@ import SimpleITK as sitk
 from jaxtyping import Float
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
@@ -36,6 +35,7 @@ from nnunet_csm.fingerprint.record import (
     save_fingerprint,
     with_manifest,
 )
+from nnunet_csm.listing import files_in
 from nnunet_csm.machine import in_processes
 from nnunet_csm.raw.manifest import read_manifest
 from nnunet_csm.schema import from_dict
@@ -113,7 +113,7 @@ def case_files(raw_folder: Path, subset: Subset, dataset_json: Mapping[str, Any]
             for name, images in listed.items()
         }
     else:
-        names = get_identifiers_from_splitted_dataset_folder(str(folder), ending) if folder.is_dir() else ()
+        names = sorted({file.name.removesuffix(ending)[: -len("_0000")] for file in files_in(folder, ending)})
         paths = {
             str(name): {channel: folder / f"{name}_{channel:04d}{ending}" for channel in range(num_series)} for name in names
         }

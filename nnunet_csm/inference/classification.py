@@ -26,10 +26,12 @@ from nnunet_csm.inference.ensemble import CaseToClassify, Decision, Ensemble, de
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.segmentation import complete_cases
+from nnunet_csm.listing import files_in, is_hidden
 from nnunet_csm.raw.cases import write_image
 from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
+from nnunet_csm.schema import Name, read_value
 
 MAP_ENDING = ".nii.gz"
 # cases that are preprocessed while the networks look at another one, each by a thread; two were no faster than one
@@ -80,6 +82,8 @@ def classify(request: ClassifyRequest) -> list[str]:
     """
     _check_output(request)
     ensemble = load_ensemble(request)
+    for name in ensemble.series if request.maps else ():
+        read_value(Name, name, "--maps writes a file for each series; the series")
     decisions: list[Decision] = []
     left_out: dict[str, str] = {}
     with (
@@ -197,14 +201,14 @@ def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[C
     """All cases of a folder in which none lacks a channel."""
     ending, num_channels = dataset_json["file_ending"], len(nnunet.channel_names(dataset_json))
     first = f"_0000{ending}"
-    names = sorted(f.name.removesuffix(first) for f in images.glob(f"*{first}") if not f.name.startswith("."))
+    names = [file.name.removesuffix(first) for file in files_in(images, first)]
     channels = [f"_{channel:04d}{ending}" for channel in range(num_channels)]
     return [CaseToClassify(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
 
 
 def _masks_without_images(folder: Path, cases: Sequence[CaseToClassify]) -> list[str]:
     """A line that says so: images may have another ending, or lie elsewhere."""
-    files = {f.name for f in folder.iterdir() if f.name.endswith(READABLE_ENDINGS) and not f.name.startswith(".")}
+    files = {f.name for f in folder.iterdir() if f.name.endswith(READABLE_ENDINGS) and not is_hidden(f)}
     others = sorted(files - {case.mask.name for case in cases})
     return [f"{len(others)} files in {folder} are masks of no image, such as {others[0]}"] if others else []
 

@@ -115,7 +115,7 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         UserError: a fold that was not trained, with other plans or classes than the others, or by another trainer.
     """
     remedy = f"train with `nnUNetv2_train {request.dataset} {request.configuration} FOLD -tr {TRAINER} -p {request.plans}`"
-    dataset_json = nnunet.read_json(request.model / "dataset.json", remedy)
+    dataset_json = nnunet.read_dataset_json(request.model / "dataset.json", remedy)
     if dataset_json["file_ending"] not in READABLE_ENDINGS:
         known = ", ".join(READABLE_ENDINGS)
         raise UserError(f"files that end in {dataset_json['file_ending']} cannot be classified; convert them to one of {known}")
@@ -138,7 +138,7 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         told[path] = (tuple(saved["classes"]), bool(saved["by_mask_label"]))
         mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
         network = build_classifier(settings, len(nnunet.channel_names(dataset_json)), len(saved["classes"]))
-        network.load_state_dict(saved["network_weights"])
+        checkpoint.load_weights(network, saved["network_weights"], str(path))
         members[fold] = network.eval().to(device)
         entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
         provenance.append(entry | {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved})

@@ -4,7 +4,7 @@ nnU-Net's prediction with a faster sliding window.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
+from nnunet_csm.export import FAILED, is_whole, whole_exports
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.sliding_window import BatchedPredictor
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
+from nnunet_csm.processes import no_worker_left
 from nnunet_csm.raw.check import check_inputs
 from nnunet_csm.raw.volumes import READABLE_ENDINGS
 
@@ -38,7 +41,7 @@ class PredictRequest(ModelRequest):
         output: folder to write to.
         step_size: from tile to tile, as a share of the patch.
         mirroring: average over mirrored passes, along the axes that training mirrored.
-        continue_prediction: keep what is already there.
+        continue_prediction: keep what is already there and whole.
         num_preprocessing, num_export: processes beside the network; with 0 and 0 everything is done in this one.
         num_parts, part_id: of every `num_parts` cases take the one with this number.
         on_device: keep image and results in GPU memory.
@@ -91,23 +94,53 @@ def predict(request: PredictRequest) -> None:
     with complete_cases(request.images, model.dataset_json, model.settings) as images:
         predictor = build_predictor(request, model)
         cases = create_lists_from_splitted_dataset_folder(str(images), model.dataset_json["file_ending"])
-        cases = cases[request.part_id :: request.num_parts]
-        request.output.mkdir(parents=True, exist_ok=True)
-        overwrite = not request.continue_prediction
+        outputs = {request.output / case_name(files, model): files for files in cases[request.part_id :: request.num_parts]}
+        if request.continue_prediction:
+            outputs = left_to_do(outputs, model, request.save_probabilities)
+        if outputs:
+            write_predictions(predictor, outputs, request)
+
+
+def case_name(files: Sequence[str], model: Model) -> str:
+    """From the files of a case, which end in a channel and the ending."""
+    return Path(files[0]).name.removesuffix(f"_0000{model.dataset_json['file_ending']}")
+
+
+def left_to_do(outputs: Mapping[Path, list[str]], model: Model, with_probabilities: bool) -> dict[Path, list[str]]:
+    """The cases whose output is not there, or not whole: it is read."""
+    ending, reader = model.dataset_json["file_ending"], PlansManager(model.plans).image_reader_writer_class()
+    left = {out: files for out, files in outputs.items() if not is_whole(out, ending, reader, with_probabilities)}
+    print(f"{len(outputs) - len(left)} of {len(outputs)} cases are there and whole; {len(left)} are left to be predicted")
+    return left
+
+
+def write_predictions(predictor: BatchedPredictor, outputs: Mapping[Path, list[str]], request: PredictRequest) -> None:
+    """Predict cases.
+
+    Args:
+        outputs: files of a case by the path of its output, without the ending.
+
+    Raises:
+        UserError: an output cannot be written, or a process beside this one was killed.
+    """
+    given = list(outputs.values()), [str(path) for path in outputs], request.save_probabilities
+    with whole_exports(predict_from_raw_data, request.output) as unfinished, no_worker_left():
+        predictor.given_up = unfinished / FAILED
         # with a single case there is nothing to overlap, and starting processes takes longer than many a network
-        if request.num_preprocessing == 0 or len(cases) <= 1:
-            predictor.predict_from_files_sequential(cases, str(request.output), request.save_probabilities, overwrite)
+        if request.num_preprocessing == 0 or len(outputs) == 1:
+            predictor.predict_from_files_sequential(*given)
             return
-        predictor.predict_from_files(
-            str(images),
-            str(request.output),
-            save_probabilities=request.save_probabilities,
-            overwrite=overwrite,
-            num_processes_preprocessing=min(request.num_preprocessing, len(cases)),
-            num_processes_segmentation_export=min(request.num_export, len(cases)),
-            num_parts=request.num_parts,
-            part_id=request.part_id,
-        )
+        try:
+            predictor.predict_from_files(
+                *given,
+                num_processes_preprocessing=min(request.num_preprocessing, len(outputs)),
+                num_processes_segmentation_export=min(request.num_export, len(outputs)),
+            )
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            remedy = "go on with --continue_prediction and fewer of them (-npp, -nps)"
+            raise UserError(f"a process beside this one was killed, most likely for want of memory; {remedy}") from None
 
 
 def load_model(request: ModelRequest) -> Model:
@@ -136,7 +169,7 @@ def load_model(request: ModelRequest) -> Model:
         # without the moments of the optimiser, which are twice as large
         checkpoints.append({key: loaded.get(key) for key in ("network_weights", "inference_allowed_mirroring_axes")})
     settings = read_configuration(plans, request.configuration, str(plans_file))
-    return Model(folder, nnunet.read_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
+    return Model(folder, nnunet.read_dataset_json(folder / "dataset.json", remedy), plans, settings, tuple(checkpoints))
 
 
 def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
@@ -175,10 +208,7 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
     )
     weights = [loaded["network_weights"] for loaded in model.checkpoints]
     for fold, of_fold in zip(request.folds, weights, strict=True):
-        try:
-            network.load_state_dict(of_fold)
-        except RuntimeError as error:
-            raise UserError(f"fold {fold} of {model.folder} holds another network than its plans: {error}") from None
+        checkpoint.load_weights(network, of_fold, f"fold {fold} of {model.folder}")
     mirroring_axes = model.checkpoints[0]["inference_allowed_mirroring_axes"]
     predictor.manual_initialization(network, plans, configuration, weights, model.dataset_json, request.trainer, mirroring_axes)
     return predictor

@@ -7,7 +7,10 @@ differs by when it sees a sample in another batch.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.segmenter import CSMSegmenter
 
@@ -39,9 +43,16 @@ class BatchedPredictor(nnUNetPredictor):
 
     Attributes:
         num_samples: patches, mirrored ones included, that pass the network together at most; None before it is known.
+        given_up: a file that is there when an output could not be written.
     """
 
     num_samples: int | None = None
+    given_up: Path | None = None
+
+    def predict_from_data_iterator(self, data_iterator: Iterator[Any], *given: Any, **named: Any) -> Any:
+        """As stock, but no further case is predicted when one could not be written; its error is told by then."""
+        wanted = takewhile(lambda _: self.given_up is None or not self.given_up.exists(), data_iterator)
+        return super().predict_from_data_iterator(wanted, *given, **named)
 
     @torch.inference_mode()
     def _internal_predict_sliding_window_return_logits(
@@ -55,7 +66,8 @@ class BatchedPredictor(nnUNetPredictor):
             do_on_device: keep image and results on the network's device, otherwise in the CPU's memory.
 
         Raises:
-            RuntimeError: a sum that fp16 cannot hold, or no memory even for one sample.
+            UserError: a sum that fp16 cannot hold.
+            RuntimeError: no memory even for one sample.
         """
         device = self.device if do_on_device else torch.device("cpu")
         data = data.to(device)
@@ -73,7 +85,7 @@ class BatchedPredictor(nnUNetPredictor):
                 bar.update(len(tiles))
         torch.div(logits, weights, out=logits)
         if torch.any(torch.isinf(logits)):
-            raise RuntimeError("logits are too large for sums in fp16; the training of this checkpoint has diverged")
+            raise UserError("logits are too large for sums in fp16: the training of this checkpoint has diverged; train it again")
         return logits
 
     def _predict_tiles(self, data: Tensor, slicers: Sequence[Tile]) -> Iterator[tuple[Sequence[Tile], Tensor]]:

@@ -101,7 +101,7 @@ def load_encoder(path: str | Path) -> FrozenEncoder:
     """
     pretrained = read_encoder(str(path))
     encoder = build_encoder(pretrained.architecture)
-    encoder.load_state_dict(dict(pretrained.weights))
+    checkpoint.load_weights(encoder, pretrained.weights, str(path))
     init_args = checkpoint.load(str(path))["init_args"]
     spacing = init_args["plans"]["configurations"][init_args["configuration"]]["spacing"]
     return FrozenEncoder(encoder, pretrained.architecture.token_size, spacing)

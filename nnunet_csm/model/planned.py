@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder, build_encoder
 from nnunet_csm.model.tokens import Size
 from nnunet_csm.plans import parse_architecture
@@ -28,7 +29,7 @@ class PlannedNetwork(nn.Module):
         arch_kwargs: the fields of `plans.Architecture`, as nnU-Net passes them.
 
     Raises:
-        ValueError: channels that are not the planned series.
+        UserError: channels that are not the planned series.
     """
 
     encoder: Encoder
@@ -38,7 +39,7 @@ class PlannedNetwork(nn.Module):
         a = self.architecture = parse_architecture(arch_kwargs, "architecture.arch_kwargs")
         if len(a.channels) != len(a.series) or input_channels <= max(a.channels):
             planned = ", ".join(f"{name} in channel {channel}" for name, channel in zip(a.series, a.channels, strict=False))
-            raise ValueError(f"{input_channels} input channels, but the plans have {planned}; plan again with `nnunet_csm plan`")
+            raise UserError(f"{input_channels} input channels, but the plans have {planned}; plan again with `nnunet_csm plan`")
         self.input_channels, self.channels = input_channels, list(a.channels)
         self.token_size: Size = a.token_size
         self.encoder = build_encoder(a, a.drop_path)

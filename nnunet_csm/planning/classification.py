@@ -26,6 +26,7 @@ from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.record import FILE_NAME as FINGERPRINT
 from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
+from nnunet_csm.listing import files_in
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.raw.subjects import CaseError, Volume
@@ -81,14 +82,14 @@ def training_cases(name: str) -> list[str]:
     if "dataset" in dataset_json:
         return sorted(dataset_json["dataset"])
     ending = dataset_json["file_ending"]
-    return sorted(f.name.removesuffix(ending) for f in (raw / "labelsTr").glob(f"*{ending}") if not f.name.startswith("."))
+    return [file.name.removesuffix(ending) for file in files_in(raw / "labelsTr", ending)]
 
 
 def test_cases(name: str) -> list[str]:
     """Identifiers of the cases in imagesTs."""
     raw = nnunet.folder("nnUNet_raw") / name
     ending = load_dataset_json(raw)["file_ending"]
-    return sorted({f.name.removesuffix(ending)[:-5] for f in (raw / "imagesTs").glob(f"*{ending}")})
+    return sorted({file.name.removesuffix(ending)[:-5] for file in files_in(raw / "imagesTs", ending)})
 
 
 def write_splits(name: str, splits: Sequence[Mapping[str, list[str]]], overwrite: bool) -> Path:

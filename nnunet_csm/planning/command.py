@@ -76,7 +76,7 @@ def look_at(name: str, names: Sequence[str], request: PlanRequest) -> Found:
     path = folder / f"{request.base_plans_name}.json"
     remedy = f"run nnUNetv2_plan_and_preprocess -d {nnunet.dataset_id(name)} -c {request.configuration} first"
     if labelled:
-        nnunet.read_json(path, remedy)  # before all images are read
+        nnunet.read_plans(path, remedy)  # before all images are read
     elif request.base_plans_name != STOCK_PLANS_NAME:
         raise UserError(f"{name}: has no labels, and is planned for by nnU-Net's default planner only; leave out -p")
     matches = series_of(name, names, request)
@@ -94,9 +94,8 @@ def look_at(name: str, names: Sequence[str], request: PlanRequest) -> Found:
         assert fingerprint is not None
         plan_without_labels(name, dataset_json, fingerprint)
         print(f"{raw}: no labels; {path} was made from the images alone")
-    return Found(
-        name, nnunet.read_json(folder / "dataset.json", remedy), nnunet.read_json(path, remedy), channels, labelled, fingerprint
-    )
+    dataset_json, plans = nnunet.read_dataset_json(folder / "dataset.json", remedy), nnunet.read_plans(path, remedy)
+    return Found(name, dataset_json, plans, channels, labelled, fingerprint)
 
 
 def print_series(dataset: str, matches: Sequence[SeriesMatch]) -> None:
@@ -228,7 +227,7 @@ def planned_jointly(found: Sequence[Found], request: PlanRequest, wishes: Wishes
 def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Sequence[Decision]) -> None:
     """Save plans beside nnU-Net's, keeping earlier configurations of ours, and print the table."""
     configuration, path = request.configuration, one.folder / f"{request.plans_name}.json"
-    earlier = nnunet.read_json(path, "remove it").get("configurations", {}) if path.is_file() else {}
+    earlier = nnunet.read_plans(path, "move it away")["configurations"] if path.is_file() else {}
     if earlier and not any("csm" in entry for entry in earlier.values()):
         raise UserError(f"{path}: holds plans that are not ours and are kept; give another -overwrite_plans_name")
     if configuration in earlier and earlier[configuration] != plans["configurations"][configuration]:

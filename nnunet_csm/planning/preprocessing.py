@@ -10,12 +10,13 @@ from nnunet_csm.data.sources import case_names
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.unlabelled import preprocess_images
 from nnunet_csm.plans import Source, read_configuration
+from nnunet_csm.pretext.base import learner_of
 
 
 def is_preprocessed(source: Source) -> bool:
     """Whether all cases of a source are there."""
     try:
-        return bool(case_names(source, nnunet.folder("nnUNet_preprocessed")))
+        return bool(case_names(source, nnunet.folder("nnUNet_preprocessed"), source.labelled))
     except UserError:
         return False
 
@@ -35,7 +36,7 @@ def preprocess_datasets(
         remedy = f"plan with `nnunet_csm plan -d {dataset}`"
         plans = nnunet.read_json(path, remedy)
         settings = read_configuration(plans, configuration, str(path))
-        dataset_json = nnunet.read_json(folder / "dataset.json", remedy)
+        dataset_json = nnunet.read_dataset_json(folder / "dataset.json", remedy)
         for source in settings.csm.sources:
             output = folder / source.data_identifier
             if source.dataset != name:
@@ -69,7 +70,12 @@ def check_plans(datasets: Sequence[str], plans_name: str, configuration: str, fi
     path = nnunet.folder("nnUNet_preprocessed") / names[0] / f"{plans_name}.json"
     ids = " ".join(datasets)
     remedy = f"plan with `nnunet_csm plan_and_preprocess -d {ids}{' --joint' if len(names) > 1 else ''}`"
-    sources = read_configuration(nnunet.read_json(path, remedy), configuration, str(path)).csm.sources
+    settings = read_configuration(nnunet.read_json(path, remedy), configuration, str(path))
+    sources = settings.csm.sources
+    if not finetuning:
+        learner_of(settings, str(path))
+    # nnU-Net reads it before our trainers begin
+    nnunet.read_dataset_json(path.with_name("dataset.json"), remedy)
     drawn_on = list(dict.fromkeys(source.dataset for source in sources))
     if not finetuning and (drawn_on[0] != names[0] or (len(names) > 1 and set(drawn_on) != set(names))):
         raise UserError(f"{path}: made for {', '.join(drawn_on)}, the first of which owns the run, not for -d {ids}; {remedy}")

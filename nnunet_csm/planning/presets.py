@@ -10,7 +10,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.inheritance import read_inherited, shipped_names
 from nnunet_csm.plans import Architecture, ClassifierSettings, Finetuning, Optimization, parse_architecture
 from nnunet_csm.pretext.base import pretext_class, read_pretext
-from nnunet_csm.schema import Size, from_dict
+from nnunet_csm.schema import Count, Edge, Index, Size, from_dict
 
 FOLDER = files("nnunet_csm.presets")
 
@@ -19,9 +19,9 @@ FOLDER = files("nnunet_csm.presets")
 class PresetSchedule(Optimization):
     """An optimisation whose length follows from the data: see `schedules.num_crops`; null is no limit."""
 
-    num_crops: int | None
-    passes: int | None
-    min_steps: int
+    num_crops: Count | None
+    passes: Count | None
+    min_steps: Index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class Preset(Finetuning):
     description: str
     series: tuple[str, ...] | None
     network: dict[str, Any]
-    token_edge: int
+    token_edge: Edge
     patch_size: Size | None
     pretraining_grid: Size | None
     token_size: Size | None
-    max_patch_voxels: int
+    max_patch_voxels: Count
     pretext: dict[str, Any]
     pretraining: PresetSchedule
     finetuning: PresetSchedule

@@ -8,10 +8,15 @@ from typing import Any
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.extraction import case_files
+from nnunet_csm.fingerprint.labels import check_label_values
+from nnunet_csm.host_files import check_known
+from nnunet_csm.planning.classification import training_cases
 from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.presets import read_preset
-from nnunet_csm.raw.check import check_dataset, load_dataset_json
+from nnunet_csm.raw.check import check_dataset, has_labels, load_dataset_json
+from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.raw.series import SeriesMatch, canonical_series, parse_aliases
+from nnunet_csm.schema import Name, read_value
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ def check_request(datasets: Sequence[str], request: PlanRequest, wishes: Wishes)
     names = [nnunet.dataset_name(dataset) for dataset in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"-d {' '.join(datasets)}: names a dataset twice; its cases would count twice")
+    for flag, plans_name in (("-overwrite_plans_name", request.plans_name), ("-p", request.base_plans_name)):
+        read_value(Name, plans_name, flag)
     if request.plans_name == request.base_plans_name:
         raise UserError(f"{request.plans_name}.json holds nnU-Net's plans, which are kept; give another -overwrite_plans_name")
     if request.joint and len(datasets) < 2:
@@ -86,24 +93,45 @@ def described(name: str) -> tuple[dict[str, Any], bool]:
     if (raw / "dataset.json").is_file():
         return load_dataset_json(raw), True
     path = nnunet.folder("nnUNet_preprocessed") / name / "dataset.json"
-    return nnunet.read_json(path, "run nnUNetv2_plan_and_preprocess first"), False
+    return nnunet.read_dataset_json(path, "run nnUNetv2_plan_and_preprocess first"), False
 
 
-def check_raw(name: str) -> None:
-    """Look at the headers of all raw files, and at the splits, before hours of preprocessing.
+def check_raw(name: str, num_processes: int) -> None:
+    """Look at the headers of all raw files, at the values of masks, and at the splits, before hours of preprocessing.
 
     Raises:
-        UserError: a file that is missing or does not fit, or splits that nnU-Net's planner would refuse.
+        UserError: a file that is missing or does not fit, a value that has no name, or splits that nnU-Net would refuse.
     """
     folder = nnunet.folder("nnUNet_raw") / name
-    for line in check_dataset(folder, load_dataset_json(folder)):
+    dataset_json = load_dataset_json(folder)
+    for line in check_dataset(folder, dataset_json):
         print(line)
+    if has_labels(dataset_json):
+        for line in [*check_label_values(folder, dataset_json, num_processes), *split_lines(name)]:
+            print(line)
     mine, used = folder / "splits_final.json", nnunet.folder("nnUNet_preprocessed") / name / "splits_final.json"
     if mine.is_file() and used.is_file() and not _same_splits(mine, used):
         raise UserError(
             f"{used}: other splits than {mine}; networks and encoders trained so far rest on the former: "
-            f"keep them by removing the latter, or move the former away and train again"
+            f"keep them by moving the latter away, or move the former away and train again"
         )
+
+
+def split_lines(name: str) -> list[str]:
+    """Lines to print of a labelled dataset's splits: patients on two sides, as far as the converter's manifest tells.
+
+    Raises:
+        UserError: splits that nnU-Net would refuse, or that name cases which are not there.
+    """
+    raw, lines = nnunet.folder("nnUNet_raw") / name, dict[str, None]()
+    cases, patients = training_cases(name), patients_of(raw)
+    for path in (raw / "splits_final.json", nnunet.folder("nnUNet_preprocessed") / name / "splits_final.json"):
+        for number, fold in enumerate(nnunet.read_splits(path) if path.is_file() else ()):
+            check_known(fold, cases, f"{path}: fold {number}")
+            sides = ({patients.get(case, case) for case in fold[side]} for side in ("train", "val"))
+            if both := sorted(set.intersection(*sides)):
+                lines[f"fold {number}: patient {both[0]} is in train and in val ({len(both)} such); scores are too good"] = None
+    return list(lines)
 
 
 def _same_splits(mine: Path, used: Path) -> bool:

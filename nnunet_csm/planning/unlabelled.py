@@ -3,11 +3,11 @@
 nnU-Net's `ExperimentPlanner` and `DefaultPreprocessor` do the work; here is only who calls them, and where the result goes.
 """
 
-import multiprocessing
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.extraction import case_files
 from nnunet_csm.fingerprint.record import Fingerprint, Subset, as_nnunet_fingerprint
+from nnunet_csm.machine import in_processes
 
 # nnU-Net's tools want a label to plan for; nothing of ours reads it
 PLACEHOLDER_LABELS = {"background": 0, "foreground": 1}
@@ -91,7 +92,7 @@ def preprocess_images(
     manifest["all_cases"] = sorted(cases)
     # beside the folder: nnU-Net tells the kind of its data by the endings of all files in it
     path = output.with_name(f"{output.name}.manifest.json")
-    earlier = nnunet.read_json(path, "remove it") if path.is_file() else None
+    earlier = nnunet.read_json(path, "move it away") if path.is_file() else None
     if earlier is not None and earlier["preprocessing"] == made_with:
         manifest["cases"] = earlier["cases"]
     elif output.is_dir():
@@ -105,23 +106,15 @@ def preprocess_images(
             file.unlink()
     left = {name: files for name, files in cases.items() if name not in done}
     nnunet.save_json(manifest, path)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(num_processes, len(left))), mp_context=context) as pool:
-        jobs = {
-            pool.submit(_preprocess_case, name, files, dict(plans), configuration, dict(dataset_json), output): name
-            for name, files in left.items()
-        }
+    preprocess = partial(
+        _preprocess_case, plans=dict(plans), configuration=configuration, dataset_json=dict(dataset_json), output=output
+    )
+    with closing(in_processes(preprocess, list(left.items()), num_processes)) as made:
         try:
-            for number, job in enumerate(
-                tqdm(as_completed(jobs), f"preprocessing {subset}", len(jobs), disable=None, unit="case")
-            ):
-                job.result()
-                done[jobs[job]] = sources[jobs[job]]
+            for number, ((name, _), _) in enumerate(tqdm(made, f"preprocessing {subset}", len(left), disable=None, unit="case")):
+                done[name] = sources[name]
                 if number % CASES_BETWEEN_MANIFESTS == 0:
                     nnunet.save_json(manifest, path)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
         finally:
             nnunet.save_json(manifest, path)
     return len(left)
@@ -133,9 +126,10 @@ def _identity(files: list[str]) -> list[dict[str, Any]]:
 
 
 def _preprocess_case(
-    name: str, files: list[str], plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], output: Path
+    case: tuple[str, list[str]], plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], output: Path
 ) -> None:
     """One case by nnU-Net's preprocessor; the images come last, since they are what says that a case is there."""
+    name, files = case
     manager = PlansManager(plans)
     preprocessor = DefaultPreprocessor(verbose=False)
     temporary = output / f".{name}"

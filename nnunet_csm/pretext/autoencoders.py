@@ -25,7 +25,7 @@ from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.pyramid import Norm, Residual, ResidualUNet, convolution
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import NOTHING_HIDDEN, Batch, Drawn, Pretext, Setup
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import Count, NotNegative, ShareBelowOne, Size, Width
 
 # of a variational autoencoder's log variance
 LOWEST, HIGHEST = -30.0, 20.0
@@ -41,7 +41,7 @@ class Settings:
         latent_channels: numbers that are kept of each token.
     """
 
-    latent_channels: int = 8
+    latent_channels: Width = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class VariationalSettings(Settings):
             voxels of a series.
     """
 
-    kl_weight: float = 1e-6
+    kl_weight: NotNegative = 1e-6
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class CodebookSettings:
         idle_steps: after so many steps without use, a code becomes what is kept at some place of the batch.
     """
 
-    num_codes: int = 512
-    code_width: int = 64
-    commitment: float = 0.25
-    decay: float = 0.99
-    idle_steps: int = 100
+    num_codes: Width = 512
+    code_width: Width = 64
+    commitment: NotNegative = 0.25
+    decay: ShareBelowOne = 0.99
+    idle_steps: Count = 100
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,6 @@ class Autoencoder(Pretext):
 
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
-        for name, value in vars(settings).items():
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"{where}.{name} is {value}, expected 1 or more")
-            if isinstance(value, float) and value < 0:
-                raise UserError(f"{where}.{name} is {value}, expected 0 or more")
         if architecture.encoder.kind != "residual_unet":
             raise UserError(
                 f"{where}: {cls.__name__} mirrors its encoder, but encoder.kind in arch_kwargs is "
@@ -294,12 +289,6 @@ class VQVAE(Autoencoder):
         of_step = {"counted": torch.zeros(num), "summed": torch.zeros(num, width), "candidates": torch.zeros(num, width)}
         for name, values in (of_step | {"best_rank": torch.full((num,), -1)}).items():
             self.register_buffer(name, values, persistent=False)
-
-    @classmethod
-    def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
-        super().check(settings, architecture, where)
-        if settings.decay >= 1.0:
-            raise UserError(f"{where}.decay is {settings.decay}, expected 0 <= decay < 1; at 1 no code would ever move")
 
     @classmethod
     def channels(cls, settings: Any) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from nnunet_csm.pretext.masking import (
     total_visible,
     without_background,
 )
-from nnunet_csm.pretext.rebuilding import Rebuilding, Reconstruction, TokenError, check_ratio, own_moments
+from nnunet_csm.pretext.rebuilding import Rebuilding, Reconstruction, TokenError, own_moments
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,6 @@ class CSM(Rebuilding):
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
         super().check(settings, architecture, where)
-        check_ratio(settings.masking.mask_ratio, f"{where}.masking")
-        if settings.masking.fewest_hidden < 0:
-            raise UserError(f"{where}.masking.fewest_hidden is {settings.masking.fewest_hidden}, expected 0, 1 or more series")
         if settings.masking.counts != "equal" and settings.masking.places != "independent":
             raise UserError(
                 f"{where}.masking.counts is {settings.masking.counts!r}, but series that share places show the same number of "

@@ -7,7 +7,7 @@ which numbers are published and which are ours.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_csm.data.draws import Draws
-from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import Encoder, Features, build_encoder
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Batch, Pretext, Setup
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views, ViewSettings, changed, cut_views, draw_views, global_and_local
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import Positive, Share, ShareBelowOne, Size, Width, Within
 
 # features that differ less than this from sample to sample, of 1 where they have nothing in common
 SAME_FEATURES = 0.01
@@ -34,9 +33,9 @@ LEAST_ENTROPY, MOST_ENTROPY = 0.001, 0.999
 class HeadSettings:
     """Sizes of the projection that is thrown away afterwards: two hidden layers, what is normalised, and the prototypes."""
 
-    hidden: int = 2048
-    bottleneck: int = 256
-    num_prototypes: int = 4096
+    hidden: Width = 2048
+    bottleneck: Width = 256
+    num_prototypes: Annotated[int, Within(2, 2**20)] = 4096
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ class Settings:
 
     views: ViewSettings = field(default_factory=ViewSettings)
     head: HeadSettings = HeadSettings()
-    drop_path: float = 0.1
-    momentum: float = 0.996
-    student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.04)
-    temperature_warmup: float = 0.0
-    centre_momentum: float = 0.9
-    frozen_share: float = 0.01
+    drop_path: ShareBelowOne = 0.1
+    momentum: Share = 0.996
+    student_temperature: Positive = 0.1
+    teacher_temperature: tuple[Positive, Positive] = (0.04, 0.04)
+    temperature_warmup: Share = 0.0
+    centre_momentum: Share = 0.9
+    frozen_share: Share = 0.01
 
 
 class Head(nn.Module):
@@ -116,21 +115,6 @@ class DINO(Pretext):
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
         settings.views.check(f"{where}.views")
-        head = settings.head
-        at_least = {"hidden": 1, "bottleneck": 1, "num_prototypes": 2}
-        for name, least in at_least.items():
-            if getattr(head, name) < least:
-                raise UserError(f"{where}.head.{name} is {getattr(head, name)}, expected {least} or more")
-        for name in ("momentum", "centre_momentum", "temperature_warmup", "frozen_share"):
-            if not 0.0 <= getattr(settings, name) <= 1.0:
-                raise UserError(f"{where}.{name} is {getattr(settings, name)}, expected a number from 0 to 1")
-        if not 0.0 <= settings.drop_path < 1.0:
-            raise UserError(f"{where}.drop_path is {settings.drop_path}, expected 0 <= drop_path < 1")
-        if min(settings.student_temperature, *settings.teacher_temperature) <= 0.0:
-            raise UserError(
-                f"{where}: student_temperature is {settings.student_temperature}, teacher_temperature "
-                f"{settings.teacher_temperature}, expected temperatures above 0"
-            )
 
     @classmethod
     def described(cls, setup: Setup, num_present: Mapping[int, int]) -> list[tuple[str, str, str]]:

@@ -19,7 +19,7 @@ from nnunet_csm.model.tokens import Size, coordinates, join, select, separate
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Setup
 from nnunet_csm.pretext.masking import Mask, apart, ask_some, without_background
-from nnunet_csm.pretext.rebuilding import Rebuilding, TokenError, check_ratio
+from nnunet_csm.pretext.rebuilding import Rebuilding, TokenError
 
 
 class JointRebuilding(Rebuilding):
@@ -44,7 +44,6 @@ class JointRebuilding(Rebuilding):
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
         super().check(settings, architecture, where)
-        check_ratio(settings.masking.mask_ratio, f"{where}.masking")
         if architecture.encoder.kind != "joint_vit":
             raise UserError(
                 f"{where}: {cls.__name__} hides a place in all series, but encoder.kind in arch_kwargs is "

@@ -18,6 +18,7 @@ from nnunet_csm.pretext.base import Setup
 from nnunet_csm.pretext.joint import JointRebuilding, joint_mask
 from nnunet_csm.pretext.masking import Mask, num_visible, smallest
 from nnunet_csm.pretext.rebuilding import Reconstruction
+from nnunet_csm.schema import ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PlaceMasking:
         background: whether hidden tokens in which nothing varies are rebuilt or stay out of the loss.
     """
 
-    mask_ratio: float
+    mask_ratio: ShareBelowOne
     background: Literal["rebuilt", "ignored"] = "rebuilt"
 
 

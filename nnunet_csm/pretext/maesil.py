@@ -20,7 +20,7 @@ from nnunet_csm.pretext.base import Setup
 from nnunet_csm.pretext.joint import JointRebuilding
 from nnunet_csm.pretext.masking import LAST, Mask, smallest
 from nnunet_csm.pretext.rebuilding import Reconstruction
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import NotNegative, ShareBelowOne, Size
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DualMasking:
         background: whether hidden tokens in which nothing varies are rebuilt or stay out of the loss.
     """
 
-    mask_ratio: float
+    mask_ratio: ShareBelowOne
     background: Literal["rebuilt", "ignored"] = "rebuilt"
 
 
@@ -47,7 +47,7 @@ class Settings:
 
     masking: DualMasking
     reconstruction: Reconstruction
-    noise: tuple[float, ...] = (0.0,)
+    noise: tuple[NotNegative, ...] = (0.0,)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MAESIL(JointRebuilding):
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
         super().check(settings, architecture, where)
-        if not settings.noise or min(settings.noise) < 0:
+        if not settings.noise:
             raise UserError(f"{where}.noise is {list(settings.noise)}, expected one deviation or more, 0 for none")
 
     @classmethod

@@ -11,7 +11,7 @@ from nnunet_csm.data.crops import MIN_SPAN
 from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.model.tokens import to_tokens
 from nnunet_csm.pretext.base import Drawn
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import Index, ShareBelowOne, Size
 
 # beyond every drawn integer
 LAST = 2**63 - 1
@@ -33,11 +33,11 @@ class Masking:
             (BM-MAE's Dirichlet distribution with parameters of 1). But for "equal", a series may by chance show none.
     """
 
-    mask_ratio: float
+    mask_ratio: ShareBelowOne
     places: Literal["independent", "shared"]
     hidden_series: Literal["rebuilt", "ignored", "none"]
     background: Literal["rebuilt", "ignored"] = "rebuilt"
-    fewest_hidden: int = 1
+    fewest_hidden: Index = 1
     counts: Literal["equal", "pooled", "dirichlet"] = "equal"
 
 

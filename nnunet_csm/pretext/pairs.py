@@ -11,7 +11,7 @@ from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.tokens import grid_size, to_tokens, to_volume
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views, ViewSettings, between, draw_views
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import Depth, NotNegative, Share, ShareAboveZero, ShareBelowOne, Size
 
 # places drawn for the second global view, of which the first that overlaps enough is taken
 NUM_CANDIDATES = 8
@@ -30,15 +30,15 @@ class PairSettings(ViewSettings):
         swapped: share of the blocks of a global view that trade places, which are half a token long.
     """
 
-    num_local: int = 6
-    global_scale: tuple[float, float] = (0.2, 0.6)
-    local_scale: tuple[float, float] = (0.0006, 0.04)
-    changed: float = 1.0
-    noise: float = 1.25
-    smoothed: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    overlap: float = 0.3
-    margin: float = 0.03
-    swapped: float = 0.2
+    num_local: Depth = 6
+    global_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.2, 0.6)
+    local_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.0006, 0.04)
+    changed: Share = 1.0
+    noise: NotNegative = 1.25
+    smoothed: tuple[Share, Share, Share] = (1.0, 1.0, 1.0)
+    overlap: ShareBelowOne = 0.3
+    margin: ShareBelowOne = 0.03
+    swapped: ShareBelowOne = 0.2
 
     def grids(self, patch: Size) -> tuple[Size, Size]:
         """Tokens along (z, y, x) of a global and of a local view of a patch with so many."""
@@ -48,9 +48,6 @@ class PairSettings(ViewSettings):
 
     def check(self, where: str) -> None:
         super().check(where)
-        for name in ("overlap", "margin", "swapped"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{where}.{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
         least, most = self.global_scale
         # one view within the other
         if least / most <= self.overlap:

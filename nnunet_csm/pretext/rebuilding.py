@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nnunet_csm.errors import UserError
 from nnunet_csm.figures.reconstructions import save_reconstruction
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.tokens import Size, grid_size, select, to_tokens, to_volume, to_voxels
 from nnunet_csm.plans import Architecture, check_width
 from nnunet_csm.pretext.base import MASKED, NOTHING_HIDDEN, Batch, Drawn, Pretext
 from nnunet_csm.pretext.masking import Mask, apart
+from nnunet_csm.schema import Depth, ShareAboveZero, Width
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,16 @@ class Reconstruction:
         head: one last layer for all series, or one for each.
     """
 
-    width: int
-    depth: int
-    num_heads: int
+    width: Width
+    depth: Depth
+    num_heads: Width
     normalize_targets: bool
-    rebuilt_share: float = 1.0
+    rebuilt_share: ShareAboveZero = 1.0
     head: Literal["shared", "by_series"] = "shared"
 
     def check(self, where: str) -> None:
         """Raise UserError when there can be no such decoder."""
         check_width(self.width, self.num_heads, where)
-        if self.depth < 1:
-            raise UserError(f"{where}.depth is {self.depth}, expected 1 block or more")
-        if not 0.0 < self.rebuilt_share <= 1.0:
-            raise UserError(
-                f"{where}.rebuilt_share is {self.rebuilt_share}, expected a share of the hidden tokens above 0 and at most 1; 1 "
-                f"rebuilds all of them"
-            )
 
     @property
     def told(self) -> tuple[str, str, str]:
@@ -54,12 +47,6 @@ class Reconstruction:
         target = "each token by its own mean and deviation" if self.normalize_targets else "z-scored voxels"
         some = "" if self.rebuilt_share == 1.0 else f"; a step rebuilds {self.rebuilt_share:.0%} of the hidden tokens"
         return "reconstruction", f"decoder {self.width} x {self.depth}", f"light, thrown away afterwards; target: {target}{some}"
-
-
-def check_ratio(mask_ratio: float, where: str) -> None:
-    """Raise UserError when no such share of tokens can be hidden."""
-    if not 0.0 <= mask_ratio < 1.0:
-        raise UserError(f"{where}.mask_ratio is {mask_ratio}, expected 0 <= mask_ratio < 1")
 
 
 @dataclass(frozen=True)

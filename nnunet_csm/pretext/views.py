@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.errors import UserError
 from nnunet_csm.pretext.base import Drawn
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import Depth, NotNegative, Share, ShareAboveZero, Size
 
 NUM_GLOBAL = 2
 # uniform numbers for the place of a view, and for each of its series
@@ -35,16 +35,16 @@ class ViewSettings:
         smoothed: probability that a series is smoothed or sharpened in the first and second global view and in a local one.
     """
 
-    num_local: int = 8
+    num_local: Depth = 8
     global_grid: Size | None = None
     local_grid: Size | None = None
-    global_scale: tuple[float, float] = (0.4, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    flip: float = 0.5
-    changed: float = 0.8
-    contrast: float = 0.3
-    noise: float = 0.1
-    smoothed: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    global_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.4, 1.0)
+    local_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.05, 0.4)
+    flip: Share = 0.5
+    changed: Share = 0.8
+    contrast: NotNegative = 0.3
+    noise: NotNegative = 0.1
+    smoothed: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)
 
     def grids(self, patch: Size) -> tuple[Size, Size]:
         """Tokens along (z, y, x) of a global and of a local view of a patch with so many."""
@@ -58,22 +58,10 @@ class ViewSettings:
 
     def check(self, where: str) -> None:
         """Raise UserError when there can be no such views; `where` is what the message names."""
-        at_least = {name: min(getattr(self, name) or (1,)) for name in ("global_grid", "local_grid")}
-        for name, found in ({"num_local": self.num_local} | at_least).items():
-            if found < 1:
-                raise UserError(f"{where}.{name} is {found}, expected 1 or more")
-        shares = {"flip": self.flip, "changed": self.changed}
-        shares |= {f"smoothed[{number}]": found for number, found in enumerate(self.smoothed)}
-        for name, found in shares.items():
-            if not 0.0 <= found <= 1.0:
-                raise UserError(f"{where}.{name} is {found}, expected a number from 0 to 1")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
-            if not 0.0 < low <= high <= 1.0:
+            if low > high:
                 raise UserError(f"{where}.{name} is {low}, {high}, expected the least and the most share, 0 < least <= most <= 1")
-        for name in ("contrast", "noise"):
-            if getattr(self, name) < 0.0:
-                raise UserError(f"{where}.{name} is {getattr(self, name)}, expected 0 or more")
 
     def num_drawn(self, num_series: int) -> int:
         """Numbers of `What.TOKENS`, from 0 on, that `draw_views` takes for a sample."""

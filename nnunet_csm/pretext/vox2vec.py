@@ -7,7 +7,7 @@ ours.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,7 @@ from nnunet_csm.pretext.base import Batch, Drawn, Pretext, Setup
 from nnunet_csm.pretext.dino import SAME_FEATURES, deviation
 from nnunet_csm.pretext.info_nce import contrast, retrieved
 from nnunet_csm.pretext.views import between, smoothed
-from nnunet_csm.schema import Size
+from nnunet_csm.schema import NotNegative, Positive, Share, ShareBelowOne, Size, Width, Within
 
 NUM_VIEWS = 2
 # integers for the voxel that both views hold and for their places, and uniform numbers for each series of a view
@@ -33,6 +33,10 @@ OF_PLACES, OF_SERIES = 1 + 3 * NUM_VIEWS, 8
 BLOCK = 4
 # of the values of a series: no range
 TINY = 1e-6
+
+
+Percentile = Annotated[float, Within(0, 100)]
+AtLeastTwo = Annotated[int, Within(2, 2**24)]
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class ChangeSettings:
         gamma: least and most exponent of values scaled to 0 to 1.
     """
 
-    smoothed: float = 0.5
-    noisy: float = 0.5
-    noise: float = 0.1
-    windowed: float = 0.8
-    window: tuple[float, float, float, float] = (0.0, 5.0, 90.0, 100.0)
-    gamma: tuple[float, float] = (0.7, 1.5)
+    smoothed: Share = 0.5
+    noisy: Share = 0.5
+    noise: NotNegative = 0.1
+    windowed: Share = 0.8
+    window: tuple[Percentile, Percentile, Percentile, Percentile] = (0.0, 5.0, 90.0, 100.0)
+    gamma: tuple[Positive, Positive] = (0.7, 1.5)
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,11 @@ class Settings:
         temperature: of the softmax over similarities.
     """
 
-    margin: float = 0.5
-    num_voxels: int = 1024
-    most_voxels: int = 10240
-    num_outputs: int = 128
-    temperature: float = 0.1
+    margin: ShareBelowOne = 0.5
+    num_voxels: AtLeastTwo = 1024
+    most_voxels: AtLeastTwo = 10240
+    num_outputs: Width = 128
+    temperature: Positive = 0.1
     changes: ChangeSettings = field(default_factory=ChangeSettings)
 
 
@@ -129,22 +133,10 @@ class Vox2Vec(Pretext):
                 f"{where}: {cls.__name__} compares voxels by maps of many resolutions, but encoder.kind in arch_kwargs is "
                 f"{architecture.encoder.kind!r}; set it to 'fpn', or the name of the pretext to 'csm'"
             )
-        for name, least in (("num_voxels", 2), ("most_voxels", 2), ("num_outputs", 1)):
-            if getattr(settings, name) < least:
-                raise UserError(f"{where}.{name} is {getattr(settings, name)}, expected {least} or more")
-        if not 0.0 <= settings.margin < 1.0:
-            raise UserError(f"{where}.margin is {settings.margin}, expected 0 <= margin < 1, so that views have voxels in common")
-        if settings.temperature <= 0.0:
-            raise UserError(f"{where}.temperature is {settings.temperature}, expected a temperature above 0")
-        for name in ("smoothed", "noisy", "windowed"):
-            if not 0.0 <= getattr(changes, name) <= 1.0:
-                raise UserError(f"{where}.changes.{name} is {getattr(changes, name)}, expected a number from 0 to 1")
-        if changes.noise < 0.0:
-            raise UserError(f"{where}.changes.noise is {changes.noise}, expected 0 or more")
-        if list(changes.window) != sorted(changes.window) or changes.window[0] < 0.0 or changes.window[3] > 100.0:
+        if list(changes.window) != sorted(changes.window):
             raise UserError(f"{where}.changes.window is {list(changes.window)}, expected four percentiles, 0 to 100, that rise")
         least, most = changes.gamma
-        if not 0.0 < least <= most:
+        if least > most:
             raise UserError(f"{where}.changes.gamma is {least}, {most}, expected two exponents, 0 < least <= most")
 
     @classmethod

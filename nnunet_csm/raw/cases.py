@@ -27,11 +27,19 @@ FILE_ENDING = ".nii.gz"
 
 
 def write_case(case: Case, dataset: Dataset, folder: Path, reference: str, register: bool) -> dict[str, Any] | str:
-    """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written."""
+    """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written.
+
+    Whatever libraries raise on the images of a case is a reason to leave out that case, not to end all others.
+    """
     try:
         images, label, entry = _on_one_grid(case, dataset, reference, register)
     except CaseError as error:
         return str(error)
+    except Exception as error:
+        files = ", ".join(described(volume) for volume in case.images.values())
+        return str(
+            CaseError(f"{files} cannot be brought to one grid ({type(error).__name__}: {reason(error)}); export them again")
+        )
     side = "Ts" if case.test else "Tr"
     for channel, name in enumerate(dataset.series):
         write_image(images[name], folder / f"images{side}" / f"{case.identifier}_{channel:04d}{FILE_ENDING}")

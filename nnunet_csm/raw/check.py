@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.host_files import check_dataset_json
+from nnunet_csm.listing import files_in, hidden_in
 from nnunet_csm.nnunet import channel_names, read_json
 from nnunet_csm.raw import nifti
 from nnunet_csm.raw.geometry import CrookedError, Grid
@@ -29,15 +31,11 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; check nnUNet_raw and the dataset's ID")
-    dataset_json: Any = read_json(path, "it names the channels, the labels and the file ending")
-    if not isinstance(dataset_json, dict):
-        raise UserError(f"{path} holds a {type(dataset_json).__name__}, not an object with channel_names, labels and file_ending")
+    dataset_json: dict[str, Any] = read_json(path, "it names the channels, the labels and the file ending")
     if "modality" in dataset_json and "channel_names" not in dataset_json:
         msg = f"{path} is of the decathlon's form ('modality'); convert the folder with nnUNetv2_convert_MSD_dataset -i {folder}"
         raise UserError(msg)
-    for key in ("channel_names", "labels", "file_ending"):
-        if key not in dataset_json:
-            raise UserError(f"{path} has no {key!r}, only {sorted(dataset_json)}; add it")
+    check_dataset_json(dataset_json, str(path), labelled=False)
     return dataset_json
 
 
@@ -58,12 +56,16 @@ def check_dataset(folder: Path, dataset_json: Mapping[str, Any] | None = None) -
     reader = dataset_json.get("overwrite_image_reader_writer")
     if "dataset" in dataset_json:
         return _checked(folder, _listed_cases(folder, dataset_json["dataset"]), [], names, ending, reader)
+    for part in ("imagesTr", "labelsTr"):
+        if (folder / part).is_dir() and (hidden := hidden_in(folder / part, ending)):
+            raise UserError(_about_hidden(hidden))
     if not (folder / "imagesTr").is_dir():
         raise UserError(f"{folder / 'imagesTr'} is missing; an nnU-Net raw dataset has imagesTr, labelsTr and dataset.json")
     if not has_labels(dataset_json):
         return [*check_inputs(folder / "imagesTr", names, ending), "no labels in dataset.json: images to pretrain on"]
     if not (folder / "labelsTr").is_dir():
         raise UserError(f'{folder / "labelsTr"} is missing; where there are images only, write "labels": {{}} in dataset.json')
+    _refuse_patients_as_channels(folder, ending)
     cases, problems = _found_cases(folder / "imagesTr", names, ending, labels=folder / "labelsTr")
     lines = _checked(folder / "imagesTr", cases, problems, names, ending, reader)
     if dataset_json.get("numTraining", len(cases)) != len(cases):
@@ -119,6 +121,27 @@ def _checked(
     return [*lines, *(_first(some) for some in (notes, remarks, mixed) if some)]
 
 
+def _refuse_patients_as_channels(folder: Path, ending: str) -> None:
+    """Raise `UserError` for P_0000, P_0001, ... that are patients, as their labels show, and would be read as channels of one."""
+    for label in files_in(folder / "labelsTr", ending):
+        case, channel = label.name.removesuffix(ending)[:-5], label.name.removesuffix(ending)[-5:]
+        one_name = folder / "imagesTr" / label.name
+        if re.fullmatch(r"_\d{4}", channel) and one_name.is_file() and not (label.parent / f"{case}{ending}").is_file():
+            raise UserError(
+                f"{one_name} would be channel {channel[1:]} of a case {case}, but {label} is a label of the same name; where "
+                f"{case}{channel} is a case, call its images {case}{channel}_0000{ending}, and so on"
+            )
+
+
+def _about_hidden(hidden: Sequence[Path]) -> str:
+    """nnU-Net lists the folder itself, and takes such a file for an image."""
+    first, more = hidden[0], f" (and {len(hidden) - 1} more there)" if len(hidden) > 1 else ""
+    if first.name.startswith("._"):
+        what = "one of the twins that macOS writes beside files, no image"
+        return f"{first}{more} is {what}, which nnU-Net takes for one; remove them with: dot_clean -m, or rm '{first.parent}'/._*"
+    return f"{first}{more} is hidden, and nnU-Net takes it for an image all the same; move it elsewhere, or give it another name"
+
+
 def _first(messages: Sequence[str]) -> str:
     return messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else "")
 
@@ -127,7 +150,7 @@ def files_by_case(folder: Path, names: Sequence[str], ending: str) -> tuple[dict
     """Case to channel to file, both in order, and the files that nnU-Net would take for something else than they are."""
     pattern = re.compile(r"(?P<identifier>.+)_(?P<channel>\d{4})" + re.escape(ending))
     cases, problems = dict[str, dict[int, Path]](), list[str]()
-    for path in sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith(".")):
+    for path in files_in(folder, ending):
         match = pattern.fullmatch(path.name)
         if match is None:
             problems.append(f"{path} has no channel in its name; call it CASE_0000{ending} for channel 0, and so on")
@@ -135,7 +158,7 @@ def files_by_case(folder: Path, names: Sequence[str], ending: str) -> tuple[dict
         channel = int(match["channel"])
         if channel >= len(names):
             known = ", ".join(f"{number:04d} {name}" for number, name in enumerate(names))
-            problems.append(f"{path} is of channel {channel}, but there are {known}; rename or remove it")
+            problems.append(f"{path} is of channel {channel}, but channel_names has {known}; rename it, or add its channel there")
         cases.setdefault(match["identifier"], {})[channel] = path
     return dict(sorted(cases.items())), problems
 

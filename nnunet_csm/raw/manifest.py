@@ -43,7 +43,7 @@ def save_manifest(
 
 def software(*more: str) -> dict[str, str]:
     """Versions that what is written depends on, and those of `more` packages."""
-    packages = ("SimpleITK", "nibabel", "numpy", "scikit-learn", *more)
+    packages = ("SimpleITK", "nibabel", "pydicom", "numpy", "scikit-learn", *more)
     return {"nnunet_csm": __version__, "python": platform.python_version(), **{one: version(one) for one in packages}}
 
 

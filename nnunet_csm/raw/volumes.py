@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_csm.errors import reason
+from nnunet_csm.listing import file_problem
 from nnunet_csm.raw import nifti
 from nnunet_csm.raw.geometry import Fit, Grid, fit, straight_grid
 from nnunet_csm.raw.subjects import CaseError, Volume
@@ -29,6 +30,7 @@ def read_volume(volume: Volume) -> sitk.Image:
 def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     """3-D images in the given order; a file that holds several of them is read once.
 
+    Whatever a library raises on a damaged file is a `CaseError`: one bad file never ends a conversion of many.
     Nothing but geometry comes with them: entries of headers, which may name the patient, are dropped.
 
     Raises:
@@ -39,7 +41,15 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
     images: dict[Volume, sitk.Image] = {}
     for path in dict.fromkeys(volume.path for volume in volumes):
         of_this_file = [volume for volume in dict.fromkeys(volumes) if volume.path == path]
-        whole = _read(path)
+        if os.path.isdir(path):
+            images.update((volume, _read_dicom(volume)) for volume in of_this_file)
+            continue
+        try:
+            whole = _read(path)
+        except CaseError:
+            raise
+        except Exception as error:
+            raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
         for volume in of_this_file:
             images[volume] = _selected(whole, volume)
             _refuse_non_finite(images[volume], volume)
@@ -48,6 +58,8 @@ def read_volumes(volumes: Sequence[Volume]) -> list[sitk.Image]:
 
 def read_header(path: Path) -> sitk.ImageFileReader:
     """Size, geometry and entries of a file. Raises `CaseError`."""
+    if problem := file_problem(path):
+        raise CaseError(problem)
     if path.name.endswith(_METAIMAGE_ENDINGS):
         _refuse_other_dimensions(path)
     reader = sitk.ImageFileReader()
@@ -109,6 +121,8 @@ class Look:
 
 def look_at(path: Path) -> Look:
     """What the header of an image file says, without a look at its voxels. Raises `CaseError`."""
+    if problem := file_problem(path):
+        raise CaseError(problem)
     if path.name.endswith(nifti.ENDINGS):
         return _look_at_nifti(nifti.read_header(path))
     header = read_header(path)
@@ -192,20 +206,24 @@ def described(volume: Volume) -> str:
 
 
 def _read(path: Path) -> sitk.Image:
-    """The whole content of a file or of a DICOM folder; 3-D or 4-D, with scalar voxels."""
-    if not path.exists():
+    """The whole content of a file; 3-D or 4-D, with scalar voxels."""
+    if not os.path.lexists(path):
         raise CaseError(f"{path} does not exist; correct the path, or leave this series out")
-    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
-        raise CaseError(f"{path} may not be read by this user; change its permission (chmod +r)")
-    if path.is_dir():
-        from nnunet_csm.raw.dicom import read_dicom_series
-
-        return _scalar_image(read_dicom_series(path), path)
+    if problem := file_problem(path):
+        raise CaseError(problem)
     if not path.name.endswith(READABLE_ENDINGS):
         raise CaseError(f"{path} is of no known kind; expected {', '.join(READABLE_ENDINGS)}, or a folder with one DICOM series")
     if path.stat().st_size == 0:
         raise CaseError(f"{path} is empty (0 bytes); copy it again, or leave this series out")
     return _scalar_image(_read_file(path), path)
+
+
+def _read_dicom(volume: Volume) -> sitk.Image:
+    from nnunet_csm.raw.dicom import read_dicom_series
+
+    image = _scalar_image(read_dicom_series(volume.path, volume.index), volume.path)
+    _refuse_non_finite(image, volume)
+    return image
 
 
 def _read_file(path: Path) -> sitk.Image:

@@ -4,6 +4,7 @@ The dataset is written into a hidden folder and takes its name when it is comple
 leaves nothing that looks like a dataset.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +17,11 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from nnunet_csm.data.diagnoses import COLUMNS
+from nnunet_csm.data.diagnoses import COLUMNS, alike_classes
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole_folder
+from nnunet_csm.listing import name_problem
 from nnunet_csm.machine import in_processes, num_cores
 from nnunet_csm.nnunet import NUM_FOLDS, SPLIT_SEED, save_json
 from nnunet_csm.raw.cases import FILE_ENDING, write_case
@@ -82,7 +84,7 @@ def write_dataset(
             when no case is left or the disk is full. Nothing is left behind.
         CaseError: with `strict`.
     """
-    cases = list(cases)
+    cases, left_out = _with_usable_names(cases, left_out or {}, strict)
     _check_dataset_json(dataset)
     _check_cases(cases, dataset)
     if reference not in (FINEST, *dataset.series):
@@ -99,7 +101,7 @@ def write_dataset(
         if not written:
             msg = f"none of the {len(cases)} cases can be used, nothing is written; the first: {next(iter(unusable.values()))}"
             raise UserError(msg)
-        left_out = {**(left_out or {}), **unusable}
+        left_out = {**left_out, **unusable}
         lines = _write_tables(folder, written, dataset, left_out)
         save_manifest(folder, dataset.name, reference, register, entries, left_out)
         num_training = sum(not case.test for case in written)
@@ -143,6 +145,22 @@ def _label_values(dataset: Dataset) -> set[int]:
     return {label for value in dataset.labels.values() for label in (value if isinstance(value, tuple) else (value,))}
 
 
+def _with_usable_names(cases: Iterable[Case], left_out: Mapping[str, str], strict: bool) -> tuple[list[Case], Mapping[str, str]]:
+    """Cases whose files can be named after them, and which cannot and why."""
+    usable, unusable = list[Case](), dict[str, str]()
+    for case in cases:
+        if problem := name_problem(f"{case.identifier}_0000{FILE_ENDING}"):
+            error = CaseError(problem)
+            if strict:
+                raise error
+            unusable[case.identifier.encode("utf-8", "backslashreplace").decode()] = str(error)
+        else:
+            usable.append(case)
+    if unusable and not usable:
+        raise UserError(f"none of the {len(unusable)} cases can be used, nothing is written; {next(iter(unusable.values()))}")
+    return usable, {**left_out, **unusable}
+
+
 def _check_cases(cases: Sequence[Case], dataset: Dataset) -> None:
     """Raise `UserError` when the reader of the release contradicts itself: no case is to blame for that."""
     if not cases:
@@ -156,6 +174,8 @@ def _check_cases(cases: Sequence[Case], dataset: Dataset) -> None:
     if both:
         msg = f"patient {min(both)} has training and test cases; put all cases of a patient on one side"
         raise UserError(msg + (f" (and {len(both) - 1} more patients)" if len(both) > 1 else ""))
+    if alike := alike_classes(diagnosis.name for case in cases for diagnosis in case.diagnoses):
+        raise UserError(f"{alike[0]}; give them one spelling in the table of the release")
     labels = _label_values(dataset)
     for case in cases:
         name = case.identifier
@@ -185,7 +205,7 @@ def _refuse_own_sources(cases: Sequence[Case], final: Path) -> None:
     inside = final.resolve()
     for case in cases:
         for volume in (*case.images.values(), *(mask.volume for mask in case.masks)):
-            if volume.path.resolve().is_relative_to(inside):
+            if Path(os.path.realpath(volume.path)).is_relative_to(inside):
                 raise UserError(f"{volume.path} lies in {final}, which is to be written from it; choose another dataset")
 
 

@@ -23,7 +23,7 @@ from nnunet_csm.planning.classification import take_class_table, training_cases
 from nnunet_csm.planning.command import Found, look_at, planned
 from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.request import PlanRequest
-from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, parse_configuration
+from nnunet_csm.plans import PLANS_NAME, STOCK_PLANS_NAME, Configuration, configuration_of, parse_configuration
 from nnunet_csm.raw.manifest import patients_of
 from nnunet_csm.schema import Size
 from nnunet_csm.study.divisions import everybody
@@ -89,9 +89,8 @@ class Dataset:
             UserError: they are not there, or without this configuration.
         """
         path = nnunet.folder("nnUNet_preprocessed") / self.name / f"{name}.json"
-        plans = nnunet.read_json(path, f"plan and preprocess with nnU-Net's {name} first")
-        if self.configuration not in plans.get("configurations", {}):
-            raise UserError(f"{path}: no configuration {self.configuration}; choose another with -c")
+        plans = nnunet.read_plans(path, f"plan and preprocess with nnU-Net's {name} first")
+        configuration_of(plans, self.configuration, str(path))
         return plans
 
     @cached_property

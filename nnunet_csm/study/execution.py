@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.files import write_text
 from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_cores
+from nnunet_csm.processes import run_command
 from nnunet_csm.raw.check import load_dataset_json
 from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, YARDSTICK, Evaluation, Run
 from nnunet_csm.training.yardstick import SECONDS_FILE
@@ -51,7 +50,7 @@ def read_records(folder: Path, runs: Iterable[Run]) -> dict[str, dict[str, Any]]
     for run in runs:
         path = folder / "runs" / run.id / RECORD
         if path.is_file():
-            record = nnunet.read_json(path, "delete it, and the run is done again")
+            record = nnunet.read_json(path, "move it away, and the run is done again")
             if record.get("tests") == [one.name for one in run.tests]:
                 records[run.id] = record
     return records
@@ -67,7 +66,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     train(run, folder, place)
     record: dict[str, Any] = {
-        **nnunet.read_json(folder / "train.json", ""),
+        **nnunet.read_json(folder / "train.json", "move it away, and the run is done again"),
         "kind": run.kind,
         "plans": run.plans_name,
         "fold": run.fold,
@@ -85,7 +84,7 @@ def execute(run: Run, study: Path, place: Place) -> None:
     if tables:
         scores = pd.concat(tables, ignore_index=True)
         write_text(folder / "scores.csv", scores.to_csv(index=False))
-        measured = [nnunet.read_json(path, "") for path in folder.glob("predict_*.json")]
+        measured = [nnunet.read_json(path, "move it away") for path in folder.glob("predict_*.json")]
         record["prediction_seconds"] = sum(one["seconds"] for one in measured)
         record["prediction_peak_memory_gb"] = max((one["peak_memory_gb"] for one in measured), default=None)
     nnunet.save_json({**record, "seconds": trained_seconds(run, record["seconds"])}, folder / RECORD)
@@ -117,11 +116,10 @@ def step(path: Path, place: Place, *command: str) -> None:
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
-        arguments = [sys.executable, "-m", "nnunet_csm.study.measured", str(path), *command]
-        done = subprocess.run(arguments, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode or not path.is_file():
+        code = run_command(["-m", "nnunet_csm.study.measured", str(path), *command], environment, log)
+    if code or not path.is_file():
         raise UserError(
-            f"run {folder.name}: {name} ended with exit code {done.returncode}, see {folder / 'log.txt'}; mend that, and start "
+            f"run {folder.name}: {name} ended with exit code {code}, see {folder / 'log.txt'}; mend that, and start "
             f"the study again to go on"
         )
 
@@ -172,7 +170,7 @@ def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Evaluation, imag
 
 def validation_score(run: Run) -> float:
     """Mean Dice of the validation cases, or AUC: what settings are chosen by. Never of test cases."""
-    remedy = f"delete {run.folder} and the study's runs/{run.id}, and it is done again"
+    remedy = f"move away {run.folder} and the study's runs/{run.id}, and it is done again"
     summary = nnunet.read_json(run.folder / "validation" / "summary.json", remedy)
     if run.trainer == CLASSIFIER:
         return float(summary["metrics"]["auc"]["value"])
@@ -186,7 +184,7 @@ def trained_seconds(run: Run, seconds: float) -> float:
     """
     if run.trainer == YARDSTICK:
         path = run.folder / SECONDS_FILE
-        return float(nnunet.read_json(path, "")["seconds"]) if path.is_file() else seconds
+        return float(nnunet.read_json(path, "train again")["seconds"]) if path.is_file() else seconds
     log = checkpoint.load(run.folder / "checkpoint_final.pth")["logging"]
     ends, starts = log["epoch_end_timestamps"], log["epoch_start_timestamps"]
     return float(sum(end - start for start, end in zip(starts, ends, strict=True)))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_csm import nnunet
+from nnunet_csm.processes import follow_parent, stoppable
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,5 +63,8 @@ def device() -> dict[str, str]:
     return {"device": torch.cuda.get_device_name() if used else platform.processor() or platform.machine()}
 
 
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+if __name__ == "__mp_main__":
+    follow_parent()
+elif __name__ == "__main__":
+    with stoppable("start the study again to go on"):
+        raise SystemExit(main(sys.argv[1:]))

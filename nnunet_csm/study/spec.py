@@ -5,13 +5,17 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.inheritance import read_inherited, shipped_names
-from nnunet_csm.schema import from_dict
+from nnunet_csm.schema import Count, Name, ShareAboveZero, Within, from_dict
 
 FOLDER = files("nnunet_csm.presets") / "studies"
+
+
+# each is a training
+Numbers = Annotated[int, Within(1, 1000)]
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,16 @@ class Repeats:
     """
 
     kind: Literal["splits", "folds"]
-    number: int
-    seeds: int = 1
+    number: Numbers
+    seeds: Numbers = 1
 
 
 @dataclass(frozen=True)
 class Incomplete:
     """Series taken away at random from fine-tuning and test cases: `remove` of each of a `share` of the cases."""
 
-    share: float
-    remove: tuple[int, ...]
+    share: ShareAboveZero
+    remove: tuple[Count, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class StockArm:
         with_pretraining: and that of its pretraining.
     """
 
-    plans: str
+    plans: Name
     minutes_of: str
     with_pretraining: bool
 
@@ -72,7 +76,7 @@ class Arm:
     changes: dict[str, Any]
     method: str = ""
     pretrained: bool = True
-    pretraining_series: tuple[str, ...] | int | None = None
+    pretraining_series: tuple[str, ...] | Count | None = None
     incomplete: Incomplete | None = None
     nnunet: StockArm | None = None
 
@@ -105,7 +109,7 @@ class Study:
     changes: dict[str, Any]
     repeats: Repeats
     arms: tuple[Arm, ...]
-    labels: tuple[float, ...] = (1.0,)
+    labels: tuple[ShareAboveZero, ...] = (1.0,)
     baseline: str = ""
     finetuned: Literal["all", "each", "both"] = "all"
     tested: Literal["all", "one_missing", "subsets"] = "all"
@@ -134,7 +138,9 @@ def read_study(name: str) -> Study:
 
 def parse_study(data: Mapping[str, Any], where: str) -> Study:
     """Do as `read_study`, for what stands in the file."""
-    arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in data.get("arms") or []]
+    arms = data.get("arms", [])
+    if isinstance(arms, list):
+        arms = [{"changes": {}, **arm} if isinstance(arm, Mapping) else arm for arm in arms]
     study = from_dict(Study, {"changes": {}, **data, "arms": arms}, where)
     _check(study, where)
     return study
@@ -146,9 +152,9 @@ def _check(study: Study, where: str) -> None:
         raise UserError(f"{where}: arms {', '.join(names) or 'none'}; expected at least one, each with a name of its own")
     if study.baseline_arm not in names:
         raise UserError(f"{where}: baseline {study.baseline!r} is none of the arms {', '.join(names)}")
-    if not study.labels or any(not 0 < share <= 1 for share in study.labels) or len(set(study.labels)) < len(study.labels):
+    if not study.labels or len(set(study.labels)) < len(study.labels):
         raise UserError(f"{where}: labels {study.labels}; expected shares above 0 and up to 1, each once")
-    if study.repeats.number < (2 if study.repeats.kind == "folds" else 1) or study.repeats.seeds < 1:
+    if study.repeats.number < (2 if study.repeats.kind == "folds" else 1):
         raise UserError(f"{where}: repeats {study.repeats}; expected at least 1 split or 2 folds, and at least 1 seed")
     idle = OTHER_TASKS_KEYS[study.task]
     given = {path.split(".")[0]: f"search.{path}" for path in study.search}
@@ -200,10 +206,8 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
         if study.finetuned != "all" or study.tested != "all":
             raise UserError(f"{where}: stock nnU-Net is trained and tested on all series; leave out finetuned and tested")
     lost = arm.incomplete
-    if lost is not None and not (0 < lost.share <= 1 and lost.remove and min(lost.remove) > 0):
+    if lost is not None and not lost.remove:
         raise UserError(f"{where}: incomplete is {lost}; expected a share above 0 and up to 1, and numbers of series to remove")
-    if isinstance(arm.pretraining_series, int) and arm.pretraining_series < 1:
-        raise UserError(f"{where}: pretraining_series is {arm.pretraining_series}, expected at least one")
 
 
 # of a preset: what the pretrained weights depend on; within `network`, the rest belongs to the segmenter

@@ -20,7 +20,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table, split_problems
 from nnunet_csm.data.draws import Purpose, batches, generator, key
 from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, vary
-from nnunet_csm.data.sources import case_names, run_name, split
+from nnunet_csm.data.sources import case_names, check_preprocessed, run_name, split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.evaluation.class_curves import draw_classification
 from nnunet_csm.evaluation.classification import evaluate
@@ -229,7 +229,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         with exit_on_user_error():
-            self.check_preprocessed()
+            check_preprocessed(self.settings.csm.sources, self.plans_manager.dataset_name, nnunet.folder("nnUNet_preprocessed"))
             self.val_volumes = self.read_side("val")
             training = self.val_volumes if self.fold == "all" else self.read_side("train")
         make_batch = VariedSamples(training, self.settings, self.samples)

@@ -14,21 +14,27 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.draws import Purpose, What, batches, key, seed_everything
-from nnunet_csm.data.sources import split
+from nnunet_csm.data.sources import check_preprocessed, split
 from nnunet_csm.errors import UserError, exit_on_user_error
+from nnunet_csm.export import whole_exports
 from nnunet_csm.judging import encoder_share
 from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
+from nnunet_csm.processes import stoppable
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.ranks import lost_rank_explained
 from nnunet_csm.training.trainer import CSMTrainer
+
+# voxels on each side that nnU-Net's blur mirrors a patch by: one of no more than these ends the training
+WIDEST_BLUR = 3
 
 
 class KeepAbsentSeriesAbsent(BasicTransform):
@@ -174,9 +180,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
                 f"{name} is trained on regions, which overlap: the refinement of uncertain voxels (fusion.refinement in "
                 f"arch_kwargs) wants classes that exclude each other; make it 'none'"
             )
-        if self.ranks.rank == 0:
-            # of an earlier run
-            (Path(self.output_folder) / encoder_share.FILE).unlink(missing_ok=True)
+        if min(self.settings.patch_size) <= WIDEST_BLUR:
+            self.print_to_log_file("Patches are too thin for nnU-Net's blur, which is left out of the augmentation")
         finetuning = self.settings.csm.finetuning
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
 
@@ -203,6 +208,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         # spatial transforms come first; what is left of a series after them is what the network may see
         first = next(i for i, transform in enumerate(transforms.transforms) if isinstance(transform, RandomTransform))
         spatial, intensity = transforms.transforms[:first], transforms.transforms[first:]
+        if min(kwargs.get("patch_size", args[0] if args else ())) <= WIDEST_BLUR:
+            intensity = [one for one in intensity if not isinstance(getattr(one, "transform", one), GaussianBlurTransform)]
         return ComposeTransforms([*spatial, KeepAbsentSeriesAbsent(ComposeTransforms(intensity))])
 
     def do_split(self) -> tuple[list[str], list[str]]:
@@ -226,7 +233,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         with exit_on_user_error():
-            self.check_preprocessed()
+            check_preprocessed(self.settings.csm.sources, self.plans_manager.dataset_name, nnunet.folder("nnUNet_preprocessed"))
         with no_worker_processes():
             training, validation = super().get_dataloaders()
         pin = self.device.type == "cuda"
@@ -304,5 +311,7 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             self.shared_by_nnunet(),
             self.averaged(),
             uncompiled(),
+            stoppable("the training is done; go on with --c, which makes its final validation"),
+            whole_exports(nnUNetTrainer, Path(self.output_folder) / "validation"),
         ):
             super().perform_actual_validation(save_probabilities)

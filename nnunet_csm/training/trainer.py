@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_csm import checkpoint
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
-from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone
+from nnunet_csm.host_files import check_dataset_json
 from nnunet_csm.machine import (
     ACCUMULATE_VARIABLE,
     accumulation,
@@ -36,7 +35,9 @@ from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder, check_encoder
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.pretext.base import setup_of
+from nnunet_csm.processes import stoppable
 from nnunet_csm.training.averaging import WeightAverage
+from nnunet_csm.training.earlier import EarlierRun
 from nnunet_csm.training.optimization import build_optimizer, build_scheduler, clipped_step
 from nnunet_csm.training.progress import Progress
 from nnunet_csm.training.ranks import lost_rank_explained, running
@@ -64,8 +65,8 @@ class CSMTrainer(nnUNetTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
             # before nnU-Net makes a folder
-            name = f"{plans['plans_name']}.json"
-            source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
+            source = nnunet.path_of_plans(plans)
+            check_dataset_json(dataset_json, "dataset.json")
             self.settings = read_configuration(plans, configuration, source)
             check_encoder(self.settings, source)
             self.schedule = self.choose_schedule(self.settings.csm)
@@ -95,6 +96,8 @@ class CSMTrainer(nnUNetTrainer):
         # by file name, when a checkpoint was last written
         self.written: dict[str, float] = {}
         self.last_picture = 0.0
+        # the run whose place this one takes with its first checkpoint
+        self.replaced: EarlierRun | None = None
 
     @staticmethod
     @abstractmethod
@@ -156,7 +159,10 @@ class CSMTrainer(nnUNetTrainer):
         return alone(self.output_folder, "training") if self.ranks.rank == 0 else nullcontext()
 
     def run_training(self) -> None:
-        with exit_on_user_error(), lost_rank_explained(self.ranks), self.only_one():
+        advice = "go on from the latest checkpoint with --c"
+        with stoppable(advice), exit_on_user_error(), lost_rank_explained(self.ranks), self.only_one():
+            if self.current_epoch > 0:
+                EarlierRun(Path(self.output_folder)).refuse_to_continue()
             super().run_training()
 
     def on_train_start(self) -> None:
@@ -167,15 +173,13 @@ class CSMTrainer(nnUNetTrainer):
                 self.on_fresh_start()
             if self.average is not None:
                 self.average.start()
-        super().on_train_start()
+        fresh = self.current_epoch == 0 and not self.disable_checkpointing and self.ranks.rank == 0
+        self.replaced = EarlierRun(Path(self.output_folder)) if fresh else None
+        with self.replaced.kept() if self.replaced else nullcontext():
+            super().on_train_start()
         # parameters are frozen by now, if any
         self.learning_network = self.ranks.shared(self.network, self.device)
         self.ranks.wait()
-        if self.current_epoch == 0 and not self.disable_checkpointing and self.ranks.rank == 0:
-            # only now, when all ranks are here and nothing is left that could stop the run before its first step
-            moved = checkpoint.move_away(self.output_folder)
-            if moved is not None:
-                self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
         self.progress = Progress(self.num_epochs, self.num_iterations_per_epoch, self.schedule.batch_size, self.ranks.rank == 0)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -186,15 +190,6 @@ class CSMTrainer(nnUNetTrainer):
 
     def on_fresh_start(self) -> None:
         """What a run does before its first step and a resumed run does not."""
-
-    def check_preprocessed(self) -> None:
-        """Look at every preprocessed file before the first step, not when a batch asks for it.
-
-        Raises:
-            UserError: one that is not whole.
-        """
-        for path in sorted(Path(self.preprocessed_dataset_folder).glob("*.b2nd")):
-            open_volumes(path)
 
     def on_train_epoch_start(self) -> None:
         self.iteration = self.current_epoch * self.num_iterations_per_epoch
@@ -303,8 +298,9 @@ class CSMTrainer(nnUNetTrainer):
         mean = float(self.ranks.sum(loss.mean()))
         self.progress.end_epoch()
         if not np.isfinite(mean):
-            raise RuntimeError(
-                f"the loss is {mean} in epoch {self.current_epoch}; lower the stage's learning rate in the csm block of the plans"
+            raise UserError(
+                f"{self.output_folder}: the loss is {mean} in epoch {self.current_epoch}, expected a number; lower the stage's "
+                f"learning rate in the csm block of the plans and train afresh (checkpoints of earlier epochs are kept)"
             )
         super().on_train_epoch_end([{"loss": np.asarray(mean)}])
         self.print_to_log_file(f"{self.progress.crops_per_second:.1f} crops/s, {self.progress.left(1.0)} left")
@@ -348,7 +344,12 @@ class CSMTrainer(nnUNetTrainer):
             "software": checkpoint.software(),
             **self.provenance(),
         }
-        checkpoint.save(saved, filename)
+        moved = checkpoint.save(saved, filename, first=self.replaced is not None)
+        if self.replaced is not None:
+            self.replaced.make_way()
+            self.replaced = None
+        if moved is not None:
+            self.print_to_log_file(f"Checkpoints of an earlier run were moved to {moved}")
         self.written[name] = time.monotonic()
 
     def due(self, name: str) -> bool:
@@ -375,7 +376,7 @@ class CSMTrainer(nnUNetTrainer):
                 {"patch_size": one.patch_size, **vars(one.csm), **vars(one.csm.finetuning), **one.architecture.named}
                 for one in (saved, self.settings)
             ]
-            if "pretext" in self.rests_on:
+            if "pretext" in self.rests_on and saved.csm.pretext.get("name") == self.settings.csm.pretext["name"]:
                 # a default that one file spells out and the other does not is no change
                 for part, one in zip(parts, (saved, self.settings), strict=True):
                     pretext, setup = setup_of(one, str(filename_or_checkpoint))
@@ -388,8 +389,9 @@ class CSMTrainer(nnUNetTrainer):
                         f"began: restore them, or train afresh"
                     )
             self.check_saved(loaded, str(filename_or_checkpoint))
-        super().load_checkpoint(str(filename_or_checkpoint))
-        if self.average is not None:
-            self.average.load(loaded["network_weights"])
-            self.bare_network.load_state_dict(loaded["learning_weights"])
-        self.restore_provenance(loaded)
+        with exit_on_user_error(), checkpoint.going_on(filename_or_checkpoint):
+            super().load_checkpoint(str(filename_or_checkpoint))
+            if self.average is not None:
+                self.average.load(loaded["network_weights"])
+                self.bare_network.load_state_dict(loaded["learning_weights"])
+            self.restore_provenance(loaded)

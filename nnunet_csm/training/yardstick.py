@@ -4,7 +4,6 @@ Network, loss, augmentation, optimiser and the shape of the learning rate's fall
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -22,9 +20,10 @@ from nnunet_csm.data.draws import seed_everything
 from nnunet_csm.data.sources import split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import whole
+from nnunet_csm.host_files import check_network
 from nnunet_csm.machine import keep_freed_memory, num_threads
-from nnunet_csm.plans import SPLITS
-from nnunet_csm.schema import from_dict
+from nnunet_csm.plans import SPLITS, configuration_of
+from nnunet_csm.schema import JsonName, Positive, Seed, from_dict
 from nnunet_csm.training.trainer import CUDA
 
 # an epoch takes at most the tenth part of the time
@@ -42,9 +41,9 @@ class Yardstick:
     `splits` is the name of a file in the preprocessed dataset folder, as `splits_final.json`; `seed` draws the initial weights.
     """
 
-    minutes: float
-    splits: str
-    seed: int = 0
+    minutes: Positive
+    splits: JsonName
+    seed: Seed = 0
 
 
 def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
@@ -57,14 +56,7 @@ def read_yardstick(plans: Mapping[str, Any], source: str) -> Yardstick:
         raise UserError(
             f'{source} has no key csm_yardstick; add "csm_yardstick": {{"minutes": 60, "splits": "{SPLITS}"}} beside plans_name'
         )
-    yardstick = from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
-    if not 0 < yardstick.minutes < math.inf:
-        raise UserError(f"{source}: csm_yardstick.minutes is {yardstick.minutes}, expected a number above 0")
-    if "/" in yardstick.splits or not yardstick.splits.endswith(".json"):
-        raise UserError(
-            f"{source}: csm_yardstick.splits is {yardstick.splits!r}, expected the name of a JSON file in the preprocessed folder"
-        )
-    return yardstick
+    return from_dict(Yardstick, plans["csm_yardstick"], f"{source}: csm_yardstick")
 
 
 class TimeIsUp(Exception):  # noqa: N818, no error
@@ -113,10 +105,12 @@ class nnUNetTrainerCSMYardstick(nnUNetTrainer):  # noqa: N801, nnU-Net's trainer
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         with exit_on_user_error():
-            name = f"{plans['plans_name']}.json"
-            source = os.path.join(nnUNet_preprocessed, plans["dataset_name"], name) if nnUNet_preprocessed.is_set() else name
+            source = nnunet.path_of_plans(plans)
             # before nnU-Net makes a folder
             self.yardstick = read_yardstick(plans, source)
+            network = configuration_of(plans, configuration, source).get("architecture")
+            if network is not None:  # plans of early nnU-Net have none, and may only mean two networks of its library
+                check_network(network, f"{source}: configurations.{configuration}.architecture")
             self.seconds = 60 * self.yardstick.minutes
         if device.type == "cpu":
             # as the other arms; nnU-Net takes all cores, whatever it was told

@@ -1,0 +1,90 @@
+"""What lies in a folder: the one place that looks at names and kinds of files before a library does.
+
+Libraries end the process on a name that is not UTF-8 (SimpleITK), wait for ever on a pipe, and take what systems leave behind for
+images.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from nnunet_csm.errors import UserError
+
+# the longest name, and the longest path, that usual systems take
+MAX_BYTES, MAX_PATH_BYTES = 255, 4095
+# besides what is hidden: previews and settings of folders in Windows, and the folder of macOS' twins in archives
+OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is of the system, not of the data: `.DS_Store`, `Thumbs.db`, the `._NAME` twins that macOS writes."""
+    return path.name.startswith(".") or path.name.casefold() in OF_SYSTEMS
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """Files of a folder whose names end in `ending`, sorted, without those that systems leave behind; [] without the folder.
+
+    Raises:
+        UserError: the folder cannot be listed, or one of them is nothing that can be read; see `file_problem`.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and not is_hidden(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}); give a folder, one that may be read") from error
+    for path in paths:
+        if problem := file_problem(path):
+            raise UserError(problem)
+    return paths
+
+
+def hidden_in(folder: Path, ending: str) -> list[Path]:
+    """Hidden files whose names end in `ending`, which nnU-Net takes for images; sorted."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.name.startswith("."))
+
+
+def file_problem(path: Path) -> str | None:
+    """Why a path cannot be read as a file, in a sentence; None where it can. Nothing is opened: a pipe would wait for ever."""
+    if problem := name_problem(str(path)):
+        return problem
+    try:
+        status = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            return f"{path} is a link to nothing that can be read ({error.strerror}); is the copy complete?"
+        return f"{path} cannot be read ({error.strerror}); correct the path, or change its permission"
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or a socket"
+        return f"{path} is {what}, expected a file; give a file"
+    if not os.access(path, os.R_OK):
+        return f"{path} may not be read by this user; change its permission (chmod +r)"
+    return None
+
+
+def argument_problem(text: str) -> str | None:
+    """Why a command cannot take an argument, if it is the name of a file at all; None where it can."""
+    if problem := name_problem(text):
+        return problem
+    try:
+        mode = os.stat(text).st_mode
+    except OSError:
+        return None
+    return (
+        None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else f"{text} is a device, a pipe or a socket; give a file or a folder"
+    )
+
+
+def name_problem(text: str) -> str | None:
+    """Why the name of a file or folder, or a path, cannot be used; None where it can."""
+    if "\0" in text:
+        return f"{text!r} has a character 0 in its name, which no file has; correct it"
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError:
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        return f"{readable} has a name that is not in UTF-8, which image libraries cannot open; rename it"
+    if any(len(part) > MAX_BYTES for part in raw.split(b"/")) or len(raw) > MAX_PATH_BYTES:
+        found = f"{text[:60]}... has a name of more than {MAX_BYTES} bytes, or {MAX_PATH_BYTES} with its folders"
+        return f"{found}, which file systems do not take; give a shorter one"
+    return None
