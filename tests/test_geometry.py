@@ -201,6 +201,25 @@ def test_a_header_of_metaimage_that_tells_of_too_much_is_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"NDims = 3", b"NDims = 9", "NDims in its header is 9, expected 3 or 4"),  # ITK would end the process
+        (b"NDims = 3", b"Ndims = 3", "NDims in its header is None"),
+        (b"CenterOfRotation", b"CenterOfRotati\xff\xff", "entry whose name is no text"),
+        (b"DimSize = 5 6 4", b"DimSize = 5 0 4", "without a voxel|cannot be read"),
+        (b"ElementSpacing = 1 1 1", b"ElementSpacing = 1 0 1", "zeros in its geometry|cannot be read"),
+    ],
+)
+def test_a_damaged_header_of_metaimage_is_refused(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(voxels()), str(tmp_path / "a.mha"))
+    content = (tmp_path / "a.mha").read_bytes()
+    assert old in content
+    (tmp_path / "a.mha").write_bytes(content.replace(old, new))
+    with pytest.raises(CaseError, match=rf"a\.mha .*({message})"):
+        read_volume(Volume(tmp_path / "a.mha"))
+
+
+@pytest.mark.parametrize(
     ("behind", "message"), [(bytes(512), ""), (b"\0\0x", r"a\.nii goes on behind its 592 bytes"), (None, "cannot be read")]
 )
 def test_what_lies_behind_the_voxels_is_zeros_or_refused(tmp_path: Path, behind: bytes | None, message: str) -> None:

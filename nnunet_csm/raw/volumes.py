@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from nnunet_csm.raw.geometry import Fit, Grid, fit, straight_grid
 from nnunet_csm.raw.subjects import CaseError, Volume
 
 DETACHED_ENDINGS = (".nhdr", ".mhd")  # the voxels lie in another file beside the header
+_METAIMAGE_ENDINGS = (".mha", ".mhd")
+_LONGEST_HEADER = 1 << 16  # bytes that are searched
 READABLE_ENDINGS = (*nifti.ENDINGS, ".nrrd", ".mha", *DETACHED_ENDINGS)
 
 
@@ -57,6 +60,8 @@ def read_header(path: Path) -> sitk.ImageFileReader:
     """Size, geometry and entries of a file. Raises `CaseError`."""
     if problem := file_problem(path):
         raise CaseError(problem)
+    if path.name.endswith(_METAIMAGE_ENDINGS):
+        _refuse_other_dimensions(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -64,6 +69,18 @@ def read_header(path: Path) -> sitk.ImageFileReader:
     except RuntimeError as error:
         raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
     return reader
+
+
+def _refuse_other_dimensions(path: Path) -> None:
+    """Raise `CaseError` for a MetaImage header with a number of axes at which ITK ends the process (below 1, above 8)."""
+    try:
+        with path.open("rb") as file:
+            found = re.search(rb"^\s*NDims\s*=\s*(.*?)\s*$", file.read(_LONGEST_HEADER), re.MULTILINE)
+    except OSError as error:
+        raise CaseError(f"{path} cannot be read ({reason(error)}); is the copy complete?") from error
+    if found is None or found[1] not in (b"2", b"3", b"4"):
+        value = None if found is None else found[1].decode(errors="replace")
+        raise CaseError(f"{path} cannot be read (NDims in its header is {value}, expected 3 or 4); copy it or export it again")
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,8 @@ def look_at(path: Path) -> Look:
         raise CaseError(
             f"{path} is truncated: its header tells of the shape {shape}, too much for {on_disk} bytes; copy it again"
         )
+    if min(shape) < 1:
+        raise CaseError(f"{path} has the shape {shape}, without a voxel; copy it again")
     return Look(shape, (straight_grid_of(header, path),) if len(shape) > 2 else ())
 
 
@@ -225,8 +244,11 @@ def _scalar_image(image: sitk.Image, path: Path) -> sitk.Image:
     if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in kind:
         msg = f"{path} holds pixels of the kind '{kind}', expected one real number a voxel; write the part to be used (such as "
         raise CaseError(msg + "the magnitude) to a file of its own")
-    for key in image.GetMetaDataKeys():
-        image.EraseMetaData(key)
+    try:
+        for key in image.GetMetaDataKeys():
+            image.EraseMetaData(key)
+    except TypeError as error:  # SimpleITK takes no name that is not UTF-8
+        raise CaseError(f"{path} has a header entry whose name is no text; export the file again") from error
     return image
 
 
