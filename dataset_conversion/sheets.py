@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnunet_csm.data.diagnoses import is_no_value
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import argument_problem
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
 
     Commas, semicolons or tabs between values (the header tells), UTF-8 with or without a byte order mark. Raises `UserError`.
     """
+    if problem := argument_problem(str(path)):
+        raise UserError(problem)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header_line = stream.readline()

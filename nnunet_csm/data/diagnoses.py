@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
+from nnunet_csm.listing import argument_problem
 
 FILE_NAME = "classification.csv"
 COLUMNS = ("case", "class", "mask_label", "patient")
@@ -198,6 +199,8 @@ def split_problems(table: ClassTable, split: Mapping[str, Collection[str]]) -> l
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Line number and named values of every row that is not blank."""
+    if problem := argument_problem(str(path)):
+        raise UserError(problem)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
