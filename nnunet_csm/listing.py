@@ -63,7 +63,7 @@ def file_problem(path: Path) -> str | None:
 
 
 def argument_problem(text: str) -> str | None:
-    """Why a command cannot take an argument, if it is the name of a file at all; None where it can."""
+    """Why what may be the name of a file or folder cannot be used: it is odd, or opening it would wait for ever; else None."""
     if problem := name_problem(text):
         return problem
     try:

@@ -14,6 +14,7 @@ from nnunet_csm.errors import FOLDER_VARIABLES as FOLDER_VARIABLES
 from nnunet_csm.errors import UserError, reason
 from nnunet_csm.files import whole
 from nnunet_csm.host_files import FOLDS, check_channels, check_dataset_json, check_plans, check_splits
+from nnunet_csm.listing import argument_problem
 from nnunet_csm.processes import follow_parent, run_command, stoppable
 from nnunet_csm.schema import parse_json
 
@@ -61,6 +62,8 @@ def dataset_id(name: str) -> int:
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
     """A JSON file that an earlier step has to have written; see `schema.parse_json`."""
+    if problem := argument_problem(str(path)):
+        raise UserError(problem)
     try:
         content = path.read_bytes()
     except FileNotFoundError:

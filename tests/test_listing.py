@@ -17,6 +17,7 @@ from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.fingerprint.extraction import case_files
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.listing import files_in
+from nnunet_csm.nnunet import read_json
 from nnunet_csm.raw import cases as written_cases
 from nnunet_csm.raw.check import check_dataset, check_inputs
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Volume
@@ -128,6 +129,13 @@ def test_no_command_takes_such_a_name(argument: str, expected: str, capsys: pyte
     assert ended.value.code == 2
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("read", [lambda path: read_json(path, ""), read_class_table, lambda path: read_sheet(path, ("case",))])
+def test_a_table_that_is_a_pipe_is_not_waited_for(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=r"x\.csv is a device, a pipe or a socket"):
+        read(tmp_path / "x.csv")
 
 
 # --- what nnU-Net would stumble over -----------------------------------------------------------------------------------------
