@@ -1,6 +1,7 @@
 """A DICOM folder gives the volume its headers describe, or an error that says what is wrong; attributes give the series' name."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -491,6 +492,14 @@ def test_compressed_frames_are_decoded_and_scaled_each(tmp_path: Path, compresso
     assert data.file_meta.TransferSyntaxUID.is_compressed
     steps = np.arange(1, 5).reshape(4, 1, 1)
     assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), voxels * steps)
+
+
+def test_a_value_of_an_unknown_kind_is_an_error_of_its_file(tmp_path: Path) -> None:
+    write_dicom(tmp_path, volume())
+    path = sorted(tmp_path.iterdir())[1]
+    path.write_bytes(path.read_bytes().replace(b"\x20\x00\x0e\x00UI", b"\x20\x00\x0e\x00U\x8d"))
+    with pytest.raises(CaseError, match=f"{re.escape(path.name)} cannot be read as a DICOM image"):
+        read_dicom_series(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
