@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command; a `UserError` ends in exit code 2 without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     outputs = [Path(value) for flag, value in pairwise(given) if flag == "-o"]
-    name = given[0] if given and "--fill_missing_only" not in given else ""
-    advice = GOES_ON.get(name, "nothing half-written is left, run it again")
+    advice = GOES_ON.get(
+        "" if "--fill_missing_only" in given else "".join(given[:1]), "nothing half-written is left, run it again"
+    )
     with stoppable(advice), exit_on_user_error(*outputs):
         if given and given[0] in RENAMED:
             print(f"`nnunet_csm {given[0]}` is now `nnunet_csm {' '.join(RENAMED[given[0]])}`, which is run", file=sys.stderr)

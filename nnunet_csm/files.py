@@ -130,8 +130,8 @@ def in_turn(folder: Path, what: str) -> Iterator[None]:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """What `whole` began; of a folder whose lock is held."""
-    for left in folder.glob(".*.tmp"):
+    """What `whole` began, in a folder whose lock is held."""
+    for left in folder.rglob(".*.tmp"):
         left.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,35 +167,37 @@ def follow_parent() -> None:
     Workers that wait for work never notice that nobody is there to give them any.
     """
     if "--multiprocessing-fork" in sys.orig_argv or multiprocessing.parent_process() is not None:
-        _follow(None)
+        _follow(_is_told_parent_alive)
 
 
-def _follow(parent: int | None) -> None:
+def _follow(is_parent_alive: Callable[[], bool]) -> None:
     if _this.watched:
         return
     _this.watched = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch, args=(is_parent_alive,), daemon=True).start()
 
 
-def _watch(forked_by: int | None) -> None:
-    # a process that was not forked may have lost its parent while it read its modules, and knows only then who that was
-    while forked_by is None and multiprocessing.parent_process() is None:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    told = multiprocessing.parent_process()
-    parent = told.pid if forked_by is None and told is not None else forked_by
-    while os.getppid() == parent:
+def _watch(is_parent_alive: Callable[[], bool]) -> None:
+    while is_parent_alive():
         time.sleep(SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_told_parent_alive() -> bool:
+    """While a process begins, `multiprocessing` has not told it yet who its parent is: it may be gone by then."""
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()
 
 
 def _after_fork() -> None:
     """A forked child has its parent's handlers."""
     if _this.advice is not None:
         _this.watched, _this.number, _this.commands = False, None, set()
-        _follow(os.getppid())
+        parent = os.getppid()
+        _follow(lambda: os.getppid() == parent)
 
 
 os.register_at_fork(after_in_child=_after_fork)

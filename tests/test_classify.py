@@ -210,6 +210,15 @@ def test_folds_are_averaged_and_the_record_tells_what_did_it(model):
     assert record["checkpoints"][1]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_mask_stored_with_other_axes_is_turned(model, capsys):
+    expected, _ = model.classify()
+    path = model.masks / "a.nii.gz"
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), "RAS"), str(path))
+    table, record = model.classify()
+    assert table.equals(expected) and not record["left_out"]
+    assert "a.nii.gz: turned from RAS to" in "".join(capsys.readouterr())
+
+
 def test_a_missing_file_is_an_absent_series(model):
     before, _ = model.classify()
     save(model.images / "b_0001.nii.gz", np.zeros((20, 24, 22), np.float32))

@@ -12,7 +12,9 @@ from factories import DATASET_JSON, base_plans
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_csm import nnunet
+from nnunet_csm.cli import main
 from nnunet_csm.data.sources import split
+from nnunet_csm.doctor import of_dataset
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.labels import check_label_values
 from nnunet_csm.host_files import check_dataset_json, check_labels, check_plans, check_splits
@@ -163,6 +165,17 @@ def test_a_mask_that_was_cut_off_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"c1.nii.gz: cannot be read .*copy it again"):
         checked(raw)
+
+
+def test_the_masks_of_a_dataset_are_looked_at_before_a_preset_and_before_nnunet(nnunet_folders, capsys) -> None:
+    raw = dataset(nnunet_folders.raw, [[0, 1, 2], [0, 4]])
+    with pytest.raises(SystemExit) as ended:
+        main(["plan_and_preprocess", "-d", "1", "-preset", "not_there.json", "-np", "1"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "c1.nii.gz: the mask holds the value 4" in said and said.count("\n") == 1
+    assert not list(nnunet_folders.preprocessed.iterdir())
+    findings = [finding for finding in of_dataset("1", "3d_fullres") if finding.mark == "WRONG" and finding.remedy]
+    assert [finding.what for finding in findings] == [raw.name] and "the value 4" in findings[0].remedy
 
 
 # --- splits ------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from nnunet_csm.host_files import check_dataset_json
 from nnunet_csm.listing import files_in, hidden_in
 from nnunet_csm.nnunet import channel_names, read_json
 from nnunet_csm.raw import nifti
-from nnunet_csm.raw.geometry import Grid
+from nnunet_csm.raw.geometry import CrookedError, Grid
 from nnunet_csm.raw.subjects import CaseError
 from nnunet_csm.raw.volumes import Look, look_at, read_header
 
@@ -264,10 +264,10 @@ def _shifted_files(headers: Mapping[Path, Look]) -> Iterator[str]:
 def _read_header(path: Path) -> Look:
     try:
         return look_at(path)
-    except CaseError:
+    except CrookedError:
         if not path.name.endswith(nifti.ENDINGS):
             raise
-        # axes far from right angles, or of another length than the spacing says: nnU-Net reads the voxels and the spacing
+        # nnU-Net reads voxels and spacing with nibabel, which minds no axes
         header = nifti.read_header(path)
         size = header.shape[::-1][:3]
         return Look(header.shape, (Grid(size, header.spacing, (0.0, 0.0, 0.0), tuple(np.eye(3).flatten())),), placed=False)

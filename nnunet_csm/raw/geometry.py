@@ -57,10 +57,10 @@ class Grid:
         return affine
 
     def is_kept_by(self, move: Array) -> bool:
-        """Whether a move (4, 4) of the world leaves voxels where they are, up to what rounding in a header may do."""
+        """Whether a move (4, 4) of the world leaves voxels where they are, but for half of one."""
         corners = self._world(self._corners())
         moved = corners @ move[:3, :3].T + move[:3, 3]
-        return float(np.linalg.norm(moved - corners, axis=1).max()) < SAME_GRID * min(self.spacing)
+        return float(np.linalg.norm(moved - corners, axis=1).max()) < MAX_ROUNDING * min(self.spacing)
 
     @property
     def orientation(self) -> str:
@@ -125,11 +125,15 @@ class Grid:
         return _lattice(*([0.0, edge - 1.0] for edge in self.size))
 
 
+class CrookedError(CaseError):
+    """Axes that no rounding has turned from right angles."""
+
+
 def straight_grid(path: Path, size: Sequence[int], matrix: Array, origin: Array) -> Grid:
     """The grid nearest to axes (columns of `matrix`, mm) that may not be quite at right angles; its centre stays where it is.
 
     Raises:
-        CaseError: they are far from right angles.
+        CrookedError: they are far from right angles.
     """
     spacing = np.linalg.norm(matrix, axis=0)
     left, _, right = np.linalg.svd(matrix / spacing)
@@ -139,7 +143,7 @@ def straight_grid(path: Path, size: Sequence[int], matrix: Array, origin: Array)
     moved = float(np.abs(np.linalg.solve(matrix, (direction * spacing - matrix) @ corners.T)).max())
     if moved > MAX_SNAP:
         msg = f"{path} has axes that are not at right angles ({moved:.1f} voxels off at the corners), expected a grid of boxes; "
-        raise CaseError(msg + "resample it first, such as with nibabel.processing.resample_to_output")
+        raise CrookedError(msg + "resample it first, such as with nibabel.processing.resample_to_output")
     if moved < ROUNDING:
         direction = matrix / spacing
     else:

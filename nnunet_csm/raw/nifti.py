@@ -7,6 +7,7 @@ disagree and a spacing of zero as 1. So both header and voxels are read here, on
 import gzip
 import io
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,13 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from nnunet_csm.errors import reason
-from nnunet_csm.raw.geometry import SAME_GRID, Array, Grid, straight_grid
+from nnunet_csm.raw.geometry import MAX_ROUNDING, SAME_GRID, Array, Grid, straight_grid
 from nnunet_csm.raw.subjects import CaseError
 
 ENDINGS = (".nii.gz", ".nii")
 
 # what gzip and nibabel's headers raise for a damaged file
-DAMAGED = (OSError, EOFError, ValueError, zlib.error, WrapStructError, HeaderDataError, ImageFileError)
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, OverflowError, WrapStructError, HeaderDataError, ImageFileError)
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _KINDS = {
     1: "bits",
@@ -43,6 +44,8 @@ _KINDS = {
 # xyzt_units: mm of a unit of length; unknown is taken as mm
 _MILLIMETRES = {1: 1000.0, 3: 0.001}
 _EDGES = (1e-4, 1e3)  # mm: edges of voxels outside are no spacing of an image of a body
+# A quaternion of float32 numbers turns by up to sqrt(2^-23) rad more or less, near half a turn, than the sform beside it.
+QUATERNION_ROUNDING = 1e-3
 MOST_COMPRESSED = 1100  # gzip makes of a byte at most 1032
 _SCANNER = 1  # a code of a transform: it goes to the scanner's own coordinates
 _CHUNK = 1 << 22  # bytes
@@ -83,17 +86,17 @@ class Header:
         """Where the voxels lie, as the header says once or twice.
 
         Raises:
-            CaseError: axes far from right angles, or a spacing and axes of another length.
+            CrookedError: axes far from right angles.
+            CaseError: a spacing that is not the length of the axes.
         """
         found = []
         for affine in self.affines:
             size = self.shape[::-1][:3]
-            lengths = np.linalg.norm(affine[:, :3], axis=0)
-            if (np.abs(lengths / self.spacing - 1) * size).max() > max(SAME_GRID, 1e-3 * max(size)):
-                listed = [tuple(round(float(one), 5) for one in edges) for edges in (self.spacing, lengths)]
+            grid = straight_grid(self.path, size, affine[:, :3], affine[:, 3])
+            if (np.abs(np.divide(grid.spacing, self.spacing) - 1) * size).max() > max(SAME_GRID, 1e-3 * max(size)):
+                listed = [tuple(round(float(one), 5) for one in edges) for edges in (self.spacing, grid.spacing)]
                 msg = f"{self.path}: its pixdim says voxels of {listed[0]} mm (x, y, z), its sform of {listed[1]}"
                 raise CaseError(f"{msg}; correct the wrong one")
-            grid = straight_grid(self.path, size, affine[:, :3], affine[:, 3])
             found.append(replace(grid, spacing=self.spacing))  # which a transform has up to its rounding
         return tuple(found)
 
@@ -124,7 +127,8 @@ def read_image(path: Path) -> sitk.Image:
 def read_voxels(header: Header) -> np.ndarray:
     """All voxels, in the order of `header.shape`, scaled; the file is read to its end, where gzip keeps its checksum."""
     path = header.path
-    if header.num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+    if header.num_bytes > memory:
         raise CaseError(f"{path} holds {header.num_bytes / 2**30:.0f} GiB, more than this machine has memory; cut it first")
     voxels = np.empty(header.shape, header.kind)
     content = voxels.reshape(-1).view(np.uint8).data
@@ -252,7 +256,9 @@ def _affines(path: Path, raw: Nifti1Header, spacing: Array, size: list[int], uni
     first, *others = (in_itk[name] for name in order if name in in_itk)
     corners = np.stack(np.meshgrid(*[(0.0, length - 1.0) for length in size], 1.0, indexing="ij"), -1).reshape(-1, 4)
     apart = [np.linalg.norm(corners @ (other - first).T, axis=1).max() for other in others]
-    return (first, *(one for one, mm in zip(others, apart, strict=True) if mm > SAME_GRID * min(spacing))), True
+    extent = np.linalg.norm(spacing * size)
+    tolerance = max(MAX_ROUNDING * min(spacing), QUATERNION_ROUNDING * extent)
+    return (first, *(one for one, mm in zip(others, apart, strict=True) if mm > tolerance)), True
 
 
 def _qform(path: Path, raw: Nifti1Header, spacing: Array, unit: float) -> Array:
