@@ -493,6 +493,16 @@ def test_compressed_frames_are_decoded_and_scaled_each(tmp_path: Path, compresso
     assert np.array_equal(sitk.GetArrayFromImage(read_dicom_series(tmp_path)), voxels * steps)
 
 
+def test_a_value_of_an_unknown_kind_is_an_error_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.dcm"
+    enhanced(path, noise((4, 8, 8)), [0, 2, 4, 6])
+    content = path.read_bytes()
+    assert content.count(b"\x20\x00\x0e\x00UI") == 1
+    path.write_bytes(content.replace(b"\x20\x00\x0e\x00UI", b"\x20\x00\x0e\x00U\x8d"))
+    with pytest.raises(CaseError, match=r"x\.dcm cannot be read as a DICOM image"):
+        read_dicom_series(tmp_path)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
 def test_a_file_that_is_cut_off_anywhere_is_an_error_or_no_image(tmp_path: Path, share: float) -> None:
     enhanced(tmp_path / "x.dcm", noise((4, 8, 8)), [0, 2, 4, 6], of_b_value(lambda i: 1000))

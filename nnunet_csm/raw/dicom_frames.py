@@ -171,6 +171,8 @@ def _header(file: Path) -> Dataset | None:
     kind = str(getattr(header.get("SOPClassUID", ""), "name", ""))
     if "Image Storage" not in kind and ("Storage" in kind or "Rows" not in header):
         return None
+    for keyword in ("SeriesInstanceUID", "SeriesDescription"):
+        header.get(keyword)  # pydicom decodes a value when it is first asked for, here where errors are expected
     return header
 
 
