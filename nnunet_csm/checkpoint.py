@@ -88,6 +88,10 @@ def load(path: str | Path) -> dict[str, Any]:
         wrong = ["network_weights"]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} in it is not what a training writes; {remedy}")
+    if infinite := [name for name, one in weights.items() if one.is_floating_point() and not one.isfinite().all()]:
+        raise UserError(
+            f"{path}: {infinite[0]} holds NaN or infinite numbers, expected weights; take another checkpoint, or train again"
+        )
     return checkpoint
 
 

@@ -96,7 +96,10 @@ COMMANDS = (
         },
         before=(PRETRAINED,),
     ),
-    Command(("pretrain", *TRAIN, "--c"), {f"{PRETRAINED}/checkpoint_final.pth": damage.CHECKPOINT}),
+    # where there is no checkpoint, nnU-Net begins afresh and says so
+    Command(
+        ("pretrain", *TRAIN, "--c"), {f"{PRETRAINED}/checkpoint_final.pth": damage.of_a_file_that_is_there(damage.CHECKPOINT)}
+    ),
     Command(
         ("finetune", *TRAIN),
         {
