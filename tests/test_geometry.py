@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 from collections.abc import Callable
 from itertools import permutations, product
@@ -96,6 +97,12 @@ def test_what_rounding_does_to_a_quaternion_is_no_second_place(tmp_path: Path) -
     header = nibabel.Nifti1Image.from_filename(tmp_path / "a.nii").header
     assert np.abs(header.get_sform() - header.get_qform()).max() > 0
     assert len(look_at(tmp_path / "a.nii").places) == 1 and not look_at(tmp_path / "a.nii").remarks
+
+
+def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.nii")
+    with pytest.raises(CaseError, match=r"a\.nii"):
+        look_at(tmp_path / "a.nii")
 
 
 @pytest.mark.parametrize(("unit", "factor"), [(1, 1000.0), (3, 0.001)])

@@ -24,6 +24,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from nnunet_csm.errors import reason
+from nnunet_csm.listing import file_problem
 from nnunet_csm.raw.geometry import MAX_ROUNDING, SAME_GRID, Array, Grid, straight_grid
 from nnunet_csm.raw.subjects import CaseError
 
@@ -156,6 +157,8 @@ def read_voxels(header: Header) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
+    if problem := file_problem(path):
+        raise CaseError(problem)
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
             yield file
