@@ -15,6 +15,7 @@ from factories import checkpoint_of, csm_plans
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.properties import check_properties
+from nnunet_csm.data.sources import check_preprocessed
 from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError
 from nnunet_csm.host_files import check_network
@@ -221,13 +222,15 @@ def test_a_file_of_voxels_that_holds_an_expression_is_refused(tmp_path: Path) ->
         open_volumes(tmp_path / "expression.b2nd")
 
 
-def test_a_trainer_looks_at_them_before_it_learns(planned_dataset, make_trainer, tmp_path: Path, capsys) -> None:
-    trainer = make_trainer(pretraining=False)
-    trainer.preprocessed_dataset_folder = str(tmp_path / "folder")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "case.pkl").write_bytes(pickle.dumps(Command(tmp_path / "made")))
+def test_a_trainer_looks_at_them_before_it_learns(tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset001_A" / "x"
+    folder.mkdir(parents=True)
+    for ending in (".b2nd", "_seg.b2nd"):
+        blosc2.asarray(np.zeros((1, 2, 2, 2)), urlpath=str(folder / f"case{ending}"))
+    (folder / "case.pkl").write_bytes(pickle.dumps(Command(tmp_path / "made")))
+    source = source_of(("FLAIR",), dataset="Dataset001_A", data_identifier="x")
     with pytest.raises(UserError, match=r"case.pkl"):
-        trainer.check_preprocessed()
+        check_preprocessed([source], "Dataset001_A", tmp_path)
     assert not (tmp_path / "made").exists()
 
 
