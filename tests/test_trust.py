@@ -11,7 +11,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from factories import checkpoint_of, csm_plans
+from factories import checkpoint_of, csm_plans, source_of
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.properties import check_properties
