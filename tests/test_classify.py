@@ -378,14 +378,17 @@ def test_a_mask_of_no_image_is_told(model):
     assert next(line for line in lines if "masks of no image" in line).endswith("such as c.nii.gz")
 
 
-def test_weights_that_are_no_numbers_are_refused(model):
+def test_weights_that_are_or_give_no_numbers_are_refused(model):
     torch.manual_seed(0)
     network = build_classifier(read_configuration(plans_of(), "3d_fullres", "plans"), len(SERIES), len(CLASSES))
     weights = network.state_dict()
-    weights["head.bias"][0] = torch.nan
-    model.save_fold(1, network_weights=weights)
-    with pytest.raises(UserError, match="a: the classifier of fold 1 gives NaN"):
-        classify(model.request())
+    for name, value, message in (
+        ("head.bias", torch.nan, r"fold_1/checkpoint_final\.pth: head\.bias holds NaN"),
+        ("head.weight", 3e38, "a: the classifier of fold 1 gives NaN"),
+    ):
+        model.save_fold(1, network_weights={**weights, name: torch.full_like(weights[name], value)})
+        with pytest.raises(UserError, match=message):
+            classify(model.request())
     assert not model.output.exists()
 
 

@@ -50,9 +50,9 @@ def test_checkpoints_are_written_by_time(make_trainer: Callable[..., Any], monke
     written: list[str] = []
     save = trainers.checkpoint.save
 
-    def recorded(saved: dict[str, Any], path: str) -> None:
+    def recorded(saved: dict[str, Any], path: str, first: bool = False) -> None:
         written.append(path.rsplit("checkpoint_", 1)[1])
-        save(saved, path)
+        save(saved, path, first)
 
     monkeypatch.setattr(trainers.checkpoint, "save", recorded)
     monkeypatch.setattr(trainers, "SECONDS_BETWEEN_CHECKPOINTS", float("inf"))

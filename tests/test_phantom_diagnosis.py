@@ -70,7 +70,7 @@ def train(
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
     dataset_json = {
-        "channel_names": dict(enumerate(SERIES)),
+        "channel_names": {str(channel): name for channel, name in enumerate(SERIES)},
         "labels": {"background": 0} | {f"label {n}": n for n in (1, 2, 3)},
         "numTraining": NUM_CASES,
         "file_ending": ".nii.gz",

@@ -316,7 +316,7 @@ def test_a_model_that_is_not_there_or_another_one_is_refused_before_anything_is_
     saved = checkpoint.load(path)
     del saved["network_weights"]["decoder.seg_layers.0.bias"]
     checkpoint.save(saved, path)
-    with pytest.raises(UserError, match=r"fold 1.*another network"):
+    with pytest.raises(UserError, match=r"fold_1/checkpoint_final\.pth.*do not fit the network"):
         predict(request_)
     saved["init_args"]["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["depth"] = 7
     checkpoint.save(saved, path)

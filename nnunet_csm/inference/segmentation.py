@@ -208,7 +208,7 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
     )
     weights = [loaded["network_weights"] for loaded in model.checkpoints]
     for fold, of_fold in zip(request.folds, weights, strict=True):
-        checkpoint.load_weights(network, of_fold, f"fold {fold} of {model.folder}")
+        checkpoint.load_weights(network, of_fold, str(model.folder / f"fold_{fold}" / request.checkpoint_name))
     mirroring_axes = model.checkpoints[0]["inference_allowed_mirroring_axes"]
     predictor.manual_initialization(network, plans, configuration, weights, model.dataset_json, request.trainer, mirroring_axes)
     return predictor
