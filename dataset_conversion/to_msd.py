@@ -10,6 +10,7 @@ grid.
 import gzip
 import hashlib
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
+from nnunet_csm.listing import file_problem
 from nnunet_csm.raw.manifest import software
 from nnunet_csm.raw.nifti import DAMAGED
 from nnunet_csm.raw.volumes import sha256
@@ -140,7 +142,10 @@ def _write_archive(path: Path, tasks: Sequence[Task]) -> list[Case]:
         UserError: the first five problems and how many follow.
     """
     cases, problems = list[Case](), [problem for task in tasks for problem in task.problems]
-    pairs = [(task, image) for task in tasks for image in task.images.values() if image.is_file()]
+    images = [(task, image, file_problem(image)) for task in tasks for image in task.images.values()]
+    pairs = [(task, image) for task, image, problem in images if problem is None]
+    # of those that are not there, the task has told
+    problems += [problem for _, image, problem in images if problem is not None and os.path.lexists(image)]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         for task, image in tqdm(pairs, desc="checking and writing", unit="case"):
             try:

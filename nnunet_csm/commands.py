@@ -228,7 +228,7 @@ def _fill_missing(args: argparse.Namespace) -> int:
 
     name = nnunet.dataset_name(args.d)
     folders = [nnunet.folder(variable) / name for variable in ("nnUNet_preprocessed", "nnUNet_raw")]
-    described = load_dataset_json(next((f for f in folders if (f / "dataset.json").is_file()), folders[-1]))
+    described = load_dataset_json(next((f for f in folders if os.path.lexists(f / "dataset.json")), folders[-1]))
     names, ending = nnunet.channel_names(described), described["file_ending"]
     for line in fill_missing(Path(args.i), Path(args.o), names, ending, not args.keep_copies, args.copy, args.overwrite):
         print(line)

@@ -9,9 +9,10 @@ import SimpleITK as sitk
 from PIL import Image
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.pictures import save_overlays_of_folder
 from nnunet_csm.figures.canvas import COARSE_LEVELS, COLOURS, EMPTY
 from nnunet_csm.figures.curves import Panel, save_curves
-from nnunet_csm.figures.overlays import save_overlay, save_overlays_of_folder
+from nnunet_csm.figures.overlays import save_overlay
 from nnunet_csm.figures.page import Page, Table
 from nnunet_csm.figures.reconstructions import HIDDEN_COLOUR, save_reconstruction, save_restoration
 

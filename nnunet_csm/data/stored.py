@@ -162,7 +162,8 @@ def _mapped(file: CaseFile) -> Stored:
 def _is_stored(file: CaseFile) -> bool:
     """Whether there is a whole stored file, made from the present one by the present code."""
     try:
-        return bool(_mapped(file)["stamp"] == _stamp(file.path))
+        # a pipe would be waited for
+        return file.stored.is_file() and bool(_mapped(file)["stamp"] == _stamp(file.path))
     except (OSError, RuntimeError):
         return False
 

@@ -1,14 +1,15 @@
 """`nnunet_csm evaluate`: tables, files and pictures for a folder of predictions."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_csm import nnunet
+from nnunet_csm.evaluation.pictures import save_overlays_of_folder
 from nnunet_csm.evaluation.regions import parse_regions
 from nnunet_csm.evaluation.scores import Scores
 from nnunet_csm.evaluation.segmentation import evaluate_folder
-from nnunet_csm.figures.overlays import save_overlays_of_folder
 
 
 def evaluate_dataset(
@@ -27,7 +28,7 @@ def evaluate_dataset(
     """
     name = nnunet.dataset_name(dataset)
     candidates = [nnunet.folder(v) / name / "dataset.json" for v in ("nnUNet_raw", "nnUNet_preprocessed")]
-    path = next((c for c in candidates if c.is_file()), candidates[0])
+    path = next((c for c in candidates if os.path.lexists(c)), candidates[0])
     dataset_json = nnunet.read_dataset_json(path, "nnU-Net needs it to read the dataset")
     scores = evaluate_folder(references, predictions, dataset_json, parse_regions(regions) if regions else None, num_processes)
     scores.save(out_folder)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -13,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from nnunet_csm.errors import UserError
 from nnunet_csm.figures.canvas import (
     COLOURS,
     GAP,
@@ -29,7 +27,6 @@ from nnunet_csm.figures.canvas import (
     write_above,
     write_beside,
 )
-from nnunet_csm.listing import files_in
 
 # Pixels. The width of a panel shrinks with their number, which keeps files under 300 kB.
 PICTURE_WIDTH = 820
@@ -98,25 +95,22 @@ def save_overlay(
     save_figure(figure, path)
 
 
-def save_methods_of_case(
+def save_methods(
     path: str | Path,
-    image_file: Path,
-    reference_file: Path,
-    prediction_files: Mapping[str, Path],
+    series: Float[np.ndarray, "z y x"] | Int[np.ndarray, "z y x"],
+    segmentations: Mapping[str, Int[np.ndarray, "z y x"]],
     label_names: Mapping[int, str],
     title: str,
     notes: Mapping[str, str],
+    spacing: tuple[float, float, float],
 ) -> None:
     """One case under several methods: image, reference and every prediction by name, whole and enlarged around the labels.
 
-    All are turned to LPS and show the axial slice with most foreground in the reference. `notes` are words under a prediction,
-    such as its Dice. Raises UserError when a file is missing or its grid is not that of the image.
+    The axial slice is the one with most foreground in the reference, which comes first of `segmentations`. `notes` are words
+    under a prediction, such as its Dice; `spacing` is in mm, (z, y, x).
     """
-    image = _read_upright(image_file)
-    files = {"reference": reference_file, **prediction_files}
-    segmentations = {name: _read_on_grid(file, image, image_file) for name, file in files.items()}
-    series, reference = sitk.GetArrayFromImage(image), segmentations["reference"]
-    x, y, _ = image.GetSpacing()
+    (_, reference), *_ = segmentations.items()
+    _, y, x = spacing
     labels = [label for label in sorted(label_names) if label != 0]
     z = _fullest_slice(reference, labels)
     anywhere = np.any([np.isin(one[z], labels) for one in segmentations.values()], axis=0)
@@ -135,61 +129,11 @@ def save_methods_of_case(
         _enlarge(axes, anywhere[shown])
     for axes, segmentation in zip(panels[0][1:], segmentations.values(), strict=True):
         _draw_labels(axes, segmentation[z][shown], labels)
-    for axes, name in zip(panels[0][2:], prediction_files, strict=True):
+    for axes, name in zip(panels[0][2:], list(segmentations)[1:], strict=True):
         note = notes.get(name, "")
         axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
     _draw_legend(figure, labels, label_names, with_lines=False)
     save_figure(figure, path)
-
-
-def save_overlays_of_folder(
-    raw_image_folder: str | Path,
-    reference_folder: str | Path | None,
-    prediction_folder: str | Path,
-    series_names: Sequence[str],
-    label_names: Mapping[int, str],
-    out_folder: str | Path,
-    num_cases: int,
-    file_ending: str,
-) -> list[Path]:
-    """Draw the first `num_cases` predictions by name over nnU-Net's raw images, as out_folder/{case}.png; returns these paths.
-
-    `series_names` are in the order of the channels. Images are turned to LPS, so that a picture shows the patient's right on
-    its left whatever the file's orientation. Raises UserError when a file is missing or its grid is not that of the image.
-    """
-    prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
-    predictions = files_in(prediction_folder, file_ending)
-    if not predictions:
-        raise UserError(f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions")
-    drawn = []
-    for prediction_file in predictions[:num_cases]:
-        case = prediction_file.name.removesuffix(file_ending)
-        channels = [raw_image_folder / f"{case}_{channel:04d}{file_ending}" for channel in range(len(series_names))]
-        images = [_read_upright(file) for file in channels]
-        prediction = _read_on_grid(prediction_file, images[0], channels[0])
-        reference_file = None if reference_folder is None else Path(reference_folder) / prediction_file.name
-        reference = None if reference_file is None else _read_on_grid(reference_file, images[0], channels[0])
-        volume = [_read_on_grid(file, images[0], channels[0], image) for file, image in zip(channels, images, strict=True)]
-        x, y, z = images[0].GetSpacing()
-        out_file = Path(out_folder) / f"{case}.png"
-        save_overlay(out_file, np.stack(volume), series_names, reference, prediction, label_names, case, (z, y, x))
-        drawn.append(out_file)
-    return drawn
-
-
-def _read_upright(file: Path) -> sitk.Image:
-    if not file.is_file():
-        msg = f"{file}: no such file, expected for a picture of its case; check the folders of images, references and predictions"
-        raise UserError(msg)
-    return sitk.DICOMOrient(sitk.ReadImage(str(file)), "LPS")
-
-
-def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path, image: sitk.Image | None = None) -> np.ndarray:
-    """The (z, y, x) array of `file` (read already where `image` is given), which must have the shape of `grid`."""
-    image = _read_upright(file) if image is None else image
-    if image.GetSize() != grid.GetSize():
-        raise UserError(f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid")
-    return sitk.GetArrayFromImage(image)
 
 
 def _fullest_slice(segmentation: Int[np.ndarray, "z y x"], labels: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_csm.evaluation.bootstrap import CONFIDENCE
-from nnunet_csm.figures.overlays import save_methods_of_case
+from nnunet_csm.evaluation.pictures import save_methods_of_case
 from nnunet_csm.figures.page import Page
 from nnunet_csm.figures.studies import Curve, PatientDifferences, save_label_efficiency, save_patient_differences
 from nnunet_csm.study.statistics import (

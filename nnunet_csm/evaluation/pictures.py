@@ -1,0 +1,83 @@
+"""Pictures of predictions over nnU-Net's raw images, read as scores read them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_csm.errors import UserError
+from nnunet_csm.figures.overlays import save_methods, save_overlay
+from nnunet_csm.listing import files_in
+from nnunet_csm.raw.subjects import Volume
+from nnunet_csm.raw.volumes import read_volume
+
+
+def save_overlays_of_folder(
+    raw_image_folder: str | Path,
+    reference_folder: str | Path | None,
+    prediction_folder: str | Path,
+    series_names: Sequence[str],
+    label_names: Mapping[int, str],
+    out_folder: str | Path,
+    num_cases: int,
+    file_ending: str,
+) -> list[Path]:
+    """Draw the first `num_cases` predictions by name over nnU-Net's raw images, as out_folder/{case}.png; returns these paths.
+
+    `series_names` are in the order of the channels. Images are turned to LPS, so that a picture shows the patient's right on
+    its left whatever the file's orientation. Raises UserError when a file is missing or its grid is not that of the image.
+    """
+    prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
+    predictions = files_in(prediction_folder, file_ending)
+    if not predictions:
+        raise UserError(f"{prediction_folder}: no prediction ends with {file_ending}; give the folder that holds the predictions")
+    drawn = []
+    for prediction_file in predictions[:num_cases]:
+        case = prediction_file.name.removesuffix(file_ending)
+        channels = [raw_image_folder / f"{case}_{channel:04d}{file_ending}" for channel in range(len(series_names))]
+        images = [_read_upright(file) for file in channels]
+        prediction = _read_on_grid(prediction_file, images[0], channels[0])
+        reference_file = None if reference_folder is None else Path(reference_folder) / prediction_file.name
+        reference = None if reference_file is None else _read_on_grid(reference_file, images[0], channels[0])
+        volume = [_read_on_grid(file, images[0], channels[0], image) for file, image in zip(channels, images, strict=True)]
+        x, y, z = images[0].GetSpacing()
+        out_file = Path(out_folder) / f"{case}.png"
+        save_overlay(out_file, np.stack(volume), series_names, reference, prediction, label_names, case, (z, y, x))
+        drawn.append(out_file)
+    return drawn
+
+
+def save_methods_of_case(
+    path: str | Path,
+    image_file: Path,
+    reference_file: Path,
+    prediction_files: Mapping[str, Path],
+    label_names: Mapping[int, str],
+    title: str,
+    notes: Mapping[str, str],
+) -> None:
+    """One case under several methods, see `figures.overlays.save_methods`; all files are turned to LPS.
+
+    Raises UserError when a file is missing or its grid is not that of the image.
+    """
+    image = _read_upright(image_file)
+    files = {"reference": reference_file, **prediction_files}
+    segmentations = {name: _read_on_grid(file, image, image_file) for name, file in files.items()}
+    x, y, z = image.GetSpacing()
+    save_methods(path, sitk.GetArrayFromImage(image), segmentations, label_names, title, notes, (z, y, x))
+
+
+def _read_upright(file: Path) -> sitk.Image:
+    if not file.is_file():
+        msg = f"{file}: no such file, expected for a picture of its case; check the folders of images, references and predictions"
+        raise UserError(msg)
+    return sitk.DICOMOrient(read_volume(Volume(file)), "LPS")
+
+
+def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path, image: sitk.Image | None = None) -> np.ndarray:
+    """The (z, y, x) array of `file` (read already where `image` is given), which must have the shape of `grid`."""
+    image = _read_upright(file) if image is None else image
+    if image.GetSize() != grid.GetSize():
+        raise UserError(f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid")
+    return sitk.GetArrayFromImage(image)
