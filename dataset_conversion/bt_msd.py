@@ -105,7 +105,10 @@ def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | Non
     if not isinstance(image, str) or (identifier := layout.stem(Path(image))) is None:
         raise UserError(f"{release / 'dataset.json'} lists {entry!r}; expected the path of a volume under 'image'")
     if not test:
-        return identifier, release / image, release / entry["label"] if isinstance(entry, dict) and "label" in entry else None
+        given = entry.get("label") if isinstance(entry, dict) else None
+        if not isinstance(given, str | None):
+            raise UserError(f"{release / 'dataset.json'} lists {entry!r}; expected the path of a mask under 'label'")
+        return identifier, release / image, release / given if given else None
     label = release / "labelsTs" / Path(image).name
     return identifier, release / image, label if os.path.isfile(label) else None
 

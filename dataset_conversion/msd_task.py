@@ -62,7 +62,10 @@ def read_task(folder: Path, predictions: Path, labels_from: str | None, excluded
     if not isinstance(content.get("test"), list) or not isinstance(content.get("labels"), dict):
         raise UserError(f"{path}: no list of 'test' images or no 'labels', found {sorted(content)}; {remedy}")
     # an entry is a path or {"image": path}
-    listed = _cases(Path(entry["image"] if isinstance(entry, dict) else entry) for entry in content["test"])
+    paths = [entry.get("image") if isinstance(entry, dict) else entry for entry in content["test"]]
+    if strange := [entry for entry, of in zip(content["test"], paths, strict=True) if not isinstance(of, str)]:
+        raise UserError(f"{path}: lists {strange[0]!r} under 'test', expected the path of an image; {remedy}")
+    listed = _cases(Path(str(of)) for of in paths)
     there = _cases((folder / "imagesTs").glob("*"))
     images = {case: folder / "imagesTs" / f"{case}{ENDING}" for case in sorted((listed | there) - excluded)}
     if not images:

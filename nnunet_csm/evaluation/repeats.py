@@ -65,6 +65,13 @@ def read_predictions(path: Path) -> pd.DataFrame:
     missing = [name for name in ("case", "mask_label", "patient", "class") if name not in table]
     if missing or not classes_of(table) or table.empty:
         raise UserError(f"{path}: no column {missing[0] if missing else 'p_CLASS'} or no row; {remedy}")
+    for column in (PROBABILITY + name for name in classes_of(table)):
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        if not (fine := numbers.between(0, 1)).all():
+            row = int(np.argmin(fine))
+            found = f"{table[column].iloc[row]!r} in column {column}, line {row + 2}"
+            raise UserError(f"{path}: {found}, expected probabilities from 0 to 1; {remedy}")
+        table[column] = numbers
     return table
 
 

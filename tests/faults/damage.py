@@ -161,9 +161,9 @@ def with_wrong_types(damages: tuple[Damage, ...]) -> tuple[Damage, ...]:
     return tuple(replace(d, wrong=d.wrong or d.name == "another type") for d in damages)
 
 
-def of_a_file_that_is_there(damages: tuple[Damage, ...]) -> tuple[Damage, ...]:
-    """Those after which there still is a file, for files that a command does without."""
-    return tuple(d for d in damages if not d.name.startswith("a link"))
+def without(damages: tuple[Damage, ...], *names: str) -> tuple[Damage, ...]:
+    """All but those whose names begin so."""
+    return tuple(d for d in damages if not d.name.startswith(names))
 
 
 def made_anew(damages: tuple[Damage, ...]) -> tuple[Damage, ...]:

@@ -61,7 +61,7 @@ COMMANDS = (
         {
             "release/participants.tsv": damage.TABLE,
             "release/sub-*/*/*.nii.gz": damage.NIFTI,
-            "release/sub-*/dwi/*.bval": damage.ANY_FILE,
+            "release/sub-*/dwi/*.bval": damage.without(damage.ANY_FILE, "cut off"),  # 100 of 1000 is a number
             "release/derivatives/*/*/*/*": damage.MASK,
         },
     ),
@@ -98,7 +98,8 @@ COMMANDS = (
     ),
     # where there is no checkpoint, nnU-Net begins afresh and says so
     Command(
-        ("pretrain", *TRAIN, "--c"), {f"{PRETRAINED}/checkpoint_final.pth": damage.of_a_file_that_is_there(damage.CHECKPOINT)}
+        ("pretrain", *TRAIN, "--c"),
+        {f"{PRETRAINED}/checkpoint_final.pth": damage.without(damage.CHECKPOINT, "a link", "a pipe", "a folder")},
     ),
     Command(
         ("finetune", *TRAIN),
