@@ -8,8 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +37,11 @@ SPARE = 2**30
 FORMAT = 1
 # threads that decompress files
 NUM_READERS = 8
+
+
+# blosc2's words for voxels that cannot be decoded
+UNDECODED = "Error while getting the buffer"
+AGAIN = "preprocess again with `nnunet_csm plan_and_preprocess -preprocess_only --overwrite`, with -d and the name of the plans"
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,8 @@ def _decode(file: CaseFile) -> Stored:
     stamp, opened = _stamp(file.path), _open(file)
     volumes, occupied, not_finite = [], [], []
     for channel in range(len(opened)):
-        array = opened[channel]
+        with damage_named(file.path.parent):
+            array = opened[channel]
         lowest, highest = (float(value) for value in torch.from_numpy(array).aminmax())
         # either is NaN when a voxel is
         if not (math.isfinite(lowest) and math.isfinite(highest)):
@@ -233,10 +239,23 @@ def open_volumes(path: Path) -> blosc2.NDArray:
         raise
     except (RuntimeError, ValueError, OSError):
         # blosc2 says of any such file that it could not open it
-        raise UserError(
-            f"{path}: not a whole file of preprocessed data, it was cut off or changed; preprocess again with "
-            f"`nnunet_csm plan_and_preprocess -preprocess_only --overwrite`, with -d and the name of the plans"
-        ) from None
+        raise UserError(f"{path}: not a whole file of preprocessed data, it was cut off or changed; {AGAIN}") from None
+
+
+@contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Say which preprocessed file of a folder cannot be decoded, where that ends the block: blosc2 and nnU-Net do not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if UNDECODED not in str(error):
+            raise
+        for path in sorted(folder.glob("*.b2nd")):
+            try:
+                np.asarray(open_volumes(path)[:])
+            except RuntimeError:
+                raise UserError(f"{path}: cannot be decoded, it was changed or its disk is damaged; {AGAIN}") from None
+        raise
 
 
 def gib(num_bytes: int) -> str:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.draws import Purpose, key, seed_everything
+from nnunet_csm.data.stored import damage_named
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.files import alone
 from nnunet_csm.host_files import check_dataset_json
@@ -160,7 +161,8 @@ class CSMTrainer(nnUNetTrainer):
 
     def run_training(self) -> None:
         advice = "go on from the latest checkpoint with --c"
-        with stoppable(advice), exit_on_user_error(), lost_rank_explained(self.ranks), self.only_one():
+        damage = damage_named(Path(self.preprocessed_dataset_folder))
+        with stoppable(advice), exit_on_user_error(), lost_rank_explained(self.ranks), damage, self.only_one():
             if self.current_epoch > 0:
                 EarlierRun(Path(self.output_folder)).refuse_to_continue()
             super().run_training()
