@@ -174,6 +174,8 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
 def read_value(hint: Any, value: Any, where: str) -> Any:
     """A value of a type as JSON has it; UserError when it is of another, not finite, or not what its annotation allows."""
     if hint is Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} is {value}, expected no NaN and no infinity; correct it")
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]

@@ -588,3 +588,12 @@ def test_a_file_that_was_cut_off_is_named_with_the_remedy(folder):
         path.unlink()
         save(folder, "large", volume_of("large"))
         opened(case_files(folder))
+
+
+def test_a_file_whose_voxels_cannot_be_decoded_is_named(folder):
+    path = folder / "large.b2nd"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"large\.b2nd: cannot be decoded.*preprocess again"):
+        opened(case_files(folder))

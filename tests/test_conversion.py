@@ -182,6 +182,7 @@ def test_bad_cases_of_the_decathlon_are_left_out(task01: Path) -> None:
         ({"labels": {"x": "background"}}, "keys are numbers"),
         ({"modality": {"0": "T2", "1": "T2w"}}, "both the series 'T2w'"),
         ({"training": [7]}, "lists 7"),
+        ({"training": [{"image": "./imagesTr/a.nii.gz", "label": 7}]}, "expected the path of a mask"),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(task01: Path, changes: dict[str, Any], message: str) -> None:

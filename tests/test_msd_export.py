@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import time
 import zipfile
@@ -301,6 +302,11 @@ def put_a_folder_there(release: Release) -> None:
     release.prediction(CASES[1]).mkdir()
 
 
+def put_a_pipe_there(release: Release) -> None:
+    release.image(CASES[1]).unlink()
+    os.mkfifo(release.image(CASES[1]))
+
+
 def shift_by(x: float) -> np.ndarray:
     matrix = np.eye(4)
     matrix[0, 3] = x
@@ -338,6 +344,7 @@ BAD: dict[str, tuple[Callable[[Release], object], str]] = {
         lambda r: write_json(r.task / "dataset.json", {"labels": NAMES, "test": [f"./imagesTs/{c}.nii.gz" for c in CASES[::2]]}),
         "imagesTs/BRATS_486.nii.gz is not among the test images",
     ),
+    "a pipe as image": (put_a_pipe_there, "imagesTs/BRATS_486.nii.gz is a device, a pipe or a socket"),
     "broken image": (lambda r: r.image(CASES[1]).write_bytes(b"no gzip"), "imagesTs/BRATS_486.nii.gz: cannot be read"),
 }
 

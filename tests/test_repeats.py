@@ -78,3 +78,13 @@ def test_what_cannot_be_read_or_compared_is_said(tmp_path):
         read_runs([*paths, *write(tmp_path / "c", 0, 1.0, p_malignant="p_awful")])
     with pytest.raises(UserError, match="same folds of both trainings"):
         evaluate_runs(paths, paths[::-1], None)
+
+
+@pytest.mark.parametrize("found", ["NA", "", "=1+1", "1.5", "-0.1", "nan"])
+def test_what_is_no_probability_is_named_by_line(tmp_path, found):
+    path = write(tmp_path, 0, 1.0)[0]
+    table = pd.read_csv(path, dtype=str)
+    table.loc[3, "p_malignant"] = found
+    table.to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"0\.csv: .* in column p_malignant, line 5, expected probabilities from 0 to 1"):
+        read_runs([path])
