@@ -93,7 +93,7 @@ def split(args: argparse.Namespace) -> int:
 
 def plan_and_preprocess(args: argparse.Namespace) -> int:
     from nnunet_csm.planning.facts import Wishes
-    from nnunet_csm.planning.preprocessing import preprocess_datasets
+    from nnunet_csm.planning.preprocessing import preprocess_datasets, remeasured
     from nnunet_csm.planning.request import PlanRequest, check_raw, check_request, described
     from nnunet_csm.raw.check import has_labels
 
@@ -111,6 +111,8 @@ def plan_and_preprocess(args: argparse.Namespace) -> int:
         check_raw(name, args.np)
     names = check_request(args.d, *asked)
     if labelled := [name for name in names if has_labels(described(name)[0])]:
+        for line in remeasured(labelled):
+            print(line)
         _plan_and_preprocess_by_nnunet(labelled, args)
     plan(args)
     # what is not planned jointly was preprocessed by nnU-Net just now

@@ -9,6 +9,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_csm.data.sources import case_names, check_preprocessed, fold_files, split
 from nnunet_csm.errors import UserError
+from nnunet_csm.planning.preprocessing import remeasured
 
 SERIES = ("FLAIR", "T1w", "T2w", "ADC")
 
@@ -137,3 +138,12 @@ def test_too_few_cases_for_folds_and_an_empty_folder_are_errors_with_a_remedy(pr
     missing = source_of(("ADC",), dataset="Dataset003_C", data_identifier="gone")
     with pytest.raises(UserError, match="nnunet_csm plan_and_preprocess -d Dataset003_C"):
         fold_files([missing], SERIES, preprocessed, "all")
+
+
+def test_a_fingerprint_of_nnunet_that_was_cut_off_is_measured_again(nnunet_folders):
+    paths = [nnunet_folders.preprocessed / name / "dataset_fingerprint.json" for name in ("Dataset001_Cut", "Dataset002_Whole")]
+    for path, text in zip(paths, ('{"spacings": [[1.0', '{"spacings": []}'), strict=True):
+        path.parent.mkdir()
+        path.write_text(text)
+    (line,) = remeasured(["Dataset001_Cut", "Dataset002_Whole", "Dataset003_New"])
+    assert str(paths[0]) in line and [path.exists() for path in paths] == [False, True]

@@ -60,6 +60,24 @@ def preprocess_labelled(dataset: str, configuration: str, plans_name: str, outpu
         raise
 
 
+def remeasured(names: Sequence[str]) -> list[str]:
+    """Have nnU-Net measure datasets again whose fingerprint was cut off, by a full disk or a kill: it would take what is there.
+
+    Returns:
+        Lines to print.
+    """
+    lines = []
+    for name in names:
+        path = nnunet.folder("nnUNet_preprocessed") / name / "dataset_fingerprint.json"
+        if path.is_file():
+            try:
+                nnunet.read_json(path, "measure it again")
+            except UserError as error:
+                path.unlink()
+                lines.append(f"{error}: done")
+    return lines
+
+
 def check_plans(datasets: Sequence[str], plans_name: str, configuration: str, finetuning: bool) -> str:
     """The dataset that a training writes its results for.
 

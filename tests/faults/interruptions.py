@@ -80,12 +80,20 @@ def contents(root: Path, run: Run) -> dict[str, Any]:
     """What a run has made, by file, as far as two runs have to agree: voxels, weights, tables."""
     paths = [path for made in run.makes for path in ([root / made] if (root / made).is_file() else (root / made).rglob("*"))]
     files = sorted(path for path in paths if path.is_file() and "previous_" not in str(path))
-    return {str(path.relative_to(root)): found for path in files if (found := _content(path)) is not None}
+    found: dict[str, Any] = {}
+    for path in files:
+        try:
+            found[str(path.relative_to(root))] = _content(path)
+        except (RuntimeError, ValueError, OSError) as error:  # not whole
+            found[str(path.relative_to(root))] = str(error)
+    return {name: content for name, content in found.items() if content is not None}
 
 
 def _content(path: Path) -> Any:
     if path.name.startswith(".") or path.name in ("debug.json", "predict_from_raw_data_args.json"):
         return None
+    if "study_" in str(path):  # names of runs follow from where the preset lies
+        return path.read_text("utf-8") if path.name == "summary.csv" else None
     if path.name.endswith(".nii.gz"):
         return sitk.GetArrayFromImage(sitk.ReadImage(str(path))).tobytes()
     if path.name == "checkpoint_final.pth":
@@ -97,7 +105,7 @@ def _content(path: Path) -> Any:
         return np.asarray(blosc2.open(str(path), mode="r")[:]).tobytes()
     if path.suffix == ".json":
         return json.dumps(_lasting(json.loads(path.read_text("utf-8"))), sort_keys=True)
-    if path.suffix == ".csv" and path.name != "probe.csv" and "study_" not in str(path):
+    if path.suffix == ".csv" and path.name != "probe.csv":
         return path.read_text("utf-8")
     return path.name if path.suffix in (".pkl", ".zip") else None
 
@@ -226,7 +234,8 @@ def _stopped(case: Interruption, root: Path, seconds: float) -> tuple[str, str]:
         left = family(process.pid or 0)
     for member in left:
         os.kill(member, signal.SIGKILL)
-    if left:
+    # what a killed study has started goes on, and is waited for by the next one
+    if left and not (case.kind == "kill" and case.run.arguments[0] == "study"):
         return f"{len(left)} processes left", text
     if over or case.kind == "kill":
         return "", text
