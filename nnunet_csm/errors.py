@@ -13,6 +13,8 @@ from tempfile import gettempdir
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # libraries report a full disk in words of their own; one with less room than this is full
 ROOM = 2**20
+# torch's, of a checkpoint that could not be written to its end
+WORDS_OF_TORCH = ("iostream error", "unexpected pos")
 # where commands write, beside what they are given
 FOLDER_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -34,7 +36,8 @@ def no_room(error: BaseException, *folders: Path) -> bool:
     """Whether something could not be written for want of room, which libraries report in words of their own."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
-    return any(os.strerror(number) in str(error) for number in FULL) or bool(_full(*folders))
+    words = (*map(os.strerror, FULL), *WORDS_OF_TORCH)
+    return any(one in str(error) for one in words) or bool(_full(*folders))
 
 
 def _full(*folders: Path) -> list[Path]:

@@ -114,8 +114,6 @@ def test_another_pretext_takes_over_what_it_knows_of_the_settings(tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ({"masking": {"mask_ratio": 0.5}}, 'masking belong into "pretext"'),
-        ({"reconstruction": {}, "masking": {}}, 'masking, reconstruction belong into "pretext"'),
         ({"network": {"joint_tokens": True}}, r"encoder\.kind in arch_kwargs is 'joint_vit'; set it to 'vit'"),
         ({"pretext": {"name": "other"}}, "pretext.name is 'other', expected one of csm, mae3d"),
         ({"pretext": {"name": 3}}, "pretext has no name, expected one of csm, mae3d"),
@@ -141,3 +139,13 @@ def test_what_cannot_be_inherited_is_named(tmp_path: Path, parent: Any, complain
     with pytest.raises(UserError, match=complaint) as caught:
         read_preset(write(tmp_path / "a.json", {"inherits_from": parent}))
     assert "auto" not in str(caught.value)
+
+
+def test_settings_of_the_pretext_are_read_where_earlier_versions_had_them(tmp_path, capsys):
+    now, earlier = tmp_path / "now.json", tmp_path / "earlier.json"
+    now.write_text(json.dumps({"inherits_from": "demo", "pretext": {"masking": {"mask_ratio": 0.5}}}))
+    earlier.write_text(json.dumps({"inherits_from": "demo", "masking": {"mask_ratio": 0.5}}))
+    assert read_preset(str(earlier)).pretext == read_preset(str(now)).pretext != read_preset("demo").pretext
+    assert capsys.readouterr().out.splitlines() == [
+        f'preset {earlier}: masking are read as parts of "pretext", where they belong now'
+    ]

@@ -78,7 +78,8 @@ def read_preset(name: str) -> Preset:
     """A shipped preset by name, or a preset file by path."""
     content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), ["auto", "paper"])
     if moved := sorted(MOVED & content.keys()):
-        raise UserError(f'preset {name}: {", ".join(moved)} belong into "pretext": {{"name": "csm", ...}}; move them there')
+        print(f'preset {name}: {", ".join(moved)} are read as parts of "pretext", where they belong now')
+        content = merged(content, {"pretext": {key: content.pop(key) for key in moved}})
     preset = from_dict(Preset, content, f"preset {name}")
     read_pretext(preset.pretext, preset.architecture(("T1w",), (0,), (16, 16, 16), f"preset {name}"), f"preset {name}: pretext")
     lengths = {

@@ -194,7 +194,11 @@ def tried(case: Interruption, undisturbed: Undisturbed) -> tuple[str, str]:
         if case.kind == "full disk":
             code, said = workshop.run(root, case.run.arguments, TIMEOUT, limit=int(case.moment * largest))
             # its messages go to a file as well
-            wrong = "" if code == 0 or (code == 2 and "Traceback" not in said and "room" in said) else f"exit code {code}"
+            wrong = (
+                ""
+                if code == 0 or (code == 2 and "Traceback" not in said and re.search("room|disk full", said))
+                else f"exit code {code}"
+            )
         else:
             wrong, said = _stopped(case, root, case.moment * seconds)
         unfinished = [path.name for path in root.rglob(".*") if path.name.endswith((".tmp", ".partial"))]
