@@ -143,8 +143,8 @@ def test_what_cannot_be_inherited_is_named(tmp_path: Path, parent: Any, complain
 
 def test_settings_of_the_pretext_are_read_where_earlier_versions_had_them(tmp_path, capsys):
     now, earlier = tmp_path / "now.json", tmp_path / "earlier.json"
-    now.write_text(json.dumps({"inherits_from": "demo", "pretext": {"masking": {"mask_ratio": 0.5}}}))
-    earlier.write_text(json.dumps({"inherits_from": "demo", "masking": {"mask_ratio": 0.5}}))
+    now.write_text(json.dumps({"inherits_from": "demo", "pretext": {"masking": {"mask_ratio": 0.625}}}))
+    earlier.write_text(json.dumps({"inherits_from": "demo", "masking": {"mask_ratio": 0.625}}))
     assert read_preset(str(earlier)).pretext == read_preset(str(now)).pretext != read_preset("demo").pretext
     assert capsys.readouterr().out.splitlines() == [
         f'preset {earlier}: masking are read as parts of "pretext", where they belong now'

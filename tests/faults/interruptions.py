@@ -201,7 +201,9 @@ def tried(case: Interruption, undisturbed: Undisturbed) -> tuple[str, str]:
             )
         else:
             wrong, said = _stopped(case, root, case.moment * seconds)
-        unfinished = [path.name for path in root.rglob(".*") if path.name.endswith((".tmp", ".partial"))]
+        # a study makes the folder of a step anew
+        hidden = [path for path in root.rglob(".*") if path.name.endswith((".tmp", ".partial"))]
+        unfinished = [path.name for path in hidden if "study_" not in str(path)]
         if not wrong and unfinished and case.kind != "kill":
             wrong = f"left {unfinished[0]}"
         first = said
