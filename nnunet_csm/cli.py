@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-d", nargs="+", help="dataset names or IDs")
     p.add_argument("-c", default="3d_fullres", help="configuration")
-    p.add_argument("--strict", action="store_true", help="exit code 2 where anything is missing or wrong, a GPU and env apart")
+    p.add_argument("--strict", action="store_true", help="exit code 2 also where something is missing or doubtful, a GPU apart")
 
     p = add(
         "convert",

@@ -36,6 +36,9 @@ def doctor(args: argparse.Namespace) -> int:
         print(finding, flush=True)
     missing = sum(bool(f.remedy) for f in findings)
     print(f"{missing} to look at" if missing else "all is well")
+    unusable = [finding.remedy for finding in findings if finding.mark == "UNUSABLE"]
+    if unusable:
+        raise UserError("; ".join(unusable))
     return 2 if args.strict and any(f.remedy and f.mark != "optional" for f in findings) else 0
 
 

@@ -70,7 +70,7 @@ def run_demo(folder: Path, seed: int) -> None:
         UserError: the folder exists and is not empty, or a stage failed.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; choose another with -o, or remove it")
+        raise UserError(f"{folder} exists and is not an empty folder; choose another with -o, or move it away")
     folder = folder.resolve()
     print(
         f"This makes a phantom of {NUM_TRAINING + NUM_TEST} subjects and four series, pretrains a small encoder on its images,\n"

@@ -26,7 +26,7 @@ TRAINERS = ("nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMCla
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `remedy` is empty when all is well. `mark` tells what else it is for: MISSING, WRONG, optional."""
+    """One line of the report; `remedy` is empty when all is well, else `mark`: MISSING, WRONG, UNUSABLE (a file), optional."""
 
     what: str
     found: str
@@ -102,7 +102,7 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
                 yield Finding(name, line)
             yield Finding(name, "raw files complete")
         except UserError as error:
-            yield Finding(name, "raw files", str(error), "WRONG")
+            yield Finding(name, "raw files", str(error), "UNUSABLE")
     yield from of_classes(name)
     plans_file = preprocessed / f"{PLANS_NAME}.json"
     try:
@@ -111,7 +111,7 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
         )
         settings = read_configuration(plans, configuration, str(plans_file))
     except UserError as error:
-        yield Finding("CSM plans", "not usable", str(error))
+        yield Finding("CSM plans", "not usable", str(error), "UNUSABLE" if plans_file.exists() else "MISSING")
         return
     yield Finding("CSM plans", f"preset {settings.csm.preset}, {', '.join(settings.architecture.series)}")
     for source in settings.csm.sources:
@@ -136,7 +136,7 @@ def of_classes(name: str) -> Iterator[Finding]:
     try:
         counted, wrong = check_classification(name)
     except UserError as error:
-        yield Finding("classes", "not usable", str(error), "WRONG")
+        yield Finding("classes", "not usable", str(error), "UNUSABLE")
         return
     for line in counted:
         yield Finding("classes", line)

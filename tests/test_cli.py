@@ -365,6 +365,12 @@ def test_a_strict_doctor_ends_in_exit_code_2_but_for_what_is_optional(mark, code
     assert f"{mark:<8} b" in capsys.readouterr().out
 
 
+def test_a_doctor_ends_in_an_error_where_a_file_cannot_be_used(monkeypatch, capsys):
+    findings = [Finding("a", "not usable", "mend a", "UNUSABLE"), Finding("b", "not well", "mend b")]
+    monkeypatch.setattr("nnunet_csm.doctor.examine", lambda *_: findings)
+    assert refused(["doctor"], capsys) == "Error: mend a"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [

@@ -174,7 +174,7 @@ def test_the_masks_of_a_dataset_are_looked_at_before_a_preset_and_before_nnunet(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and "c1.nii.gz: the mask holds the value 4" in said and said.count("\n") == 1
     assert not list(nnunet_folders.preprocessed.iterdir())
-    findings = [finding for finding in of_dataset("1", "3d_fullres") if finding.mark == "WRONG" and finding.remedy]
+    findings = [finding for finding in of_dataset("1", "3d_fullres") if finding.mark == "UNUSABLE" and finding.remedy]
     assert [finding.what for finding in findings] == [raw.name] and "the value 4" in findings[0].remedy
 
 

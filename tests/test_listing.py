@@ -156,7 +156,7 @@ def test_twins_of_macos_are_named_with_their_remedy(tmp_path: Path, part: str) -
     raw = dataset(tmp_path, ["c0_0000"], ["c0"])
     assert "1 case" in check_dataset(raw)[0]
     (raw / part).write_bytes(b"\0\5\x16\7")
-    with pytest.raises(UserError, match=rf"{part}.*twins that macOS writes.*dot_clean"):
+    with pytest.raises(UserError, match=rf"{part}.*twins that macOS writes.*move the files"):
         check_dataset(raw)
     (raw / part).rename(raw / part.replace("._", ".backup_"))
     with pytest.raises(UserError, match=r"is hidden.*move it elsewhere"):

@@ -118,13 +118,13 @@ def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> 
         patient = row.get("patient", case)
         if name and is_no_value(name) and name not in (classes or ()):
             raise UserError(
-                f"{path}: line {line}: class is {name!r} ({case or 'no case'}), a word for no value; delete the row, rename it, "
+                f"{path}: line {line}: class is {name!r} ({case or 'no case'}), a word for no value; take it out, rename it, "
                 'or list it in "classes" of dataset.json'
             )
         label, patient = ("" if is_no_value(value) else value for value in (label, patient))
         for column, value in (("case", case), ("class", name), ("patient", patient)):
             if not value:
-                raise UserError(f"{path}: line {line}: {column} is empty ({case or 'no case'}); fill it in or delete the row")
+                raise UserError(f"{path}: line {line}: {column} is empty ({case or 'no case'}); fill it in, or take the row out")
         if label and not (label.isascii() and label.isdigit() and int(label) > 0):
             raise UserError(f"{path}: line {line}: mask_label is {label!r}, expected a label of the mask (1, 2, ...) or nothing")
         samples.append((line, case, name, int(label) if label else None, patient))

@@ -71,7 +71,7 @@ def fill_missing(
             if not set(shown) & set(needed or channel_names):
                 raise UserError(
                     f"{inputs}: case {identifier} shows {', '.join(shown) or 'nothing'}, and the model uses "
-                    f"{', '.join(needed or channel_names)}; give one of them, or remove the case"
+                    f"{', '.join(needed or channel_names)}; give one of them, or move the case to another folder"
                 )
             for channel in range(len(channel_names)):
                 target = folder / f"{identifier}_{channel:04d}{file_ending}"

@@ -41,7 +41,7 @@ def write_task(
     folder = Path(folder)
     target = folder / f"Task{task_id:02d}_{name}"
     if target.exists():
-        raise UserError(f"{target} exists; remove it or choose another task id or name")
+        raise UserError(f"{target} exists; move it away, or choose another task id or name")
     if not name.isalnum():
         raise UserError(
             f"task name {name!r} must be letters and digits only, as nnUNetv2_convert_MSD_dataset splits at underscores"

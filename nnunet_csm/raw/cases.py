@@ -56,7 +56,9 @@ def _on_one_grid(
     images = dict(zip(names, read_volumes([case.images[name] for name in names]), strict=True))
     present = {name: image for name, image in images.items() if not is_empty(image)}
     if not present:
-        raise CaseError("every image is all zero, that is, missing" if images else "the case has no image; add one, or remove it")
+        raise CaseError(
+            "every image is all zero, that is, missing" if images else "the case has no image; add one, or leave it out"
+        )
     grids = {name: Grid.of(image) for name, image in present.items()}
     reference_name = reference_series(grids, reference)
     grid = grids[reference_name]

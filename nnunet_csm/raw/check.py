@@ -138,7 +138,7 @@ def _about_hidden(hidden: Sequence[Path]) -> str:
     first, more = hidden[0], f" (and {len(hidden) - 1} more there)" if len(hidden) > 1 else ""
     if first.name.startswith("._"):
         what = "one of the twins that macOS writes beside files, no image"
-        return f"{first}{more} is {what}, which nnU-Net takes for one; remove them with: dot_clean -m, or rm '{first.parent}'/._*"
+        return f"{first}{more} is {what}, which nnU-Net takes for one; move the files that begin with ._ out of {first.parent}"
     return f"{first}{more} is hidden, and nnU-Net takes it for an image all the same; move it elsewhere, or give it another name"
 
 

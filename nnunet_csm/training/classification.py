@@ -116,7 +116,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         if unknown:
             raise UserError(
                 f"{path}: {len(unknown)} cases were not preprocessed: {', '.join(unknown[:5])}; correct their names, "
-                f"preprocess them, or delete their rows"
+                f"preprocess them, or take their rows out of the table"
             )
         if self.fold == "all":
             problems = split_problems(table, {"train": names})
