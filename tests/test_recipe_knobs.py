@@ -155,8 +155,20 @@ def test_a_closed_stem_lets_nothing_past_the_encoder_and_an_open_one_all() -> No
     assert full(volume()).equal(expected)
     full.open_stem(0.0)
     assert reaches_past_the_encoder(full) == 0
-    # what was saved while it was closed predicts with an open one
-    assert "stem_opening" not in full.state_dict()
+
+
+@pytest.mark.parametrize("opening", [0.0, 0.4, 1.0])
+def test_weights_say_how_far_the_stem_was_open(opening: float) -> None:
+    saved, other = segmenter("full"), segmenter("full")
+    assert "stem_opening" not in saved.state_dict()
+    saved.open_stem(opening)
+    other.load_state_dict(saved.state_dict())
+    assert other(volume()).equal(saved(volume()))
+    # trained networks cost nothing more than before
+    assert (other.stem_opening is None) == (opening == 1)
+    # weights without it, of a network that was never closed, open it again
+    other.load_state_dict(segmenter("full").state_dict())
+    assert other(volume()).equal(segmenter("full")(volume()))
 
 
 def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
@@ -350,6 +362,18 @@ def test_the_trainer_opens_the_stem_step_by_step(make_finetuner: Callable[..., A
     trainer.run_training()
     # 9 steps: after 4 of them the half is not over, 5 of them are 0.556 of all
     assert openings == pytest.approx([0, 0, 0, 0, (5 / 9 - 0.5) / 0.1, 1, 1, 1, 1], abs=1e-6)
+
+
+def test_a_checkpoint_of_a_closed_stem_predicts_with_a_closed_one(make_finetuner: Callable[..., Any]) -> None:
+    trainer = make_finetuner(stem_closed_share=0.9)
+    kill_after(trainer, 4)
+    with pytest.raises(KilledError):
+        trainer.run_training()
+    weights = torch.load(Path(trainer.output_folder) / "checkpoint_best.pth", weights_only=False)["network_weights"]
+    predicting = make_finetuner(stem_closed_share=0.9)
+    predicting.initialize()
+    predicting.network.load_state_dict(weights)
+    assert predicting.bare_network.stem_opening == 0
 
 
 def test_dropped_series_are_as_many_as_masking_hides_and_never_all() -> None:

@@ -64,9 +64,10 @@ class CSMSegmenter(PlannedNetwork):
         )
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
-        # no part of the weights: a trained network is open
+        # of a network that still learns to need its encoder, see `open_stem`; None: open
         self.stem_opening: Tensor | None
-        self.register_buffer("stem_opening", None, persistent=False)
+        self.register_buffer("stem_opening", None)
+        self.register_load_state_dict_pre_hook(_take_opening)
         self.skips = nn.ModuleList()
         widths = [a.features * 2**level for level in range(len(strides))]
         self.decoder: nn.Module
@@ -158,7 +159,10 @@ class CSMSegmenter(PlannedNetwork):
         return x
 
     def open_stem(self, opening: float) -> None:
-        """Let voxels come past the encoder in full (1), in part, or not at all (0); while training, see `Finetuning`."""
+        """Let voxels come past the encoder in full (1), in part, or not at all (0); while training, see `Finetuning`.
+
+        It is saved with the weights: those of a training's first part were never used with an open stem.
+        """
         if self.stem_opening is None:
             self.stem_opening = torch.ones((), device=next(self.parameters()).device)
         self.stem_opening.fill_(opening)
@@ -169,3 +173,12 @@ class CSMSegmenter(PlannedNetwork):
         """Maps of the encoder's levels, fused over the present series."""
         levels = self.encoder.levels(volume, present, len(self.fusions), shown)
         return [Outputs.of(fuse(f.tokens, f.present, f.grid, f.series)) for fuse, f in zip(self.fusions, levels, strict=True)]
+
+
+def _take_opening(segmenter: CSMSegmenter, weights: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before weights are loaded: they say how far the stem is open, or say nothing where it is open."""
+    opening = weights.setdefault(f"{prefix}stem_opening", torch.ones(()))
+    if segmenter.stem_opening is None and opening < 1:
+        segmenter.open_stem(1.0)
+    if segmenter.stem_opening is None:
+        del weights[f"{prefix}stem_opening"]
