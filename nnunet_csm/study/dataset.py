@@ -37,9 +37,9 @@ HASH_LENGTH = 8
 class Dataset:
     """What a study needs to know of its dataset."""
 
-    def __init__(self, dataset: str, configuration: str, folder: Path) -> None:
+    def __init__(self, dataset: str, configuration: str, folder: Path, test_images: bool = False) -> None:
         self.name, self.configuration, self.folder = nnunet.dataset_name(dataset), configuration, folder
-        self.request = PlanRequest(configuration, STOCK_PLANS_NAME, PLANS_NAME)
+        self.request = PlanRequest(configuration, STOCK_PLANS_NAME, PLANS_NAME, test_images=test_images)
         self.known: dict[str, dict[str, Any]] = {}
 
     @cached_property
@@ -95,11 +95,12 @@ class Dataset:
 
     @cached_property
     def present(self) -> dict[str, tuple[str, ...]]:
-        """Series that each case has."""
+        """Series that each case of imagesTr has."""
         assert self.found.fingerprint is not None
         return {
             case: tuple(name for name, one in record.series.items() if one.absent is None)
             for case, record in self.found.fingerprint.cases.items()
+            if record.subset == "imagesTr"
         }
 
     @property
