@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -50,7 +51,7 @@ def test_images_of_another_spacing_than_the_plans_are_not_taken_for_preprocessed
     entry = {"preprocessor_name": "DefaultPreprocessor", "spacing": [4.0, 2.0, 2.0]}
 
     def plans(**changes):
-        made = {"plans_name": "Mine", "dataset_name": "Dataset003_C", "transpose_forward": [2, 0, 1]}
+        made: dict[str, Any] = {"plans_name": "Mine", "dataset_name": "Dataset003_C", "transpose_forward": [2, 0, 1]}
         made["configurations"] = {"3d_fullres": {**entry, **changes}}
         return C, made, "3d_fullres"
 
