@@ -76,6 +76,8 @@ def look_at(name: str, names: Sequence[str], request: PlanRequest) -> Found:
     labelled = not is_raw or has_labels(dataset_json)
     path = folder / f"{request.base_plans_name}.json"
     remedy = f"run nnUNetv2_plan_and_preprocess -d {nnunet.dataset_id(name)} -c {request.configuration} first"
+    if there := sorted(file.stem for file in folder.glob("nnUNet*Plans.json") if '"csm"' not in file.read_text(errors="replace")):
+        remedy = f"{' or '.join(f'-p {plans_name}' for plans_name in there)} builds on what is there; else {remedy}"
     if labelled:
         nnunet.read_plans(path, remedy)  # before all images are read
     elif request.base_plans_name != STOCK_PLANS_NAME:
