@@ -45,6 +45,9 @@ class ReconstructionDecoder(nn.Module):
         width, depth, num_heads: of the decoder.
         options: of the encoder, whose initial weights and positions the decoder shares.
         head_by_series: a last layer for each series.
+        same_place: what is made of the voxels of other series that are visible at the place of a token to be rebuilt: "linear",
+            a map of them is added to the mask token; "residual", a map for each series is added to what is rebuilt; "gains", they
+            are themselves added, each series with a factor that is read off the token's features.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ReconstructionDecoder(nn.Module):
         num_heads: int,
         options: EncoderSettings = PLAIN,
         head_by_series: bool = False,
+        same_place: str = "none",
     ) -> None:
         super().__init__()
         self.width = width
@@ -73,9 +77,27 @@ class ReconstructionDecoder(nn.Module):
         self.apply(lambda module: draw_weights(module, options.query_key_gain))
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.normal_(self.series_embedding, std=options.series_embedding_std)
+        # last, so that all else begins as without it; what is added to the result begins at zero
+        self.same_place_path = same_place
+        self.same_place: nn.Module | None = None
+        if same_place == "linear":
+            self.same_place = nn.Linear(num_series * num_voxels, width)
+            draw_weights(self.same_place, options.query_key_gain)
+        elif same_place == "residual":
+            self.same_place = LinearBySeries(num_series, num_series * num_voxels, num_voxels)
+            nn.init.zeros_(self.same_place.weight)
+        elif same_place == "gains":
+            self.same_place = nn.Linear(width, num_series)
+            nn.init.zeros_(self.same_place.weight)
+            nn.init.zeros_(self.same_place.bias)
 
     def forward(
-        self, encoded: Float[Tensor, "b k e"], visible: Int[Tensor, "b k"], asked: Int[Tensor, "b m"], grid: Size
+        self,
+        encoded: Float[Tensor, "b k e"],
+        visible: Int[Tensor, "b k"],
+        asked: Int[Tensor, "b m"],
+        grid: Size,
+        beside: Float[Tensor, "b m s v"] | None = None,
     ) -> Float[Tensor, "b m v"]:
         """Rebuild some tokens.
 
@@ -84,9 +106,13 @@ class ReconstructionDecoder(nn.Module):
             visible: their numbers in the patch.
             asked: the numbers of those to be rebuilt, none of them visible.
             grid: tokens of a series along (z, y, x).
+            beside: voxels of the other series that are visible at the place of each asked token, 0 elsewhere; for `same_place`.
         """
         seen, num_visible = self.embedding(encoded), visible.shape[1]
-        x = torch.cat([seen, self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)], dim=1)
+        start = self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)
+        if self.same_place_path == "linear":
+            start = start + self.same_place(beside.flatten(2))
+        x = torch.cat([seen, start], dim=1)
         place = coordinates(torch.cat([visible, asked], dim=1), grid)
         x = x + of_series(self.series_embedding, place[..., 0]) + self.positions(place)
         for block in self.blocks[:-1]:
@@ -94,4 +120,10 @@ class ReconstructionDecoder(nn.Module):
         # after the last one, nobody attends to the visible ones any more
         x = self.blocks[-1](x, num_visible, num_visible)
         x = self.norm(x)
-        return self.head(x, place[:, num_visible:, 0]) if self.head_by_series else self.head(x)
+        series = place[:, num_visible:, 0]
+        rebuilt = self.head(x, series) if self.head_by_series else self.head(x)
+        if self.same_place_path == "residual":
+            rebuilt = rebuilt + self.same_place(beside.flatten(2), series)
+        elif self.same_place_path == "gains":
+            rebuilt = rebuilt + (self.same_place(x)[..., None] * beside).sum(2)
+        return rebuilt

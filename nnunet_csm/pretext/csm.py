@@ -13,7 +13,7 @@ from nnunet_csm.data.draws import Draws
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.reconstruction import ReconstructionDecoder
-from nnunet_csm.model.tokens import Size, coordinates, select
+from nnunet_csm.model.tokens import Size, coordinates, join, select
 from nnunet_csm.model.vit import ViT
 from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import Setup
@@ -57,6 +57,7 @@ class CSM(Rebuilding):
             r.num_heads,
             a.encoder,
             head_by_series=r.head == "by_series",
+            same_place=r.same_place,
         )
         self.error = TokenError()
 
@@ -111,7 +112,12 @@ class CSM(Rebuilding):
     def predicted(self, tokens: Float[Tensor, "b s l v"], mask: Mask, grid: Size) -> Float[Tensor, "b m v"]:
         # volumes come as fp16
         encoded = self.encoder(select(tokens, mask.visible).float(), coordinates(mask.visible, grid))[-1]
-        return self.decoder(encoded, mask.visible, mask.asked, grid)
+        if self.settings.reconstruction.same_place == "none":
+            return self.decoder(encoded, mask.visible, mask.asked, grid)
+        if self.settings.reconstruction.normalize_targets:
+            mean, scale = own_moments(tokens.float())
+            tokens = (tokens - mean) / scale
+        return self.decoder(encoded, mask.visible, mask.asked, grid, seen_beside(tokens, mask))
 
     def moments(self, tokens: Float[Tensor, "b n l v"], present: Bool[Tensor, "b n"]) -> tuple[Tensor, Tensor]:
         """Each token's own."""
@@ -125,3 +131,18 @@ class CSM(Rebuilding):
         weights, setup = self.variants(present), self.setup
         totals = [total_visible(shown, setup.num_tokens, setup.settings.masking) for shown in range(1, weights.shape[1] + 1)]
         return float((weights * torch.tensor(totals)).sum(1).mean())
+
+
+def seen_beside(tokens: Float[Tensor, "b s l v"], mask: Mask) -> Float[Tensor, "b m s v"]:
+    """Voxels of the other series that are visible at the place of each asked token, over the number of these series.
+
+    A mean, as that number varies from place to place: one map then serves whether a series is seen alone or with others. Series
+    that are not seen there, and the token's own, are 0.
+    """
+    _, s, l, _ = tokens.shape
+    place = mask.asked % l
+    seen = ~mask.hidden.transpose(1, 2).gather(1, place[..., None].expand(-1, -1, s))
+    # none is asked for that is visible, but to see what the network makes of patches of which nothing is hidden
+    seen = seen & (mask.asked[..., None] // l != torch.arange(s, device=place.device))
+    voxels = select(join(tokens), place).float().unflatten(2, (s, -1))
+    return voxels * (seen / seen.sum(2, keepdim=True).clamp(min=1))[..., None]

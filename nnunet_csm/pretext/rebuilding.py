@@ -28,6 +28,8 @@ class Reconstruction:
         rebuilt_share: of the hidden tokens, those that a training step asks for, drawn anew in every step; validation asks for
             all.
         head: one last layer for all series, or one for each.
+        same_place: how what is visible of other series at a hidden token's place comes to it beside attention, see
+            `model/reconstruction.py`; not with joint tokens.
     """
 
     width: Width
@@ -36,6 +38,7 @@ class Reconstruction:
     normalize_targets: bool
     rebuilt_share: ShareAboveZero = 1.0
     head: Literal["shared", "by_series"] = "shared"
+    same_place: Literal["none", "linear", "residual", "gains"] = "none"
 
     def check(self, where: str) -> None:
         """Raise UserError when there can be no such decoder."""
