@@ -108,6 +108,10 @@ def plan(
         },
         "csm": to_dict(csm),
     }
+    for source in entry["csm"]["sources"]:
+        # so that plans without weights, and runs that are known by them, are those of before there were any
+        if source["weight"] == 1.0:
+            del source["weight"]
     check_encoder(parse_configuration(entry, plans_name), plans_name)
     plans = {**deepcopy(dict(base_plans)), "plans_name": plans_name, "configurations": {configuration: entry}}
     return plans, decisions
