@@ -3,17 +3,36 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from factories import GRID_SIZE, JOINT, MASKING, PATCH_SIZE, SERIES, TOKEN_SIZE, KnownBank, csm_plans, pretext_of, settings
+from factories import (
+    GRID_SIZE,
+    JOINT,
+    MASKING,
+    PATCH_SIZE,
+    SERIES,
+    TOKEN_SIZE,
+    GuessedMemory,
+    KnownBank,
+    base_plans,
+    csm_plans,
+    facts_of,
+    pretext_of,
+    settings,
+    source_of,
+)
 from torch import Tensor
 
 from nnunet_csm.data.draws import Draws, Purpose
 from nnunet_csm.data.intensities import foreground
+from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.tokens import select, to_tokens, to_volume
+from nnunet_csm.planning.facts import Wishes
+from nnunet_csm.planning.planner import plan
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.pretext.batches import Batches
@@ -42,7 +61,8 @@ def learned(model: Any) -> Any:
 
 
 def volumes(present: Tensor = PRESENT, seed: int = 1) -> Tensor:
-    return torch.randn(*present.shape, *PATCH_SIZE, generator=torch.Generator().manual_seed(seed)) * present[..., None, None, None]
+    drawn = torch.randn(*present.shape, *PATCH_SIZE, generator=torch.Generator().manual_seed(seed))
+    return drawn * present[..., None, None, None]
 
 
 def drawn(present: Tensor = PRESENT, num_shown: int = 2, seed: int = 2) -> Mask:
@@ -148,7 +168,7 @@ def test_it_learns_a_series_that_is_another_one_in_other_intensities(path: str) 
 
 def test_joint_tokens_have_no_path() -> None:
     changes = {**JOINT, "reconstruction": {"same_place": PATHS[-1]}}
-    with pytest.raises(UserError, match="same_place is .* joint token is hidden in all series"):
+    with pytest.raises(UserError, match=r"same_place is .* joint token is hidden in all series"):
         setup_of(settings(**changes))
 
 
@@ -248,3 +268,24 @@ def test_two_sources_are_drawn_as_often_with_weights_of_one_over_their_cases() -
     make, num_steps = batches_of(torch.ones(33, 2, dtype=torch.bool), bank_of, batch_size=8), 200
     cases = torch.cat([make(0, step).volumes[0].flatten(1)[:, 0] for step in range(num_steps)])
     assert abs(Counter((cases >= 30).tolist())[True] / len(cases) - 0.5) < 5 * 0.5 / math.sqrt(len(cases))
+
+
+def test_the_log_says_how_many_cases_a_source_has_and_how_often_they_are_drawn() -> None:
+    files = [CaseFile(f"Dataset001_A/{n}", Path(f"pre/Dataset001_A/x/{n}.b2nd"), 2, (0, 1)) for n in range(6)]
+    files += [CaseFile("Dataset001_A/t", Path("pre/Dataset001_A/x_imagesTs/t.b2nd"), 2, (0, 1), 2.0)]
+    files += [CaseFile(f"Dataset002_B/{n}", Path(f"pre/Dataset002_B/x/{n}.b2nd"), 2, (0, None), 4.0) for n in range(3)]
+    bank = KnownBank(torch.ones(10, 2, dtype=torch.bool), lambda *_: torch.empty(0), [file.weight for file in files])
+    bank.files = files
+    expected = {"Dataset001_A/x": (6, 0.3), "Dataset001_A/x_imagesTs": (1, 0.1), "Dataset002_B/x": (3, 0.6)}
+    assert {name: (num, pytest.approx(share)) for name, (num, share) in bank.shares().items()} == expected
+
+
+def test_plans_hold_weights_only_where_they_are_not_1() -> None:
+    sources = tuple(source_of(SERIES, dataset=f"Dataset00{n}_X", weight=weight) for n, weight in ((1, 1.0), (2, 2.5)))
+    plans, _ = plan(base_plans(), "3d_fullres", facts_of(sources=sources), "nnUNetCSMPlans", Wishes("B"), GuessedMemory())
+    written = plans["configurations"]["3d_fullres"]["csm"]["sources"]
+    assert [source.get("weight") for source in written] == [None, 2.5]
+    assert read_configuration(plans, "3d_fullres", "plans").csm.sources == sources
+    written[0]["weight"] = 0
+    with pytest.raises(UserError, match=r"sources\[0\].weight is 0, expected 0 < weight"):
+        read_configuration(plans, "3d_fullres", "plans")

@@ -167,7 +167,7 @@ def source_decisions(sources: Sequence[Source], dataset: str, union: Sequence[st
     """What pretraining draws on, where that is not the dataset alone."""
     if len(sources) == 1 and sources[0].dataset == dataset:
         return []
-    drawn = ", ".join(f"{s.dataset}/{s.subset}" for s in sources)
+    drawn = ", ".join(f"{s.dataset}/{s.subset}" + (f", weight {s.weight:g}" if s.weight != 1.0 else "") for s in sources)
     return [Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}")]
 
 
