@@ -42,7 +42,7 @@ from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask, shown_series_w
 NUM_TOKENS, NUM_VOXELS = math.prod(GRID_SIZE), math.prod(TOKEN_SIZE)
 # a case without T1w
 PRESENT = torch.tensor([[True, True, True], [True, False, True]])
-PATHS = ("linear", "residual", "gains")
+PATHS = ("linear", "gains")
 
 
 def build(same_place: str = "none", augmentation: float = 0.0, **reconstruction: Any) -> Any:
@@ -88,7 +88,8 @@ def test_what_is_seen_beside_a_token_is_the_mean_of_what_other_series_show_at_it
         seen = [s for s in range(3) if s != series and not mask.hidden[b, s, place]]
         for s in range(3):
             expected = tokens[b, s, place] / len(seen) if s in seen else torch.zeros(NUM_VOXELS)
-            torch.testing.assert_close(found[b, number, s], expected)
+            torch.testing.assert_close(found[b, number, s, :-1], expected)
+            assert found[b, number, s, -1].item() == pytest.approx((s in seen) / max(len(seen), 1))
         numbers.add(len(seen))
     assert numbers == {0, 1, 2}
 
@@ -97,7 +98,9 @@ def test_what_is_seen_beside_a_token_is_the_mean_of_what_other_series_show_at_it
 def test_a_path_changes_neither_the_encoder_nor_how_the_rest_begins(path: str) -> None:
     plain, with_path = build().state_dict(), build(path).state_dict()
     assert all(with_path[name].equal(weights) for name, weights in plain.items())
-    assert {name.split(".")[1] for name in set(with_path) - set(plain)} == {"same_place"}
+    assert {name.split(".")[1] for name in set(with_path) - set(plain)} == {"linear": {"beside"}, "gains": {"beside", "gains"}}[
+        path
+    ]
 
 
 def test_without_the_key_plans_have_no_path() -> None:
@@ -107,11 +110,16 @@ def test_without_the_key_plans_have_no_path() -> None:
     assert setup_of(read_configuration(entry, "3d_fullres", "plans"))[1].settings.reconstruction.same_place == "none"
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "linear"])
-def test_what_is_added_to_the_result_begins_at_zero(path: str) -> None:
+def test_gains_begin_at_zero_and_are_factors_of_what_is_seen() -> None:
     volume, mask = volumes(), drawn()
+    with_gains, without = build("gains"), build("linear")
+    tokens, grid = with_gains.tokens_of(volume)
     with torch.no_grad():
-        assert build(path).rebuild(volume, mask).tokens.equal(build().rebuild(volume, mask).tokens)
+        expected = without.predicted(tokens, mask, grid)
+        assert with_gains.predicted(tokens, mask, grid).equal(expected)
+        with_gains.decoder.gains.bias.copy_(torch.tensor([1.0, -2.0, 0.5]))
+        added = torch.tensor([1.0, -2.0, 0.5]) @ seen_beside(tokens, mask)[..., :-1]
+        torch.testing.assert_close(with_gains.predicted(tokens, mask, grid), expected + added)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -140,7 +148,7 @@ def test_a_token_with_nothing_visible_at_its_place_is_rebuilt_by_attention_alone
     tokens, grid = model.tokens_of(volume)
     with torch.no_grad():
         expected = model.predicted(tokens, mask, grid)
-        model.decoder.same_place.weight *= 2
+        model.decoder.beside.weight *= 2
         moved = (model.predicted(tokens, mask, grid) != expected).any(-1)
     assert moved.equal(seen_beside(tokens, mask).flatten(2).any(-1)) and moved.any() and not moved.all()
 
@@ -245,6 +253,7 @@ def test_cases_are_drawn_by_their_weights_in_every_kind_of_batch() -> None:
     counts = torch.zeros(4, 4)
     for step in range(num_batches):
         batch = make(0, step)
+        assert isinstance(batch.drawn, Mask)
         cases, shown = batch.volumes[0].flatten(1)[:, 0].long(), (~batch.drawn.series_hidden).sum(1)
         counts.index_put_((cases, shown - 1), torch.ones(batch_size), accumulate=True)
     # whatever its weight, a case shows each number of its series as often as without weights
@@ -277,7 +286,7 @@ def test_the_log_says_how_many_cases_a_source_has_and_how_often_they_are_drawn()
     bank = KnownBank(torch.ones(10, 2, dtype=torch.bool), lambda *_: torch.empty(0), [file.weight for file in files])
     bank.files = files
     expected = {"Dataset001_A/x": (6, 0.3), "Dataset001_A/x_imagesTs": (1, 0.1), "Dataset002_B/x": (3, 0.6)}
-    assert {name: (num, pytest.approx(share)) for name, (num, share) in bank.shares().items()} == expected
+    assert {name: (num, round(share, 9)) for name, (num, share) in bank.shares().items()} == expected
 
 
 def test_plans_hold_weights_only_where_they_are_not_1() -> None:

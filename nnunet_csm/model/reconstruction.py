@@ -46,8 +46,8 @@ class ReconstructionDecoder(nn.Module):
         options: of the encoder, whose initial weights and positions the decoder shares.
         head_by_series: a last layer for each series.
         same_place: what is made of the voxels of other series that are visible at the place of a token to be rebuilt: "linear",
-            a map of them is added to the mask token; "residual", a map for each series is added to what is rebuilt; "gains", they
-            are themselves added, each series with a factor that is read off the token's features.
+            a map of them is added to the mask token; "gains", in addition they are themselves added to what is rebuilt, those of
+            each series by a factor that is read off the token's features.
     """
 
     def __init__(
@@ -77,19 +77,14 @@ class ReconstructionDecoder(nn.Module):
         self.apply(lambda module: draw_weights(module, options.query_key_gain))
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.normal_(self.series_embedding, std=options.series_embedding_std)
-        # last, so that all else begins as without it; what is added to the result begins at zero
-        self.same_place_path = same_place
-        self.same_place: nn.Module | None = None
-        if same_place == "linear":
-            self.same_place = nn.Linear(num_series * num_voxels, width)
-            draw_weights(self.same_place, options.query_key_gain)
-        elif same_place == "residual":
-            self.same_place = LinearBySeries(num_series, num_series * num_voxels, num_voxels)
-            nn.init.zeros_(self.same_place.weight)
-        elif same_place == "gains":
-            self.same_place = nn.Linear(width, num_series)
-            nn.init.zeros_(self.same_place.weight)
-            nn.init.zeros_(self.same_place.bias)
+        # last, so that all else begins as without it
+        self.beside = nn.Linear(num_series * (num_voxels + 1), width) if same_place != "none" else None
+        if self.beside is not None:
+            draw_weights(self.beside, options.query_key_gain)
+        self.gains = nn.Linear(width, num_series) if same_place == "gains" else None
+        if self.gains is not None:
+            nn.init.zeros_(self.gains.weight)
+            nn.init.zeros_(self.gains.bias)
 
     def forward(
         self,
@@ -97,7 +92,7 @@ class ReconstructionDecoder(nn.Module):
         visible: Int[Tensor, "b k"],
         asked: Int[Tensor, "b m"],
         grid: Size,
-        beside: Float[Tensor, "b m s v"] | None = None,
+        beside: Float[Tensor, "b m s w"] | None = None,
     ) -> Float[Tensor, "b m v"]:
         """Rebuild some tokens.
 
@@ -106,12 +101,14 @@ class ReconstructionDecoder(nn.Module):
             visible: their numbers in the patch.
             asked: the numbers of those to be rebuilt, none of them visible.
             grid: tokens of a series along (z, y, x).
-            beside: voxels of the other series that are visible at the place of each asked token, 0 elsewhere; for `same_place`.
+            beside: for `same_place`, at the place of each asked token the voxels of every other series that is visible there, and
+                1; 0 of those that are not.
         """
         seen, num_visible = self.embedding(encoded), visible.shape[1]
         start = self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)
-        if self.same_place_path == "linear":
-            start = start + self.same_place(beside.flatten(2))
+        if self.beside is not None:
+            assert beside is not None
+            start = start + self.beside(beside.flatten(2))
         x = torch.cat([seen, start], dim=1)
         place = coordinates(torch.cat([visible, asked], dim=1), grid)
         x = x + of_series(self.series_embedding, place[..., 0]) + self.positions(place)
@@ -122,8 +119,7 @@ class ReconstructionDecoder(nn.Module):
         x = self.norm(x)
         series = place[:, num_visible:, 0]
         rebuilt = self.head(x, series) if self.head_by_series else self.head(x)
-        if self.same_place_path == "residual":
-            rebuilt = rebuilt + self.same_place(beside.flatten(2), series)
-        elif self.same_place_path == "gains":
-            rebuilt = rebuilt + (self.same_place(x)[..., None] * beside).sum(2)
+        if self.gains is not None:
+            assert beside is not None
+            rebuilt = rebuilt + (self.gains(x)[..., None] * beside[..., :-1]).sum(2)
         return rebuilt

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.data.intensities import foreground
@@ -167,11 +167,11 @@ class CSM(Rebuilding):
         return float((weights * torch.tensor(totals)).sum(1).mean())
 
 
-def seen_beside(tokens: Float[Tensor, "b s l v"], mask: Mask) -> Float[Tensor, "b m s v"]:
-    """Voxels of the other series that are visible at the place of each asked token, over the number of these series.
+def seen_beside(tokens: Float[Tensor, "b s l v"], mask: Mask) -> Float[Tensor, "b m s w"]:
+    """Voxels, and a 1, of the other series that are visible at the place of each asked token, over the number of these series.
 
-    A mean, as that number varies from place to place: one map then serves whether a series is seen alone or with others. Series
-    that are not seen there, and the token's own, are 0.
+    A mean, as that number varies from place to place: one map then serves whether a series is seen alone or with others. The 1
+    tells which are seen, where voxels may be 0. Series that are not seen there, and the token's own, are 0.
     """
     num_series, num_tokens = mask.hidden.shape[1:]
     place = mask.asked % num_tokens
@@ -179,4 +179,4 @@ def seen_beside(tokens: Float[Tensor, "b s l v"], mask: Mask) -> Float[Tensor, "
     # no token is asked for that is visible, but where one is to see what the network makes of a patch with nothing hidden
     seen = seen & (mask.asked[..., None] // num_tokens != torch.arange(num_series, device=place.device))
     voxels = select(join(tokens), place).float().unflatten(2, (num_series, -1))
-    return voxels * (seen / seen.sum(2, keepdim=True).clamp(min=1))[..., None]
+    return nn.functional.pad(voxels, (0, 1), value=1.0) * (seen / seen.sum(2, keepdim=True).clamp(min=1))[..., None]

@@ -38,7 +38,7 @@ class Reconstruction:
     normalize_targets: bool
     rebuilt_share: ShareAboveZero = 1.0
     head: Literal["shared", "by_series"] = "shared"
-    same_place: Literal["none", "linear", "residual", "gains"] = "none"
+    same_place: Literal["none", "linear", "gains"] = "none"
 
     def check(self, where: str) -> None:
         """Raise UserError when there can be no such decoder."""
