@@ -49,6 +49,7 @@ class Reconstruction:
         """A line for the plan."""
         target = "each token by its own mean and deviation" if self.normalize_targets else "z-scored voxels"
         some = "" if self.rebuilt_share == 1.0 else f"; a step rebuilds {self.rebuilt_share:.0%} of the hidden tokens"
+        some += "" if self.same_place == "none" else f"; other series at a token's place: {self.same_place}"
         return "reconstruction", f"decoder {self.width} x {self.depth}", f"light, thrown away afterwards; target: {target}{some}"
 
 
