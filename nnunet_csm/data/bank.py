@@ -65,10 +65,11 @@ class Bank(ABC):
     def shares(self) -> dict[str, tuple[int, float]]:
         """Folder of images to the number of its cases, and their share of what training draws."""
         found: dict[str, tuple[int, float]] = {}
+        total = sum(self.weights)
         for file in self.files:
             source = f"{file.path.parent.parent.name}/{file.path.parent.name}"
             num, share = found.get(source, (0, 0.0))
-            found[source] = num + 1, share + file.weight / sum(self.weights)
+            found[source] = num + 1, share + file.weight / total
         return found
 
     @abstractmethod
