@@ -46,7 +46,8 @@ class MaskedDecoder(ReconstructionDecoder):
     What is measured, and tested, against it is told apart by this class alone.
     """
 
-    def forward(self, encoded: Tensor, visible: Tensor, asked: Tensor, grid: Size) -> Tensor:
+    def forward(self, encoded: Tensor, visible: Tensor, asked: Tensor, grid: Size, beside: Tensor | None = None) -> Tensor:
+        assert beside is None, "it had no same_place"
         index = all_tokens(len(self.series_embedding), grid, len(encoded), encoded.device)
         place, embedded = coordinates(index, grid), self.embedding(encoded)
         x = self.mask_token.to(embedded.dtype).expand(*index.shape, self.width)

@@ -68,6 +68,7 @@ def _asked(args: argparse.Namespace) -> tuple["PlanRequest", "Wishes"]:
         plans_name=_plans_name(args),
         aliases=tuple(args.series_alias),
         joint=args.joint,
+        weights=tuple(args.weights or ()),
         test_images=args.test_images,
         target_spacing=tuple(args.overwrite_target_spacing) if args.overwrite_target_spacing else None,
         num_processes=args.np,

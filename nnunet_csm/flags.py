@@ -301,6 +301,9 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")
     p.add_argument("--joint", action="store_true", help="one plan for all datasets, to pretrain on them together")
+    p.add_argument(
+        "-weights", nargs="+", type=float, help="with --joint, for each dataset: how often one of its cases is drawn; default: 1"
+    )
     p.add_argument("-series", nargs="+", metavar="NAME", help="use these series only")
     p.add_argument("-overwrite_plans_name", help=f"name of the new plans; default: {PLANS_NAME}, with --joint {JOINT_PLANS_NAME}")
     p.add_argument("-overwrite_patch_size", nargs=3, type=int, metavar=("Z", "Y", "X"), help="patch size by hand")

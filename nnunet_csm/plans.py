@@ -222,6 +222,7 @@ class Source:
         num_channels: of each case there.
         channels: series name to its channel; channels that are not named are not used.
         absent_series: case to series that it holds only as a copy of another one, and that count as absent.
+        weight: how often pretraining draws a case of it, beside those of other sources; in plans only where it is not 1.
     """
 
     dataset: Name
@@ -231,6 +232,7 @@ class Source:
     num_channels: Count
     channels: dict[str, Index]
     absent_series: dict[Name, tuple[str, ...]]
+    weight: Positive = 1.0
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,11 @@ class GuessedMemory:
 class KnownBank(Bank):
     """Stands in for a bank: of its cases only the series are known, and `patches` makes crops of some cases in a size."""
 
-    def __init__(self, series_present: Tensor, patches: Callable[[Tensor, Size], Tensor]) -> None:
+    def __init__(
+        self, series_present: Tensor, patches: Callable[[Tensor, Size], Tensor], weights: Sequence[float] | None = None
+    ) -> None:
         self.device, self.patches = torch.device("cpu"), patches
+        self.weights = list(weights or [1.0] * len(series_present))
         self.series_present, self.shapes = series_present, torch.full((len(series_present), 3), 12)
         self.occupancy = Occupancy.of([np.ones((2, 2, 2), bool)] * len(series_present))
 

@@ -188,6 +188,7 @@ def test_a_dataset_by_a_name_there_is_not_is_refused(name, nnunet_folders, capsy
         (["-series_alias", "DWI=ADC"], "no dataset has a channel of that name"),
         (["-gpu_memory_target", "0"], "expected GiB above 0"),
         (["-overwrite_target_spacing", "1", "1", "1"], "belongs to --joint"),
+        (["-weights", "2"], "-weights 2: expected, with --joint, a number above 0 for each of the 1 datasets"),
         (["--joint"], "at least two"),
         (["-d", "1", "Dataset001_Tiny"], "names a dataset twice"),
         (["-overwrite_patch_size", "4", "4", "4", "-overwrite_token_size", "4", "4", "4"], "single token"),

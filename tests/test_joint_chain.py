@@ -28,7 +28,7 @@ def joint(planned_dataset):
             shutil.copy(source_file, raw / OTHER / "imagesTr" / f"{case}_{channel:04d}.nii.gz")
     described = json.loads((raw / planned_dataset.name / "dataset.json").read_text())
     (raw / OTHER / "dataset.json").write_text(json.dumps({**described, "channel_names": {"0": "T1", "1": "DWI"}}))
-    flags = ("-d", "900", "902", "--joint", "-preset", str(TINY_PRESET), "-np", "1")
+    flags = ("-d", "900", "902", "--joint", "-weights", "3", "1", "-preset", str(TINY_PRESET), "-np", "1")
     planned_dataset.check("nnunet_csm", "plan_and_preprocess", *flags)
     yield planned_dataset
     shutil.rmtree(raw / OTHER)
@@ -46,13 +46,15 @@ def test_both_plans_agree_in_what_the_encoder_sees(joint):
     assert mine.pretraining_architecture == other.pretraining_architecture
     assert mine.pretraining_architecture.series == ("FLAIR", "T1w", "T1ce", "DWI")
     assert mine.patch_size == other.patch_size and mine.csm.sources == other.csm.sources
+    assert [source.weight for source in mine.csm.sources] == [3.0, 1.0]
     for name in (joint.name, OTHER):
         data = joint.folders.preprocessed / name / mine.csm.sources[0].data_identifier
         assert len([f for f in data.glob("*.b2nd") if not f.name.endswith("_seg.b2nd")]) == 6
 
 
 def test_one_encoder_learns_from_both_and_starts_the_fine_tuning_of_either(joint):
-    joint.check("nnunet_csm", "pretrain", "-d", "900", "902", "-device", "cpu")
+    said = joint.check("nnunet_csm", "pretrain", "-d", "900", "902", "-device", "cpu")
+    assert said.count("in 75.0% of the draws") == 1 and said.count("in 25.0% of the draws") == 1
     folder = f"__{JOINT_PLANS_NAME}__3d_fullres/fold_0"
     path = joint.folders.results / joint.name / f"nnUNetTrainerCSMPretrain{folder}" / "checkpoint_final.pth"
     saved = checkpoint.load(path)

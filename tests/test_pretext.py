@@ -61,6 +61,20 @@ def test_maskers_of_joint_tokens_go_on_after_a_kill(make_trainer: Callable[..., 
     goes_on_and_transfers(make_trainer, whole, **given)
 
 
+def test_a_path_of_its_own_place_and_augmentation_go_on_after_a_kill(make_trainer: Callable[..., Any]) -> None:
+    knobs: dict[str, Any] = {
+        "pretext": {
+            "name": "csm",
+            "masking": {"mask_ratio": 0.5, "places": "independent", "hidden_series": "rebuilt"},
+            "reconstruction": {"width": 12, "depth": 1, "num_heads": 2, "normalize_targets": False, "same_place": "gains"},
+            "augmentation": 0.3,
+        }
+    }
+    whole = make_trainer(True, **knobs)
+    whole.run_training()
+    goes_on_and_transfers(make_trainer, whole, **knobs)
+
+
 def test_its_teacher_is_what_fine_tuning_starts_from(make_trainer: Callable[..., Any]) -> None:
     pretrainer = make_trainer(True, pretext=TOY)
     pretrainer.run_training()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import blosc2
@@ -81,6 +82,11 @@ def test_every_labelled_dataset_keeps_to_its_own_folds_and_images_without_labels
             assert [n for n in names(files) if n.startswith(dataset)] == [f"{dataset}/{case}" for case in expected[side]]
     assert {"Dataset003_C/one", "Dataset003_C/two"} <= set(names(training))
     assert len({f.path for f in training + validation}) == 17
+
+
+def test_cases_weigh_what_their_source_does(preprocessed):
+    training, _ = fold_files([A, replace(C, weight=3.0)], SERIES, preprocessed, 0)
+    assert {(file.name.split("/")[0], file.weight) for file in training} == {("Dataset001_A", 1.0), ("Dataset003_C", 3.0)}
 
 
 def test_fold_all_has_every_case_on_both_sides(preprocessed):

@@ -39,6 +39,7 @@ class Bank(ABC):
         where: "gpu" or "mapped".
         reason: why the images lie there, with sizes, for the log.
         names: identifiers of the cases.
+        weights: how often each is drawn in training, beside the others.
         shapes: (c, 3) voxels along (z, y, x).
         series_present: (c, s) False for a series that the case does not have, or whose stored volume is all zero.
         occupancy: where there is more than background.
@@ -53,12 +54,23 @@ class Bank(ABC):
         self.device, self.reason, self.left_out = device, reason, contents.left_out
         self.files = [case.file for case in cases]
         self.names = [file.name for file in self.files]
+        self.weights = [file.weight for file in self.files]
         self.shapes = torch.tensor([case.shape for case in cases], device=device)
         self.series_present = torch.tensor([case.series_present for case in cases], device=device)
         self.occupancy = Occupancy.of(case.occupied for case in cases).to(device)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def shares(self) -> dict[str, tuple[int, float]]:
+        """Folder of images to the number of its cases, and their share of what training draws."""
+        found: dict[str, tuple[int, float]] = {}
+        total = sum(self.weights)
+        for file in self.files:
+            source = f"{file.path.parent.parent.name}/{file.path.parent.name}"
+            num, share = found.get(source, (0, 0.0))
+            found[source] = num + 1, share + file.weight / total
+        return found
 
     @abstractmethod
     def cut(self, cases: Int[Tensor, " b"], crops: Crops, patch_size: Size) -> Float16[Tensor, "b s z y x"]:

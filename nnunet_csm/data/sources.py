@@ -148,6 +148,7 @@ def case_file(source: Source, name: str, series: Sequence[str], preprocessed: Pa
         path=preprocessed / source.dataset / source.data_identifier / f"{name}.b2nd",
         num_channels=source.num_channels,
         channels=tuple(None if one in absent else source.channels.get(one) for one in series),
+        weight=source.weight,
     )
 
 

@@ -53,12 +53,14 @@ class CaseFile:
         path: its `.b2nd` file.
         num_channels: of the file, as the plans have it.
         channels: channel of every series of the run; None for one that the case does not have.
+        weight: how often the case is drawn in training, beside others.
     """
 
     name: str
     path: Path
     num_channels: int
     channels: tuple[int | None, ...]
+    weight: float = 1.0
 
     @property
     def stored(self) -> Path:

@@ -45,6 +45,9 @@ class ReconstructionDecoder(nn.Module):
         width, depth, num_heads: of the decoder.
         options: of the encoder, whose initial weights and positions the decoder shares.
         head_by_series: a last layer for each series.
+        same_place: what is made of the voxels of other series that are visible at the place of a token to be rebuilt: "linear",
+            a map of them is added to the mask token; "gains", in addition they are themselves added to what is rebuilt, those of
+            each series by a factor that is read off the token's features.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ReconstructionDecoder(nn.Module):
         num_heads: int,
         options: EncoderSettings = PLAIN,
         head_by_series: bool = False,
+        same_place: str = "none",
     ) -> None:
         super().__init__()
         self.width = width
@@ -73,9 +77,22 @@ class ReconstructionDecoder(nn.Module):
         self.apply(lambda module: draw_weights(module, options.query_key_gain))
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.normal_(self.series_embedding, std=options.series_embedding_std)
+        # last, so that all else begins as without it
+        self.beside = nn.Linear(num_series * (num_voxels + 1), width) if same_place != "none" else None
+        if self.beside is not None:
+            draw_weights(self.beside, options.query_key_gain)
+        self.gains = nn.Linear(width, num_series) if same_place == "gains" else None
+        if self.gains is not None:
+            nn.init.zeros_(self.gains.weight)
+            nn.init.zeros_(self.gains.bias)
 
     def forward(
-        self, encoded: Float[Tensor, "b k e"], visible: Int[Tensor, "b k"], asked: Int[Tensor, "b m"], grid: Size
+        self,
+        encoded: Float[Tensor, "b k e"],
+        visible: Int[Tensor, "b k"],
+        asked: Int[Tensor, "b m"],
+        grid: Size,
+        beside: Float[Tensor, "b m s w"] | None = None,
     ) -> Float[Tensor, "b m v"]:
         """Rebuild some tokens.
 
@@ -84,9 +101,15 @@ class ReconstructionDecoder(nn.Module):
             visible: their numbers in the patch.
             asked: the numbers of those to be rebuilt, none of them visible.
             grid: tokens of a series along (z, y, x).
+            beside: for `same_place`, at the place of each asked token the voxels of every other series that is visible there, and
+                1; 0 of those that are not.
         """
         seen, num_visible = self.embedding(encoded), visible.shape[1]
-        x = torch.cat([seen, self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)], dim=1)
+        start = self.mask_token.to(seen.dtype).expand(*asked.shape, self.width)
+        if self.beside is not None:
+            assert beside is not None
+            start = start + self.beside(beside.flatten(2))
+        x = torch.cat([seen, start], dim=1)
         place = coordinates(torch.cat([visible, asked], dim=1), grid)
         x = x + of_series(self.series_embedding, place[..., 0]) + self.positions(place)
         for block in self.blocks[:-1]:
@@ -94,4 +117,9 @@ class ReconstructionDecoder(nn.Module):
         # after the last one, nobody attends to the visible ones any more
         x = self.blocks[-1](x, num_visible, num_visible)
         x = self.norm(x)
-        return self.head(x, place[:, num_visible:, 0]) if self.head_by_series else self.head(x)
+        series = place[:, num_visible:, 0]
+        rebuilt = self.head(x, series) if self.head_by_series else self.head(x)
+        if self.gains is not None:
+            assert beside is not None
+            rebuilt = rebuilt + (self.gains(x)[..., None] * beside[..., :-1]).sum(2)
+        return rebuilt

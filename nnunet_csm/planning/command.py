@@ -204,7 +204,9 @@ def planned_jointly(found: Sequence[Found], request: PlanRequest, wishes: Wishes
     ]
     bases, shared = joint_base_plans(members, request.configuration, request.plans_name, request.target_spacing)
     identifier = bases[0]["configurations"][request.configuration]["data_identifier"]
-    sources = restricted((source for one in found for source in sources_of(one, request, identifier)), wishes.series)
+    weighed = zip(found, request.weights or [1.0] * len(found), strict=True)
+    drawn_on = (replace(s, weight=weight) for one, weight in weighed for s in sources_of(one, request, identifier))
+    sources = restricted(drawn_on, wishes.series)
     all_facts = [facts_of(one, request, sources, base) for one, base in zip(found, bases, strict=True)]
     total = sum(facts.num_pretraining_cases for facts in all_facts)
     most_classes = max(facts.num_classes for facts in all_facts)

@@ -108,6 +108,10 @@ def plan(
         },
         "csm": to_dict(csm),
     }
+    for source in entry["csm"]["sources"]:
+        # so that plans without weights, and runs that are known by them, are those of before there were any
+        if source["weight"] == 1.0:
+            del source["weight"]
     check_encoder(parse_configuration(entry, plans_name), plans_name)
     plans = {**deepcopy(dict(base_plans)), "plans_name": plans_name, "configurations": {configuration: entry}}
     return plans, decisions
@@ -163,7 +167,7 @@ def source_decisions(sources: Sequence[Source], dataset: str, union: Sequence[st
     """What pretraining draws on, where that is not the dataset alone."""
     if len(sources) == 1 and sources[0].dataset == dataset:
         return []
-    drawn = ", ".join(f"{s.dataset}/{s.subset}" for s in sources)
+    drawn = ", ".join(f"{s.dataset}/{s.subset}" + (f", weight {s.weight:g}" if s.weight != 1.0 else "") for s in sources)
     return [Decision("pretraining draws on", drawn, f"every subject with the series it has, of {', '.join(union)}")]
 
 

@@ -28,6 +28,7 @@ class PlanRequest:
     plans_name: str
     aliases: tuple[str, ...] = ()
     joint: bool = False
+    weights: tuple[float, ...] = ()
     test_images: bool = False
     target_spacing: tuple[float, float, float] | None = None
     num_processes: int = 1
@@ -49,6 +50,11 @@ def check_request(datasets: Sequence[str], request: PlanRequest, wishes: Wishes)
         raise UserError(f"{request.plans_name}.json holds nnU-Net's plans, which are kept; give another -overwrite_plans_name")
     if request.joint and len(datasets) < 2:
         raise UserError("--joint plans for several datasets at once; give at least two with -d, the one to fine-tune on first")
+    if request.weights and not (request.joint and len(request.weights) == len(names) and all(w > 0 for w in request.weights)):
+        raise UserError(
+            f"-weights {' '.join(f'{w:g}' for w in request.weights)}: expected, with --joint, a number above 0 for each of the "
+            f"{len(names)} datasets of -d"
+        )
     if request.target_spacing is not None and not request.joint:
         raise UserError("-overwrite_target_spacing belongs to --joint; for one dataset give it to nnUNetv2_plan_experiment")
     if request.target_spacing is not None and min(request.target_spacing) <= 0:

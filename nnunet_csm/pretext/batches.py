@@ -15,13 +15,17 @@ class Batches:
     """Some samples of batches.
 
     All samples of a batch are of one kind (`Pretext.variants`). The kind is drawn first, then cases by how likely each would have
-    drawn it; every case and every kind keep their probabilities. Everything is drawn where the volumes are.
+    drawn it; every case and every kind keep their probabilities. In training, cases weigh what their source does
+    (`Bank.weights`). Everything is drawn where the volumes are.
     """
 
     def __init__(self, bank: Bank, pretext: Pretext, seed: int, purpose: Purpose, samples: range) -> None:
         self.bank, self.pretext, self.seed, self.purpose = bank, pretext, seed, purpose
         self.samples = torch.arange(samples.start, samples.stop, device=bank.device)
         weights = pretext.variants(bank.series_present.cpu())
+        if purpose == Purpose.TRAINING:
+            # of a case in all kinds together; what is only looked at is the same whatever sources weigh
+            weights = weights * torch.tensor(bank.weights, dtype=weights.dtype)[:, None]
         self.of_variants, self.cumulative = weights.sum(0).cumsum(0), weights.cumsum(0).to(bank.device)
 
     def __call__(self, epoch: int, step: int) -> Batch:

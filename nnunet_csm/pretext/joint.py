@@ -44,6 +44,11 @@ class JointRebuilding(Rebuilding):
     @classmethod
     def check(cls, settings: Any, architecture: Architecture, where: str) -> None:
         super().check(settings, architecture, where)
+        if settings.reconstruction.same_place != "none":
+            raise UserError(
+                f"{where}.reconstruction.same_place is {settings.reconstruction.same_place!r}, but a joint token is hidden in "
+                f"all series, and nothing is visible at its place; leave it out, or set the name of the pretext to 'csm'"
+            )
         if architecture.encoder.kind != "joint_vit":
             raise UserError(
                 f"{where}: {cls.__name__} hides a place in all series, but encoder.kind in arch_kwargs is "

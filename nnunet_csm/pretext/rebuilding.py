@@ -28,6 +28,8 @@ class Reconstruction:
         rebuilt_share: of the hidden tokens, those that a training step asks for, drawn anew in every step; validation asks for
             all.
         head: one last layer for all series, or one for each.
+        same_place: how what is visible of other series at a hidden token's place comes to it beside attention, see
+            `model/reconstruction.py`; not with joint tokens.
     """
 
     width: Width
@@ -36,6 +38,7 @@ class Reconstruction:
     normalize_targets: bool
     rebuilt_share: ShareAboveZero = 1.0
     head: Literal["shared", "by_series"] = "shared"
+    same_place: Literal["none", "linear", "gains"] = "none"
 
     def check(self, where: str) -> None:
         """Raise UserError when there can be no such decoder."""
@@ -46,6 +49,7 @@ class Reconstruction:
         """A line for the plan."""
         target = "each token by its own mean and deviation" if self.normalize_targets else "z-scored voxels"
         some = "" if self.rebuilt_share == 1.0 else f"; a step rebuilds {self.rebuilt_share:.0%} of the hidden tokens"
+        some += "" if self.same_place == "none" else f"; other series at a token's place: {self.same_place}"
         return "reconstruction", f"decoder {self.width} x {self.depth}", f"light, thrown away afterwards; target: {target}{some}"
 
 

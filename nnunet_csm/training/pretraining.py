@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,9 +127,9 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         self.train_batches = self.batches(bank, Purpose.TRAINING, self.samples)
         self.val_batches = self.batches(val_bank, Purpose.VALIDATION, self.samples)
         self.print_to_log_file(f"Pretraining on {len(bank.names)} cases, nothing learned from labels; {bank.reason}")
-        counted = Counter(name.split("/")[0] for name in bank.names)
-        share = {s: int(n) for s, n in zip(self.series, bank.series_present.sum(0), strict=True)}
-        self.print_to_log_file(f"of {dict(counted)}; with each series: {share}", add_timestamp=False)
+        drawn = ", ".join(f"{num} of {name} in {part:.1%} of the draws" for name, (num, part) in bank.shares().items())
+        with_series = {s: int(n) for s, n in zip(self.series, bank.series_present.sum(0), strict=True)}
+        self.print_to_log_file(f"{drawn}; with each series: {with_series}", add_timestamp=False)
         for names in (bank.left_out, [] if val_bank is bank else val_bank.left_out):
             if names:
                 self.print_to_log_file(f"WARNING: left out, as all planned series are zero there: {', '.join(names)}")
