@@ -12,11 +12,11 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
-from nnunet_csm.data.sources import case_names
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.labels import check_label_values
 from nnunet_csm.machine import num_cores
 from nnunet_csm.planning.classification import check_classification
+from nnunet_csm.planning.preprocessing import preprocessed_cases
 from nnunet_csm.planning.request import split_lines
 from nnunet_csm.plans import PLANS_NAME, read_configuration
 from nnunet_csm.raw.check import check_dataset, has_labels, load_dataset_json
@@ -116,7 +116,7 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
     yield Finding("CSM plans", f"preset {settings.csm.preset}, {', '.join(settings.architecture.series)}")
     for source in settings.csm.sources:
         try:
-            num_cases = len(case_names(source, preprocessed.parent, source.labelled))
+            num_cases = len(preprocessed_cases(source, plans, configuration))
             yield Finding("preprocessed cases", f"{num_cases} in {source.dataset}/{source.data_identifier}")
         except UserError as error:
             yield Finding("preprocessed cases", "not complete", str(error))

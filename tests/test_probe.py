@@ -53,6 +53,7 @@ from nnunet_csm.pretext.rebuilding import Rebuilt
 
 EPOCHS = np.arange(40)
 MEAN, LINEAR = 1.0, 0.6
+TRIVIAL = {"mean": MEAN, "voxel-wise linear map": LINEAR}
 
 
 def curve(tau: float, lowest: float = 0.4, noise: float = 0.0) -> np.ndarray:
@@ -63,14 +64,14 @@ def curve(tau: float, lowest: float = 0.4, noise: float = 0.0) -> np.ndarray:
 @pytest.mark.parametrize("noise", [0.0, 0.005])
 @pytest.mark.parametrize(("tau", "trend"), [(20.0, "falling"), (3.0, "flat")])
 def test_a_curve_that_still_falls_is_told_from_a_flat_one(tau: float, trend: str, noise: float) -> None:
-    verdict = judge(list(curve(tau, noise=noise)), 100, MEAN, LINEAR)
+    verdict = judge(list(curve(tau, noise=noise)), 100, TRIVIAL)
     assert verdict.trend == trend
-    assert not verdict.worse_than_linear
+    assert not verdict.behind
 
 
 def test_flat_since_names_the_epoch_from_which_on_it_is() -> None:
     errors = curve(3.0)
-    since = judge(list(errors), 100, MEAN, LINEAR).since
+    since = judge(list(errors), 100, TRIVIAL).since
     learned = MEAN - errors.min()
     assert errors[since] - errors.min() < 0.03 * learned
     assert errors[since - 2] - errors.min() > 0.02 * learned
@@ -78,34 +79,42 @@ def test_flat_since_names_the_epoch_from_which_on_it_is() -> None:
 
 def test_a_curve_that_turns_is_rising_since_its_lowest_epoch() -> None:
     errors = 0.4 + 0.002 * (EPOCHS - 20.0) ** 2 / 4
-    verdict = judge(list(errors), 100, MEAN, LINEAR)
+    verdict = judge(list(errors), 100, TRIVIAL)
     assert (verdict.trend, verdict.since) == ("rising", 20)
 
 
 def test_one_bad_epoch_changes_nothing() -> None:
     errors = curve(3.0)
     errors[-2] += 0.5
-    assert judge(list(errors), 100, MEAN, LINEAR).trend == "flat"
+    assert judge(list(errors), 100, TRIVIAL).trend == "flat"
 
 
 def test_few_epochs_are_too_early_and_a_run_above_the_linear_map_is_useless_only_after_a_tenth() -> None:
     stuck = [MEAN] * 12
-    assert judge(stuck[:3], 100, MEAN, LINEAR).trend == "early"
-    assert not judge(stuck[:10], 100, MEAN, LINEAR).worse_than_linear
-    verdict = judge(stuck[:11], 100, MEAN, LINEAR)
-    assert verdict.worse_than_linear and verdict.trend == "flat"
-    assert "learning_rate" in str(verdict)
+    assert judge(stuck[:3], 100, TRIVIAL).trend == "early"
+    assert not judge(stuck[:10], 100, TRIVIAL).behind
+    verdict = judge(stuck[:11], 100, TRIVIAL)
+    assert verdict.behind == "voxel-wise linear map" and verdict.unlearned and verdict.trend == "flat"
     # nothing is known to compare with
-    assert not judge(stuck, 12, math.nan, math.nan).worse_than_linear
+    assert not judge(stuck, 12, {"mean": math.nan}).behind and not judge(stuck, 12, {"mean": math.nan}).unlearned
+
+
+def test_a_pretraining_that_learned_nothing_is_never_praised_even_where_the_linear_maps_are_worse_than_the_mean() -> None:
+    stuck, worse_maps = [MEAN] * 20, {"mean": MEAN, "voxel-wise linear map": 1.2, "linear map of tokens": 1.3}
+    said = str(judge(stuck, 20, worse_maps))
+    assert said.startswith("no better than the mean") and "too few steps" in said and "stopping" not in said
+    between = judge([*curve(3.0, lowest=0.7)], 100, {"mean": MEAN, "voxel-wise linear map": 0.8, "linear map of tokens": 0.6})
+    assert "worse than the linear map of tokens" in str(between) and "stopping" not in str(between)
+    assert "stopping would cost little" in str(judge([*curve(3.0)], 100, TRIVIAL))
 
 
 @pytest.mark.parametrize("errors", [curve(20.0), curve(3.0), 0.4 + 0.002 * (EPOCHS - 20.0) ** 2 / 4])
 def test_epochs_from_before_there_were_probes_shift_the_others_and_are_not_judged(errors: np.ndarray) -> None:
-    alone, padded = (judge([math.nan] * num + list(errors), 100, MEAN, LINEAR) for num in (0, 7))
+    alone, padded = (judge([math.nan] * num + list(errors), 100, TRIVIAL) for num in (0, 7))
     assert (padded.trend, padded.since, padded.gain) == (alone.trend, alone.since + 7, alone.gain)
     assert padded.share == pytest.approx(0.47)
     for num in (0, 5):
-        early = judge([math.nan] * 40 + list(errors[:num]), 100, MEAN, LINEAR)
+        early = judge([math.nan] * 40 + list(errors[:num]), 100, TRIVIAL)
         assert (early.trend, early.since) == ("early", 39 + num)
 
 

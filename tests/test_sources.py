@@ -2,14 +2,17 @@
 
 import json
 import pickle
+from typing import Any
 
+import blosc2
+import numpy as np
 import pytest
 from factories import source_of
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_csm.data.sources import case_names, check_preprocessed, fold_files, split
 from nnunet_csm.errors import UserError
-from nnunet_csm.planning.preprocessing import remeasured
+from nnunet_csm.planning.preprocessing import is_preprocessed, preprocessed_cases, remeasured
 
 SERIES = ("FLAIR", "T1w", "T2w", "ADC")
 
@@ -35,6 +38,33 @@ def preprocessed(tmp_path):
 A = source_of(("FLAIR", "T1w"), dataset="Dataset001_A", data_identifier="x")
 B = source_of(("T2w", "FLAIR"), dataset="Dataset002_B", data_identifier="x", absent_series={"case3": ("T2w",)})
 C = source_of(("ADC",), dataset="Dataset003_C", data_identifier="x_unlabelled", labelled=False)
+
+
+def test_images_of_another_spacing_than_the_plans_are_not_taken_for_preprocessed(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    folder = tmp_path / "Dataset003_C" / "x_unlabelled"
+    folder.mkdir(parents=True)
+    # (x, y, z) of the file were turned to (z, x, y): 20 x 30 x 6 voxels of 1 x 1 x 4 mm, at 2 mm in plane
+    blosc2.asarray(np.zeros((1, 6, 10, 15), np.float32), urlpath=str(folder / "one.b2nd"))
+    noted = {"spacing": [1.0, 1.0, 4.0], "shape_after_cropping_and_before_resampling": (6, 20, 30)}
+    (folder / "one.pkl").write_bytes(pickle.dumps(noted))
+    entry = {"preprocessor_name": "DefaultPreprocessor", "spacing": [4.0, 2.0, 2.0]}
+
+    def plans(**changes):
+        made: dict[str, Any] = {"plans_name": "Mine", "dataset_name": "Dataset003_C", "transpose_forward": [2, 0, 1]}
+        made["configurations"] = {"3d_fullres": {**entry, **changes}}
+        return C, made, "3d_fullres"
+
+    assert preprocessed_cases(*plans()) == ["one"] and is_preprocessed(*plans())
+    # of 2-D plans the slices keep their own distance
+    assert is_preprocessed(*plans(spacing=[2.0, 2.0]))
+    with pytest.raises(
+        UserError, match=r"one has 6 x 10 x 15 voxels, expected 6 x 20 x 30.*4 x 1 x 1 mm.*-preprocess_only Mine --ov"
+    ):
+        preprocessed_cases(*plans(spacing=[4.0, 1.0, 1.0]))
+    assert not is_preprocessed(*plans(spacing=[4.0, 1.0, 1.0]))
+    # nobody knows what another preprocessor makes
+    assert is_preprocessed(*plans(spacing=[4.0, 1.0, 1.0], preprocessor_name="Mine"))
 
 
 def names(files):

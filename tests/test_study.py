@@ -268,6 +268,20 @@ def test_no_run_learns_from_patients_it_is_judged_by(expand: Callable[..., Runs]
             assert set(sides["train"]) <= set(seen["train"]) and seen["test"] == sides["test"]
 
 
+def test_changes_that_are_no_preset_are_refused_by_the_name_of_the_study(dataset: Dataset) -> None:
+    dataset.study = "mine.json"
+    with pytest.raises(UserError, match=r"^study mine\.json: preset demo with its changes.*network is ''"):
+        dataset.plans("demo", {"network": ""})
+
+
+def test_images_of_imagests_are_drawn_on_and_never_tested(
+    planned_dataset: PlannedDataset, dataset: Dataset, tmp_path: Path
+) -> None:
+    more = Dataset("900", "3d_fullres", tmp_path / "more", test_images=True)
+    sources = [source.subset for source in more.settings({**more.plans("demo", {}), "plans_name": "x"}).csm.sources]
+    assert sources == ["imagesTr", "imagesTs"] and more.present == dataset.present
+
+
 def test_expanding_twice_names_the_same_runs_and_a_moved_study_too(dataset: Dataset, tmp_path: Path) -> None:
     study = parse_study(spec(arms=[SCRATCH, CSM, MAE3D]), "study")
     first = Expansion(study, "s", dataset, {}).expand()

@@ -14,7 +14,7 @@ import torch
 from factories import checkpoint_of, csm_plans, source_of
 
 from nnunet_csm import checkpoint, nnunet
-from nnunet_csm.data.properties import check_properties
+from nnunet_csm.data.properties import read_properties
 from nnunet_csm.data.sources import check_preprocessed
 from nnunet_csm.data.stored import open_volumes
 from nnunet_csm.errors import UserError
@@ -197,10 +197,10 @@ def test_properties_of_a_case_are_looked_at_without_executing_anything(tmp_path:
         "bbox": [slice(0, 3), {1}],
     }
     path.write_bytes(pickle.dumps(plain))
-    check_properties(path)
+    read_properties(path)
     path.write_bytes(pickle.dumps({**plain, "more": Command(made)}))
     with pytest.raises(UserError, match=r"case.pkl: names pathlib.*, expected numbers"):
-        check_properties(path)
+        read_properties(path)
     assert not made.exists()
     pickle.loads(path.read_bytes())
     assert made.exists(), "this is what nnU-Net would have done"
@@ -211,7 +211,7 @@ def test_properties_that_are_none_are_told(tmp_path: Path, content: bytes) -> No
     path = tmp_path / "case.pkl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"case.pkl: .*preprocess the dataset again"):
-        check_properties(path)
+        read_properties(path)
 
 
 def test_a_file_of_voxels_that_holds_an_expression_is_refused(tmp_path: Path) -> None:

@@ -26,8 +26,12 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_properties(path: Path) -> None:
-    """Raise UserError when a file of properties is not whole, or holds anything but plain data."""
+def read_properties(path: Path) -> dict[str, Any]:
+    """What nnU-Net noted of a case.
+
+    Raises:
+        UserError: a file of properties that is not whole, or holds anything but plain data.
+    """
     remedy = "preprocess the dataset again, and trust no preprocessed folder that comes from elsewhere (docs/security.md)"
     try:
         with path.open("rb") as file:
@@ -38,3 +42,4 @@ def check_properties(path: Path) -> None:
         raise UserError(f"{path}: not readable as properties of a case ({reason(error)}); {remedy}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, expected the properties of a case; {remedy}")
+    return found

@@ -9,7 +9,7 @@ import numpy as np
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_csm.data.properties import check_properties
+from nnunet_csm.data.properties import read_properties
 from nnunet_csm.data.stored import CaseFile, open_volumes
 from nnunet_csm.errors import UserError
 from nnunet_csm.host_files import check_known
@@ -120,7 +120,7 @@ def check_preprocessed(sources: Sequence[Source], dataset: str, preprocessed: Pa
                 folder = preprocessed / dataset / source.data_identifier
                 for ending in (".b2nd", "_seg.b2nd"):
                     open_volumes(folder / f"{name}{ending}")
-                check_properties(folder / f"{name}.pkl")
+                read_properties(folder / f"{name}.pkl")
 
 
 def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLITS) -> tuple[list[str], list[str]]:

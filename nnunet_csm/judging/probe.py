@@ -11,13 +11,14 @@ from nnunet_csm.files import write_text
 from nnunet_csm.judging.hidden_errors import ESTIMATES, LOGGED_ERRORS, LOGGED_TOKENS, HiddenErrors
 from nnunet_csm.judging.kinds import HIDDEN_PART, HIDDEN_WHOLE, KINDS
 from nnunet_csm.judging.lesion_probe import LinearProbe
-from nnunet_csm.judging.plateau import Verdict, judge
+from nnunet_csm.judging.plateau import MEAN, Verdict, judge
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.plans import Schedule
 from nnunet_csm.pretext.base import Pretext
 from nnunet_csm.pretext.rebuilding import Rebuilding
 
 LOGGED_PRECISION = "lesion_precision"
+TRIVIAL = {"mean": MEAN, "linear": "voxel-wise linear map", "token_linear": "linear map of tokens"}
 
 
 def logged_names(pretext: Pretext | type[Pretext]) -> tuple[str, ...]:
@@ -61,12 +62,13 @@ class Probe:
 
     def verdict(self, log: Mapping[str, Sequence[float]]) -> Verdict:
         """What the history of the judged error tells."""
-        return judge(log[self.judged], self.schedule.num_epochs, self.baseline("mean"), self.baseline("linear"))
+        return judge(log[self.judged], self.schedule.num_epochs, {name: self.baseline(of) for of, name in TRIVIAL.items()})
 
     def said(self, log: Mapping[str, Sequence[float]]) -> str:
         """A line on the last epoch, one more when lesions were probed, and what the pretext warns of."""
-        beside = ", ".join(f"{name.replace('_', ' ')} {self.baseline(name):.4f}" for name in reversed(ESTIMATES))
-        beside = f" ({beside})" if self.baselines is not None else ""
+        first = "; smaller is better" if len(log[self.judged]) == 1 else ""
+        beside = ", ".join(f"{name} {self.baseline(of):.4f}" for of, name in TRIVIAL.items())
+        beside = f" ({beside}{first})" if self.baselines is not None else ""
         lines = [f"Probe: {self.name}: {log[self.judged][-1]:.4f}{beside}; {self.verdict(log)}"]
         precision, probe = log[LOGGED_PRECISION][-1], self.linear_probe
         if probe is not None and np.isfinite(precision):
@@ -86,8 +88,7 @@ class Probe:
             part, whole = (log[name] for name in LOGGED_TOKENS)
             by_kind = {"series visible elsewhere": part, "series hidden whole": whole}
             panels.append(Panel("Validation error", by_kind, "epoch", "mean squared error"))
-            names = {"mean": "mean", "linear": "voxel-wise linear map", "token_linear": "linear map of tokens"}
-            flat = {name: [self.baseline(estimate)] * epochs for estimate, name in names.items()}
+            flat = {name: [self.baseline(estimate)] * epochs for estimate, name in TRIVIAL.items()}
             errors = {"network": log[self.judged], **flat}
             kind = KINDS[LOGGED_ERRORS.index(self.judged)]
             panels.append(Panel(kind, errors, "epoch", "mean squared error, foreground"))

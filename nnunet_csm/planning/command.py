@@ -235,7 +235,9 @@ def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Se
     plans["configurations"] = {**earlier, **plans["configurations"]}
     nnunet.save_json(plans, path)
     print(f"\n{one.name}\n{as_table(decisions)}\n\nwritten to {path}")
-    missing = [s for s in read_configuration(plans, configuration, str(path)).csm.sources if not is_preprocessed(s)]
+    missing = [
+        s for s in read_configuration(plans, configuration, str(path)).csm.sources if not is_preprocessed(s, plans, configuration)
+    ]
     if missing:
         ids = " ".join(dict.fromkeys(s.dataset for s in missing))
         flags = f"-d {ids} -c {configuration} -preprocess_only {request.plans_name}"

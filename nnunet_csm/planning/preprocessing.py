@@ -1,22 +1,39 @@
 """Make the images that CSM plans name and that are not there."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
 from nnunet_csm import nnunet
+from nnunet_csm.data.resampled import check_resampled
 from nnunet_csm.data.sources import case_names
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.unlabelled import preprocess_images
-from nnunet_csm.plans import Source, read_configuration
+from nnunet_csm.plans import Source, configuration_of, read_configuration
 from nnunet_csm.pretext.base import learner_of
 
 
-def is_preprocessed(source: Source) -> bool:
-    """Whether all cases of a source are there."""
+def preprocessed_cases(source: Source, plans: Mapping[str, Any], configuration: str) -> list[str]:
+    """Sorted identifiers of a source's cases.
+
+    Raises:
+        UserError: none, fewer than there are to be, or preprocessed for another spacing.
+    """
+    preprocessed = nnunet.folder("nnUNet_preprocessed")
+    names = case_names(source, preprocessed, source.labelled)
+    entry = configuration_of(plans, configuration, str(plans["plans_name"]))
+    flags = f"-d {source.dataset} -c {configuration} -preprocess_only {plans['plans_name']} --overwrite"
+    remedy = f"preprocess again with `nnunet_csm plan_and_preprocess {flags}`"
+    check_resampled(preprocessed / source.dataset / source.data_identifier, names, plans, entry, remedy)
+    return names
+
+
+def is_preprocessed(source: Source, plans: Mapping[str, Any], configuration: str) -> bool:
+    """Whether all cases of a source are there, as the plans want them."""
     try:
-        return bool(case_names(source, nnunet.folder("nnUNet_preprocessed"), source.labelled))
+        return bool(preprocessed_cases(source, plans, configuration))
     except UserError:
         return False
 
@@ -44,7 +61,7 @@ def preprocess_datasets(
             if not source.labelled:
                 num_done = preprocess_images(raw, source.subset, dataset_json, plans, configuration, output, num_processes)
                 print(f"{output}: {num_done} cases preprocessed, the others were there")
-            elif overwrite or not is_preprocessed(source):
+            elif overwrite or not is_preprocessed(source, plans, configuration):
                 preprocess_labelled(name, configuration, plans_name, output, num_processes)
             else:
                 print(f"{output}: already there")
@@ -88,8 +105,12 @@ def check_plans(datasets: Sequence[str], plans_name: str, configuration: str, fi
     path = nnunet.folder("nnUNet_preprocessed") / names[0] / f"{plans_name}.json"
     ids = " ".join(datasets)
     remedy = f"plan with `nnunet_csm plan_and_preprocess -d {ids}{' --joint' if len(names) > 1 else ''}`"
-    settings = read_configuration(nnunet.read_json(path, remedy), configuration, str(path))
+    plans = nnunet.read_json(path, remedy)
+    settings = read_configuration(plans, configuration, str(path))
     sources = settings.csm.sources
+    for source in sources:
+        if (path.parent.with_name(source.dataset) / source.data_identifier).is_dir():  # else the trainer says what is missing
+            preprocessed_cases(source, plans, configuration)
     if not finetuning:
         learner_of(settings, str(path))
     # nnU-Net reads it before our trainers begin

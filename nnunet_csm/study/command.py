@@ -68,7 +68,7 @@ def run_study(request: StudyRequest, dry_run: bool, report_only: bool) -> None:
     results = nnunet.folder("nnUNet_results") / nnunet.dataset_name(request.dataset)
     folder = request.output or results / f"study_{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset(request.dataset, request.configuration, folder.resolve())
+    dataset = Dataset(request.dataset, request.configuration, folder.resolve(), study.test_images, request.study)
     print(f"{name}: {study.description}\n{dataset.described()}")
     runs, records = expanded(study, name, dataset)
     if dry_run:

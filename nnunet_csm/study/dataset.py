@@ -37,9 +37,18 @@ HASH_LENGTH = 8
 class Dataset:
     """What a study needs to know of its dataset."""
 
-    def __init__(self, dataset: str, configuration: str, folder: Path) -> None:
+    def __init__(self, dataset: str, configuration: str, folder: Path, test_images: bool = False, study: str = "") -> None:
+        """
+        Args:
+            dataset: name or ID.
+            configuration: nnU-Net's.
+            folder: of the study.
+            test_images: whether pretraining draws on imagesTs as well.
+            study: name or file, which errors name.
+        """
+        self.study = study
         self.name, self.configuration, self.folder = nnunet.dataset_name(dataset), configuration, folder
-        self.request = PlanRequest(configuration, STOCK_PLANS_NAME, PLANS_NAME)
+        self.request = PlanRequest(configuration, STOCK_PLANS_NAME, PLANS_NAME, test_images=test_images)
         self.known: dict[str, dict[str, Any]] = {}
 
     @cached_property
@@ -95,11 +104,12 @@ class Dataset:
 
     @cached_property
     def present(self) -> dict[str, tuple[str, ...]]:
-        """Series that each case has."""
+        """Series that each case of imagesTr has."""
         assert self.found.fingerprint is not None
         return {
             case: tuple(name for name, one in record.series.items() if one.absent is None)
             for case, record in self.found.fingerprint.cases.items()
+            if record.subset == "imagesTr"
         }
 
     @property
@@ -125,7 +135,11 @@ class Dataset:
             path = self.folder / "presets" / f"{digest}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             nnunet.save_json(content, path)
-            ((_, plans, _),) = planned([self.found], self.request, Wishes(preset=str(path)))
+            try:
+                ((_, plans, _),) = planned([self.found], self.request, Wishes(preset=str(path)))
+            except UserError as error:
+                words = str(error).replace(f"preset {path}", f"preset {preset} with its changes, ")
+                raise UserError(f"study {self.study}: {words}") from None
             # the folder of a study may be moved
             text = json.dumps(plans, ensure_ascii=False).replace(str(path), f"{preset}, changed ({digest})")
             self.known[digest] = json.loads(text)

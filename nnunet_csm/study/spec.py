@@ -101,6 +101,7 @@ class Study:
             that are best on the validation patients of the division, with its first seed; every arm tries as many.
         structures: labels or regions to report, as far as the dataset has them; when none, the regions that the labels imply,
             else the labels.
+        test_images: whether pretraining also draws on the images in imagesTs, which no arm is tested on.
     """
 
     description: str
@@ -115,6 +116,7 @@ class Study:
     tested: Literal["all", "one_missing", "subsets"] = "all"
     search: dict[str, Any] = field(default_factory=dict)
     structures: tuple[str, ...] = ()
+    test_images: bool = False
 
     @property
     def baseline_arm(self) -> str:
