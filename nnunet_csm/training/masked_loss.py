@@ -81,7 +81,8 @@ class MaskedLoss:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take over what `own_weights` gave."""
-        self.pretext.load_state_dict(self.pretext.state_dict() | dict(weights))
+        shared = {name: tensor for name, tensor in self.pretext.state_dict().items() if name.startswith("encoder.")}
+        self.pretext.load_state_dict(shared | dict(weights))
 
     def start(self) -> None:
         """Begin as the pretraining ended that the segmenter's encoder comes from, where that had the same pretext and series."""
