@@ -106,7 +106,7 @@ def scaled(network: CSMSegmenter, factor: float) -> torch.Tensor:
         *before, end = own(*args)
         return [*(replace(level, tokens=factor * level.tokens) for level in before), end]
 
-    network.encoder.levels = levels  # type: ignore[method-assign]
+    network.encoder.levels = levels  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad():
             return network(volume())
@@ -274,9 +274,9 @@ def test_weights_say_how_far_the_stem_was_open(opening: float) -> None:
 def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     from factories import GuessedMemory, base_plans
 
-    preset = {"inherits_from": "S", "network": {"stem": "gated"}, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
+    network = {"stem": "gated", "normalized_taps": True, "decoder_init": "he"}
+    preset = {"inherits_from": "S", "network": network, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
     preset |= {"stem_closed_share": 0.4, "series_dropout": 0.3, "masked_loss_weight": 0.2}
-    preset["network"] |= {"normalized_taps": True, "decoder_init": "he"}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     wishes = Wishes(str(tmp_path / "preset.json"))
     plans, decisions = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
