@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from factories import JOINT_NETWORK
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
-from nnunet_csm import checkpoint
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.training.masked_loss import share_weights
 
@@ -97,6 +98,19 @@ def test_without_a_weight_a_run_is_what_it_was(make: Callable[..., Any], make_tr
     assert new.masked is None
     assert found.keys() == expected.keys() and "masked_loss_weights" not in found
     assert_equal(found["network_weights"], expected["network_weights"])
+
+
+def test_stock_prediction_reads_the_checkpoint(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", nnunet.trainer_path())
+    trainer = make()
+    trainer.run_training()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    patch = torch.randn(1, trainer.num_input_channels, *trainer.settings.patch_size)
+    trainer.bare_network.eval()
+    with torch.no_grad():
+        assert predictor.network.eval()(patch).equal(trainer.bare_network(patch))
 
 
 def test_its_gradient_is_added_to_that_of_the_segmentation(make: Callable[..., Any]) -> None:
