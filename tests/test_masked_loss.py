@@ -247,7 +247,8 @@ def test_what_rebuilds_goes_on_from_the_pretraining(
 ) -> None:
     pretraining = make_trainer(True)
     pretraining.run_training()
-    monkeypatch.setenv("nnUNet_csm_encoder", "auto")
+    # by its path, as another recipe is taken only so
+    monkeypatch.setenv("nnUNet_csm_encoder", str(Path(pretraining.output_folder) / "checkpoint_final.pth"))
 
     def change(entry: dict[str, Any]) -> None:
         entry["csm"]["pretext"]["reconstruction"]["depth"] = 1 if like else 2
