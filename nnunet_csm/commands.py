@@ -327,6 +327,7 @@ def study(args: argparse.Namespace) -> int:
     request = StudyRequest(
         study=args.file,
         preset=args.preset,
+        plans=args.p,
         dataset=args.d,
         configuration=args.c,
         output=Path(args.o) if args.o else None,

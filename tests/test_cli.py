@@ -207,7 +207,9 @@ def test_a_dataset_that_was_not_planned_is_refused_with_the_remedy(command, data
 def test_a_dataset_that_nnunet_has_not_planned_is_refused_with_the_remedy(dataset, capsys):
     (dataset / "nnUNetPlans.json").unlink()
     message = refused(ON_A_DATASET["plan"], capsys)
-    assert str(dataset / "nnUNetPlans.json") in message and "nnUNetv2_plan_and_preprocess -d 1" in message
+    assert str(dataset / "nnUNetPlans.json") in message and "run nnUNetv2_plan_and_preprocess -d 1" in message
+    (dataset / "nnUNetResEncUNetMPlans.json").write_text("{}")
+    assert "-p nnUNetResEncUNetMPlans builds on what is there; else run" in refused(ON_A_DATASET["plan"], capsys)
 
 
 def test_plans_of_another_planner_are_asked_for_before_nnunet_makes_its_own(planned_dataset, capsys, monkeypatch):

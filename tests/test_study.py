@@ -581,7 +581,7 @@ def test_without_slurm_the_remedy_is_told(tmp_path: Path) -> None:
 
 
 def request(study: Path, output: Path) -> StudyRequest:
-    return StudyRequest(str(study), None, "900", "3d_fullres", output, "cpu", 1, 2, None)
+    return StudyRequest(str(study), None, "nnUNetPlans", "900", "3d_fullres", output, "cpu", 1, 2, None)
 
 
 def test_a_dry_run_tells_runs_and_costs_and_writes_no_plans(

@@ -1,8 +1,10 @@
 """Training runs in this process: resume, determinism, what is read, where the encoder comes from."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,33 @@ def test_finetuning_starts_from_the_encoder_of_its_fold(make_trainer: Callable[.
     for name, tensor in finetuner.encoder.state_dict().items():
         assert torch.equal(tensor, pretrained[f"encoder.{name}"])
     assert finetuner.encoder_source.endswith("fold_0/checkpoint_final.pth")
+
+
+def test_an_encoder_of_another_recipe_is_not_taken_unless_it_is_named(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunet_csm.errors import UserError
+
+    make_trainer(True).run_training()
+    recipe = make_trainer(False).settings.csm
+    masking = {**recipe.pretext["masking"], "mask_ratio": 0.6}
+    for changed, said in (
+        (
+            {"pretext": {**recipe.pretext, "masking": masking}},
+            r"checkpoint_final.pth: .*pretext.masking .*0.5.*0.6.*made anew since",
+        ),
+        ({"pretraining": replace(recipe.pretraining, num_epochs=77)}, r"pretraining.num_epochs \d+, the plans say 77"),
+    ):
+        finetuner = make_trainer(False)
+        finetuner.initialize()
+        finetuner.settings = replace(finetuner.settings, csm=replace(recipe, **changed))
+        with pytest.raises(UserError, match=said) as error:
+            finetuner.on_fresh_start()
+        chosen = re.search(r"nnUNet_csm_encoder=(\S+)\)", str(error.value))
+        assert chosen is not None
+        monkeypatch.setenv("nnUNet_csm_encoder", chosen[1])
+        finetuner.on_fresh_start()
+        monkeypatch.delenv("nnUNet_csm_encoder")
 
 
 def test_a_missing_encoder_is_an_error_that_offers_fold_all(

@@ -1,5 +1,6 @@
 """`nnunet_csm plan`: read nnU-Net's files of the datasets, plan, print, write."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,8 @@ def look_at(name: str, names: Sequence[str], request: PlanRequest) -> Found:
     labelled = not is_raw or has_labels(dataset_json)
     path = folder / f"{request.base_plans_name}.json"
     remedy = f"run nnUNetv2_plan_and_preprocess -d {nnunet.dataset_id(name)} -c {request.configuration} first"
+    if there := sorted(file.stem for file in folder.glob("nnUNet*Plans.json") if '"csm"' not in file.read_text(errors="replace")):
+        remedy = f"{' or '.join(f'-p {plans_name}' for plans_name in there)} builds on what is there; else {remedy}"
     if labelled:
         nnunet.read_plans(path, remedy)  # before all images are read
     elif request.base_plans_name != STOCK_PLANS_NAME:
@@ -231,7 +234,7 @@ def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Se
     if earlier and not any("csm" in entry for entry in earlier.values()):
         raise UserError(f"{path}: holds plans that are not ours and are kept; give another -overwrite_plans_name")
     if configuration in earlier and earlier[configuration] != plans["configurations"][configuration]:
-        print(f"replacing other plans for {configuration} in {path}; networks trained with them need their old plans to go on")
+        print(f"replacing other plans for {configuration} in {path}; {trained_by(one.name, request)}")
     plans["configurations"] = {**earlier, **plans["configurations"]}
     nnunet.save_json(plans, path)
     print(f"\n{one.name}\n{as_table(decisions)}\n\nwritten to {path}")
@@ -242,6 +245,19 @@ def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Se
         ids = " ".join(dict.fromkeys(s.dataset for s in missing))
         flags = f"-d {ids} -c {configuration} -preprocess_only {request.plans_name}"
         print(f"not preprocessed yet: nnunet_csm plan_and_preprocess {flags}")
+
+
+def trained_by(dataset: str, request: PlanRequest) -> str:
+    """What becomes of networks that were trained by plans of this name."""
+    folder = nnunet.folder("nnUNet_results") / dataset if "nnUNet_results" in os.environ else None
+    trained = folder.glob(f"*__{request.plans_name}__{request.configuration}/fold_*/checkpoint_*.pth") if folder else ()
+    folds = sorted({f"{file.parents[1].name.split('__')[0]} {file.parent.name}" for file in trained})
+    if not folds:
+        return "nothing was trained by them"
+    return (
+        f"trained by them: {', '.join(folds)}. These predict as before, but go on only by their old plans, and no fine-tuning by "
+        f"the new ones starts from an encoder of another recipe by itself; -overwrite_plans_name keeps both"
+    )
 
 
 def as_table(decisions: Sequence[Decision]) -> str:

@@ -32,6 +32,7 @@ class StudyRequest:
     Attributes:
         study: a shipped study, or the path of a file.
         preset: instead of the study's.
+        plans: nnU-Net's, that those of all arms build on.
         dataset: name or ID.
         output: folder of the study; below the results of the dataset when None.
         num_gpus, jobs: runs at once are their product, or `jobs` on a CPU and on a cluster.
@@ -40,6 +41,7 @@ class StudyRequest:
 
     study: str
     preset: str | None
+    plans: str
     dataset: str
     configuration: str
     output: Path | None
@@ -68,7 +70,7 @@ def run_study(request: StudyRequest, dry_run: bool, report_only: bool) -> None:
     results = nnunet.folder("nnUNet_results") / nnunet.dataset_name(request.dataset)
     folder = request.output or results / f"study_{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset(request.dataset, request.configuration, folder.resolve(), study.test_images, request.study)
+    dataset = Dataset(request.dataset, request.configuration, folder.resolve(), request.plans, study.test_images, request.study)
     print(f"{name}: {study.description}\n{dataset.described()}")
     runs, records = expanded(study, name, dataset)
     if dry_run:

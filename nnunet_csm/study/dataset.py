@@ -37,18 +37,27 @@ HASH_LENGTH = 8
 class Dataset:
     """What a study needs to know of its dataset."""
 
-    def __init__(self, dataset: str, configuration: str, folder: Path, test_images: bool = False, study: str = "") -> None:
+    def __init__(
+        self,
+        dataset: str,
+        configuration: str,
+        folder: Path,
+        base_plans: str = STOCK_PLANS_NAME,
+        test_images: bool = False,
+        study: str = "",
+    ) -> None:
         """
         Args:
             dataset: name or ID.
             configuration: nnU-Net's.
             folder: of the study.
+            base_plans: nnU-Net's plans that those of all arms build on.
             test_images: whether pretraining draws on imagesTs as well.
             study: name or file, which errors name.
         """
         self.study = study
         self.name, self.configuration, self.folder = nnunet.dataset_name(dataset), configuration, folder
-        self.request = PlanRequest(configuration, STOCK_PLANS_NAME, PLANS_NAME, test_images=test_images)
+        self.request = PlanRequest(configuration, base_plans, PLANS_NAME, test_images=test_images)
         self.known: dict[str, dict[str, Any]] = {}
 
     @cached_property

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
-from nnunet_csm import nnunet
+from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
+from nnunet_csm.plans import Configuration, read_configuration
+from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.training.trainer import CSMTrainer
 
 ENCODER_VARIABLE = "nnUNet_csm_encoder"
@@ -68,6 +71,8 @@ def start_from_pretrained(trainer: CSMTrainer, wanted: str, num_blocks: int | No
     owner = trainer.settings.csm.sources[0].dataset
     path = find_encoder(wanted, Path(trainer.output_folder_base), type(trainer).__name__, owner, trainer.fold)
     pretrained = read_encoder(str(path))
+    if wanted in ("auto", "all"):
+        check_recipe(path, trainer.settings)
     if trainer.fold != "all":
         dataset = trainer.plans_manager.dataset_name
         seen = set(pretrained.training_cases) & {run_name(dataset, case) for case in held_out_cases(trainer)}
@@ -79,6 +84,35 @@ def start_from_pretrained(trainer: CSMTrainer, wanted: str, num_blocks: int | No
     rows = transfer(pretrained, trainer.encoder, trainer.settings.architecture, num_blocks)
     trainer.encoder_source = str(path)
     trainer.print_to_log_file(f"Encoder from {path}:\n{as_table(rows)}", add_timestamp=False)
+
+
+def check_recipe(path: Path, settings: Configuration) -> None:
+    """Raise UserError when an encoder that nobody chose by its path was pretrained by another recipe than that of the plans."""
+    init_args = checkpoint.load(path)["init_args"]
+    try:
+        then = read_configuration(init_args["plans"], init_args["configuration"], str(path))
+        recipes = [recipe_of(one, str(path)) for one in (then, settings)]
+    except UserError:
+        return  # of another version: what it has to fit in is compared all the same
+    for name, expected in recipes[1].items():
+        found = recipes[0].get(name)
+        if found != expected:
+            raise UserError(
+                f"{path}: was pretrained with {name} {found}, the plans say {expected}: they were made anew since. Pretrain "
+                f"again, or choose this encoder by its path ({ENCODER_VARIABLE}={path}), or restore the plans"
+            )
+
+
+def recipe_of(settings: Configuration, where: str) -> dict[str, Any]:
+    """What a pretraining rests on beside the network, by name; defaults as if they were spelled out."""
+    pretext, setup = setup_of(settings, where)
+    return {
+        "pretext.name": pretext.__name__,
+        **{f"pretext.{name}": value for name, value in vars(setup.settings).items()},
+        **{f"pretraining.{name}": value for name, value in vars(settings.csm.pretraining).items()},
+        "pretraining_patch_size": settings.csm.pretraining_patch_size,
+        "sources": settings.csm.sources,
+    }
 
 
 def held_out_cases(trainer: CSMTrainer) -> Sequence[str]:

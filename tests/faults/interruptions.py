@@ -31,7 +31,7 @@ from damage import remove
 from tqdm import tqdm
 from workshop import CLASSIFIER, PRE, PREDICT, PRETRAINED, RAW, RESULTS, SEGMENTER, TASK, TRAIN
 
-TIMEOUT = 240.0  # seconds: a study starts processes of its own, which import for long
+TIMEOUT = 480.0  # seconds: a study starts processes of its own, which import for long
 PATIENCE = 10.0  # seconds that children have to end in
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -265,6 +265,8 @@ def main() -> int:
     parser.add_argument("-base", type=Path, help="keep the dataset there, and take it from there")
     parser.add_argument("-o", type=Path, default=Path("interruptions.csv"), help="table of all cases")
     args = parser.parse_args()
+    # a shell starts what runs in the background with it ignored, and so would be the commands
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with TemporaryDirectory() as folder:
         base = args.base or Path(folder) / "base"
         if not base.is_dir():
