@@ -176,8 +176,8 @@ def check_splits(folds: Sequence[Any], where: str) -> None:
 def check_known(fold: Mapping[str, Iterable[str]], known: Iterable[str], where: str) -> None:
     """Raise UserError for a case of a fold that a dataset has not; `where` names the fold."""
     there = set(known)
-    for side in ("train", "val"):
-        if strangers := [case for case in fold[side] if case not in there]:
+    for side in ("train", "val", "unlabelled"):
+        if strangers := [case for case in fold.get(side, ()) if case not in there]:
             like = f", such as {min(there)}" if there else ""
             raise UserError(
                 f"{where}: {side} names {strangers[0]} ({len(strangers)} such), which is no case of the dataset; names of cases "

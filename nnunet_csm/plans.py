@@ -93,6 +93,8 @@ class Architecture:
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
     `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`, or a block.
+    `normalized_taps`: a layer norm, the segmenter's own, on the levels that it reads before the encoder's end, which has one.
+    `decoder_init`: of convolutions past the encoder: torch's, or He's, which keeps the size of what passes through them.
     """
 
     series: tuple[str, ...]
@@ -106,6 +108,8 @@ class Architecture:
     decoder: Literal["unetr", "light", "unet", "linear", "nonlinear", "adaptive"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
     fusion: str | FusionSettings = "mean"
+    normalized_taps: bool = False
+    decoder_init: Literal["torch", "he"] = "torch"
     encoder: EncoderSettings = EncoderSettings()
 
     @property
@@ -164,6 +168,7 @@ class Finetuning:
         series_dropout: share of the training samples that lose one or more of their series, so that the segmenter learns to do
             without any of them.
         series_dropout_epochs: in which epochs they do: all, or every second one (alternating, as in A2FSeg).
+        masked_loss_weight: of the pretext's own loss, on images of the fold, beside that of the segmentation.
     """
 
     encoder: str
@@ -174,6 +179,7 @@ class Finetuning:
     ema: ShareBelowOne = 0.0
     series_dropout: Share = 0.0
     series_dropout_epochs: Literal["all", "alternating"] = "all"
+    masked_loss_weight: NotNegative = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,6 +278,19 @@ def test_ranks_fine_tune_what_one_process_does(dataset: PlannedDataset, tmp_path
 
 
 @pytest.mark.slow
+def test_ranks_share_the_pretexts_loss_beside_the_segmentations(dataset: PlannedDataset, tmp_path: Path) -> None:
+    """What rebuilds learns as well, though it is no part of the network that exchanges its gradients."""
+    folder, name = dataset.folders.preprocessed / dataset.name, f"{PLANS}Masked"
+    plans = json.loads((folder / f"{PLANS}.json").read_text()) | {"plans_name": name}
+    plans["configurations"]["3d_fullres"]["csm"]["finetuning"]["masked_loss_weight"] = 0.5
+    (folder / f"{name}.json").write_text(json.dumps(plans))
+    one, two = (train(with_results(dataset, tmp_path / str(num)), num, "finetune", "-p", name) for num in (1, 2))
+    assert_alike(two, one)
+    for weight, tensor in one["masked_loss_weights"].items():
+        torch.testing.assert_close(two["masked_loss_weights"][weight], tensor, rtol=0, atol=2e-3)
+
+
+@pytest.mark.slow
 def test_a_run_whose_rank_was_killed_says_so_and_goes_on_with_another_number_of_ranks(
     dataset: PlannedDataset, pretrained: dict, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,29 @@ import pytest
 import torch
 from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, facts_of, pretext_of, settings
 from torch import nn
+from torch.nn import functional as F
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.classifier import build_classifier
-from nnunet_csm.model.encoder import Encoder, build_encoder, check_encoder
+from nnunet_csm.model.decoders import draw_as_he
+from nnunet_csm.model.encoder import Encoder, Features, build_encoder, check_encoder
 from nnunet_csm.model.segmenter import GATE, CSMSegmenter
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.planner import plan
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext import memory
+from nnunet_csm.study.spec import pretraining_changes
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer
 from nnunet_csm.training.segmentation import drop_series, stem_opening
 
 
-def segmenter(stem: Any) -> CSMSegmenter:
+def segmenter(stem: Any = "full", **network: Any) -> CSMSegmenter:
     torch.manual_seed(0)
     of_dataset = {"series": SERIES, "channels": (0, 1, 2), "token_size": TOKEN_SIZE}
-    return CSMSegmenter(len(SERIES), 3, **of_dataset, **TINY, stem=stem).eval()
+    return CSMSegmenter(len(SERIES), 3, **of_dataset, **TINY, stem=stem, **network).eval()
 
 
 def volume(seed: int = 1) -> torch.Tensor:
@@ -91,15 +95,110 @@ def test_the_classifier_has_no_stem() -> None:
     assert names[0] == names[1] == names[2]
 
 
+# --- norms of taps -----------------------------------------------------------------------------------------------------------
+
+
+def scaled(network: CSMSegmenter, factor: float) -> torch.Tensor:
+    """Logits when all levels before the encoder's end are so many times as large."""
+    own = network.encoder.levels
+
+    def levels(*args: Any) -> list[Features]:
+        *before, end = own(*args)
+        return [*(replace(level, tokens=factor * level.tokens) for level in before), end]
+
+    network.encoder.levels = levels  # type: ignore[method-assign, assignment]
+    try:
+        with torch.no_grad():
+            return network(volume())
+    finally:
+        network.encoder.levels = own  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("decoder", ["unetr", "light"])
+def test_with_norms_the_size_of_taps_does_not_matter(decoder: str) -> None:
+    plain, normed = segmenter(decoder=decoder), segmenter(decoder=decoder, normalized_taps=True)
+    num_levels = len(plain.encoder.level_widths)
+    assert num_levels > 1 and len(normed.tap_norms) == num_levels - 1
+    torch.testing.assert_close(scaled(normed, 30.0), scaled(normed, 1.0), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(scaled(plain, 30.0), scaled(plain, 1.0), atol=1e-2)
+    # drawn alike, and the encoder is what it was: its weights are carried as ever
+    new = {f"tap_norms.{n}.{name}" for n in range(num_levels - 1) for name in ("weight", "bias")}
+    assert normed.state_dict().keys() - plain.state_dict().keys() == new
+    assert all(tensor.equal(normed.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_norms_of_taps_learn_and_do_not_decay() -> None:
+    network = segmenter(normalized_taps=True)
+    network(volume()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.tap_norms.parameters())
+    optimizer = build_optimizer(network, network.encoder, settings().csm.finetuning_schedule)
+    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert {id(p) for p in network.tap_norms.parameters()} <= spared
+
+
+def test_the_encoder_of_plans_without_the_knobs_enters_a_segmenter_with_them() -> None:
+    source = settings().architecture
+    target = settings(architecture={"normalized_taps": True, "decoder_init": "he"}).architecture
+    network, pretrained = segmenter(normalized_taps=True, decoder_init="he"), encoder(5)
+    transfer(PretrainedEncoder("file", source, pretrained.state_dict()), network.encoder, target)
+    assert all(tensor.equal(network.encoder.state_dict()[name]) for name, tensor in pretrained.state_dict().items())
+    assert pretraining_changes({"network": {"normalized_taps": True, "decoder_init": "he"}}) == {}
+
+
+# --- initial weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2), (1, 1, 1)])
+def test_a_transposed_convolution_keeps_the_variance(stride: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.ConvTranspose3d(192, 64, stride, stride), torch.randn(2, 192, 4, 4, 4)
+    draw_as_he(layer)
+    with torch.no_grad():
+        assert layer(x).var().item() == pytest.approx(1.0, abs=0.05)
+        assert not layer.bias.any()  # type: ignore[union-attr]
+        # what torch takes for the fan-in is another number
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+        assert abs(layer(x).var().item() - 1.0) > 0.2
+
+
+def test_a_convolution_of_rectified_features_keeps_their_second_moment() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv3d(96, 96, 3, padding=0), torch.randn(2, 96, 6, 6, 6)
+    draw_as_he(layer)
+    with torch.no_grad():
+        assert layer(F.leaky_relu(x)).square().mean().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_only_convolutions_past_the_encoder_are_drawn_anew() -> None:
+    plain, he = segmenter(fusion="deformable"), segmenter(fusion="deformable", decoder_init="he")
+    assert plain.state_dict().keys() == he.state_dict().keys()
+    convolutions = {
+        f"{name}.weight"
+        for name, module in plain.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and not name.startswith("encoder.") and ".offset." not in name
+    }
+    parts = {name.split(".")[0] for name in convolutions}
+    assert parts == {"stem", "skips", "decoder", "fusions"}
+    biases = {name.replace(".weight", ".bias") for name in convolutions}
+    for name, tensor in he.state_dict().items():
+        if name in convolutions:
+            assert not tensor.equal(plain.state_dict()[name]), name
+        elif name in biases:
+            assert not tensor.any(), name
+        else:
+            assert tensor.equal(plain.state_dict()[name]), name
+    torch.testing.assert_close(segmenter(decoder_init="torch").state_dict(), segmenter().state_dict(), rtol=0, atol=0)
+
+
 # --- settings ----------------------------------------------------------------------------------------------------------------
 
 
 def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
     plans = csm_plans()
     entry = plans["configurations"]["3d_fullres"]
-    for name in ("stem", "decoder", "fusion"):
+    for name in ("stem", "decoder", "fusion", "normalized_taps", "decoder_init"):
         del entry["architecture"]["arch_kwargs"][name]
-    for name in ("frozen_share", "stem_closed_share", "transferred_blocks", "ema", "series_dropout"):
+    for name in ("frozen_share", "stem_closed_share", "transferred_blocks", "ema", "series_dropout", "masked_loss_weight"):
         del entry["csm"]["finetuning"][name]
     assert read_configuration(plans, "3d_fullres", "plans") == settings()
     found = settings()
@@ -122,6 +221,7 @@ def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
         ("ema", -0.1),
         ("ema", 1),
         ("series_dropout", 1.1),
+        ("masked_loss_weight", -0.5),
     ],
 )
 def test_values_that_cannot_be_name_themselves(knob: str, value: float) -> None:
@@ -174,18 +274,20 @@ def test_weights_say_how_far_the_stem_was_open(opening: float) -> None:
 def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     from factories import GuessedMemory, base_plans
 
-    preset = {"inherits_from": "S", "network": {"stem": "gated"}, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
-    preset |= {"stem_closed_share": 0.4, "series_dropout": 0.3}
+    network = {"stem": "gated", "normalized_taps": True, "decoder_init": "he"}
+    preset = {"inherits_from": "S", "network": network, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
+    preset |= {"stem_closed_share": 0.4, "series_dropout": 0.3, "masked_loss_weight": 0.2}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     wishes = Wishes(str(tmp_path / "preset.json"))
     plans, decisions = plan(base_plans(), "3d_fullres", facts_of(), "nnUNetCSMPlans", wishes, GuessedMemory())
     planned = read_configuration(plans, "3d_fullres", "plans")
     finetuning = planned.csm.finetuning
     assert (finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema) == (0.1, 8, 0.999)
-    assert (finetuning.stem_closed_share, finetuning.series_dropout) == (0.4, 0.3)
+    assert (finetuning.stem_closed_share, finetuning.series_dropout, finetuning.masked_loss_weight) == (0.4, 0.3, 0.2)
+    assert planned.architecture.normalized_taps and planned.architecture.decoder_init == "he"
     told = {decision.name: decision.value for decision in decisions}
     assert "first 10%" in told["frozen encoder"] and "first 40%" in told["stem of raw voxels"]
-    assert "30%" in told["series dropped"]
+    assert "30%" in told["series dropped"] and "weight 0.2" in told["loss of the pretext"]
     assert (told["transferred blocks"], told["weights of the segmenter"]) == ("the first 8", "averaged, decay 0.999")
     assert planned.architecture.stem == planned.pretraining_architecture.stem == "gated"
 
@@ -444,6 +546,42 @@ def test_a_frozen_encoder_stays_and_the_rest_learns_until_it_thaws(make_finetune
     # neither decayed nor remembered while it was frozen
     steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
     assert steps == {9, 9 - num_frozen}
+
+
+def test_the_encoder_learns_slower_towards_its_input(make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step of a training, whatever nnU-Net's loop does to the rates: AdamW's first steps have the size of the rate."""
+    monkeypatch.setenv("nnUNet_csm_encoder", "scratch")
+
+    def change(entry: dict[str, Any]) -> None:
+        entry["csm"]["finetuning_schedule"] |= {"layer_decay": 0.75, "weight_decay": 0.0, "warmup": 0.0}
+
+    trainer = make_trainer(False, change=change)
+    rates: list[dict[str, float]] = []
+    original = trainer.learn
+
+    def learn(batch: Any) -> torch.Tensor:
+        before = {name: p.detach().clone() for name, p in trainer.bare_network.named_parameters()}
+        loss: torch.Tensor = original(batch)
+        moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in trainer.bare_network.named_parameters()}
+        names = {id(p): name for name, p in trainer.bare_network.named_parameters()}
+        rates.append({names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]})
+        if len(rates) == 1:
+            for name, rate in rates[0].items():
+                # where there is a gradient
+                assert moved[name] == pytest.approx(rate, rel=0.02) or moved[name] < 0.98 * rate, name
+            assert moved["encoder.embedding.weight"] == pytest.approx(rates[0]["encoder.embedding.weight"], rel=0.02)
+        return loss
+
+    trainer.learn = learn
+    trainer.run_training()
+    depth = trainer.settings.architecture.depth
+    powers = {"encoder.embedding.weight": depth + 1, "encoder.norm.weight": 0, "stem.0.weight": 0}
+    powers |= {f"encoder.blocks.{number}.attn.qkv.weight": depth - number for number in range(depth)}
+    assert len(rates) == 9
+    for step in rates:
+        top = step["decoder.seg_layers.0.weight"]
+        assert all(step[name] == pytest.approx(top * 0.75**power) for name, power in powers.items())
+    assert rates[0]["stem.0.weight"] > rates[4]["stem.0.weight"] > rates[8]["stem.0.weight"] > 0
 
 
 def test_from_scratch_nothing_is_frozen(make_finetuner: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

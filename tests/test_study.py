@@ -252,12 +252,20 @@ def test_folds_of_a_setting_share_plans_and_no_two_settings_do(expand: Callable[
     assert len(set.union(*plans.values())) == 4
 
 
+def splits_of(runs: Runs, run: str) -> str:
+    plans = runs.plans[runs.runs[run].plans_name]
+    return str(plans["configurations"]["3d_fullres"]["csm"]["splits"])
+
+
 def test_no_run_learns_from_patients_it_is_judged_by(expand: Callable[..., Runs]) -> None:
     runs = expand(arms=[CSM, MAE3D], labels=[1.0, 0.5], repeats={"kind": "folds", "number": 2, "seeds": 3})
     for run in runs.runs.values():
         csm = runs.plans[run.plans_name]["configurations"]["3d_fullres"]["csm"]
         sides = runs.splits[csm["splits"]][run.fold]
-        assert not set(sides["train"]) & ({*sides["val"], *sides["test"]})
+        images = {*sides["train"], *sides.get("unlabelled", ())}
+        assert not images & {*sides["val"], *sides["test"]}
+        # of all training patients, however few of them are labelled
+        assert run.needs is None or images == set(runs.splits[splits_of(runs, run.needs)][run.fold]["train"])
         assert all(source["labelled"] for source in csm["sources"])  # test images would train in every fold
         for test in run.tests:
             assert set(test.channels) == set(sides["test"])

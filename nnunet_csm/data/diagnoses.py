@@ -185,6 +185,9 @@ def split_problems(table: ClassTable, split: Mapping[str, Collection[str]]) -> l
         samples = table.of(cases)
         for sample in samples:
             sides[sample.patient].add(side)
+        if side == "unlabelled":
+            # whatever they are, nothing is made of it
+            continue
         found = {sample.class_index for sample in samples}
         absent = [name for index, name in enumerate(table.classes) if index not in found]
         if not found:

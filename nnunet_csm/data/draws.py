@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     VALIDATION = 1
     NETWORK = 2
     PROBE = 4
+    MASKED_LOSS = 5
 
 
 class What(IntEnum):

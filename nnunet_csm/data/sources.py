@@ -44,6 +44,8 @@ def fold_files(
             train, val = names, names
         elif source.labelled or (splits_all and number == 0):
             train, val = split(preprocessed / source.dataset, names, int(fold), splits)
+            # training cases of which only the images are to be known
+            train += read_splits(preprocessed / source.dataset / splits)[int(fold)].get("unlabelled", [])
         else:
             train, val = names, []
         for names_of_side, files in ((train, training), (val, validation)):

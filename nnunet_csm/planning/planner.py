@@ -225,6 +225,9 @@ def knob_decisions(preset: Preset, num_series: int) -> list[Decision]:
         epochs = "" if preset.series_dropout_epochs == "all" else " of every second epoch"
         value = f"one or more, in {preset.series_dropout:.0%} of the training samples{epochs}"
         told.append(Decision("series dropped", value, "the segmenter is to do without any; docs/planning.md"))
+    if preset.masked_loss_weight:
+        value = f"beside that of the segmentation, weight {preset.masked_loss_weight:g}"
+        told.append(Decision("loss of the pretext", value, "the encoder is to keep what it learned; docs/planning.md"))
     return told
 
 

@@ -1,12 +1,16 @@
 """Batches of a pretext: cases, crops and whatever the pretext draws, each a function of (epoch, step, place in the batch)."""
 
+import math
+from collections.abc import Iterable, Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnunet_csm.data.bank import Bank
 from nnunet_csm.data.crops import Crops, draw_crops
-from nnunet_csm.data.draws import Draws, Purpose, What, key
+from nnunet_csm.data.draws import Draws, Purpose, What, ahead, key
+from nnunet_csm.machine import num_workers
 from nnunet_csm.pretext.base import Batch, Pretext
 from nnunet_csm.schema import Size
 
@@ -31,6 +35,13 @@ class Batches:
     def __call__(self, epoch: int, step: int) -> Batch:
         return self.make(*self.batch_key(epoch, step))
 
+    def ahead(self, steps: Iterable[tuple[int, int]], device: torch.device) -> Iterator[Batch]:
+        """The batches of some (epoch, step) on the device of the network, made ahead by threads where that helps."""
+        # a bank on the GPU cuts there; beside a network on the same CPU cores, threads would only be in its way
+        threads = num_workers(device) if self.bank.where != "gpu" else 0
+        voxels = self.bank.series_present.shape[1] * sum(map(math.prod, self.pretext.crop_sizes))
+        return ahead(lambda at: self(*at), steps, threads, device, 2 * len(self.samples) * voxels)
+
     def batch_key(self, epoch: int, step: int) -> tuple[int, int]:
         """What a batch is a function of: the key of its draws, and its kind."""
         seed = key(self.seed, self.purpose, epoch, step)
@@ -43,7 +54,7 @@ class Batches:
         chosen = pick(self.cumulative[:, variant].contiguous(), draws, What.CASE)
         volumes = tuple(self.cut(draws, chosen, size, number) for number, size in enumerate(self.pretext.crop_sizes))
         present = self.bank.series_present[chosen]
-        return Batch(volumes, self.pretext.draw(draws, present, variant, volumes, self.purpose == Purpose.TRAINING))
+        return Batch(volumes, self.pretext.draw(draws, present, variant, volumes, self.purpose != Purpose.VALIDATION))
 
     def cut(self, draws: Draws, chosen: Int[Tensor, " b"], size: Size, number: int) -> Float[Tensor, "b s z y x"]:
         """Crop number so many of every sample."""

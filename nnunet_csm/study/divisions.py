@@ -80,6 +80,14 @@ def labelled(table: ClassTable, division: Division, share: float, seed: int) -> 
     return tuple(sorted(case for patient in chosen for case in cases[patient]))
 
 
+def sides(table: ClassTable, division: Division, share: float, seed: int) -> dict[str, list[str]]:
+    """A division as a fold of a file of splits; where labels are few, the other training cases are `unlabelled`."""
+    train = list(labelled(table, division, share, seed))
+    found = {"train": train, "val": list(division.val), "test": list(division.test)}
+    others = [case for case in division.train if case not in train]
+    return found | ({"unlabelled": others} if others else {})
+
+
 def taken_away(present: Sequence[str], share: float, numbers: Sequence[int], rng: np.random.Generator) -> tuple[str, ...]:
     """The series that an incomplete case loses, never all it has.
 

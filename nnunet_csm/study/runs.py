@@ -18,7 +18,7 @@ from nnunet_csm.pretext.base import Pretext, setup_of
 from nnunet_csm.schema import Size
 from nnunet_csm.study.cost import mean_seen_tokens
 from nnunet_csm.study.dataset import Dataset, common_patch, hashed
-from nnunet_csm.study.divisions import SEED, divide, labelled, taken_away
+from nnunet_csm.study.divisions import SEED, divide, labelled, sides, taken_away
 from nnunet_csm.study.spec import Arm, Study, pretraining_changes
 
 PRETRAINER, SEGMENTER, CLASSIFIER = "nnUNetTrainerCSMPretrain", "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
@@ -129,8 +129,8 @@ class Expansion:
                 self.dataset.stock_plans(arm.nnunet.plans)
         if self.study.task == "classification":
             for share, seed in itertools.product(self.study.labels, range(self.study.repeats.seeds)):
-                for number, sides in enumerate(self.result.splits[self.splits(share, seed)]):
-                    if problems := split_problems(self.table, sides):
+                for number, split in enumerate(self.result.splits[self.splits(share, seed)]):
+                    if problems := split_problems(self.table, split):
                         raise UserError(
                             f"study {self.name}: with {share:.0%} of the labels, division {number} of {self.dataset.name}: "
                             f"{problems[0]}; take larger shares, or other repeats"
@@ -335,14 +335,7 @@ class Expansion:
         seed = 0 if share == 1.0 else seed
         if (share, seed) in self.named_splits:
             return self.named_splits[share, seed]
-        content = [
-            {
-                "train": list(labelled(self.table, division, share, seed)),
-                "val": list(division.val),
-                "test": list(division.test),
-            }
-            for division in self.divisions
-        ]
+        content = [sides(self.table, division, share, seed) for division in self.divisions]
         name = f"splits_{self.name}_{hashed(content)}.json"
         self.result.splits[name] = content
         self.named_splits[share, seed] = name

@@ -227,6 +227,7 @@ OTHER_TASKS_KEYS = {
             "ema",
             "series_dropout",
             "series_dropout_epochs",
+            "masked_loss_weight",
         }
     ),
     "segmentation": frozenset({"classification"}),

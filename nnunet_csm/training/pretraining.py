@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.bank import VARIABLE, Bank, open_bank
-from nnunet_csm.data.draws import Purpose, ahead
+from nnunet_csm.data.draws import Purpose
 from nnunet_csm.data.sources import fold_files
 from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError, exit_on_user_error
@@ -25,7 +25,7 @@ from nnunet_csm.judging.comparison import Comparison
 from nnunet_csm.judging.hidden_errors import validation_sums
 from nnunet_csm.judging.lesion_probe import draw_linear_probe
 from nnunet_csm.judging.probe import LOGGED_PRECISION, Probe, logged_names
-from nnunet_csm.machine import has_bf16, num_workers
+from nnunet_csm.machine import has_bf16
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
@@ -159,12 +159,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
         if self.train_batches.bank.where == "gpu" and not self.why_no_graphs:
             # made within the step
             return (self.train_batches.batch_key(*at) for at in steps), self.fixed_validation()
-        # a bank on the GPU cuts there; beside a network on the same CPU cores, threads would only be in its way
-        threads = num_workers(self.device) if self.train_batches.bank.where != "gpu" else 0
-        voxels = len(self.series) * sum(map(math.prod, self.pretext.crop_sizes))
-        batch_bytes = 2 * self.batch_size * voxels
-        train = ahead(lambda at: self.train_batches(*at), steps, threads, self.device, batch_bytes)
-        return train, self.fixed_validation()
+        return self.train_batches.ahead(steps, self.device), self.fixed_validation()
 
     def on_train_start(self) -> None:
         super().on_train_start()

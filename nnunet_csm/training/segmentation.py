@@ -27,11 +27,14 @@ from nnunet_csm.machine import num_workers
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.model.outputs import total_loss
 from nnunet_csm.plans import SPLITS, STEM_OPENS, Recipe, Schedule
+from nnunet_csm.pretext.base import Batch
 from nnunet_csm.processes import stoppable
 from nnunet_csm.training.averaging import WeightAverage
+from nnunet_csm.training.masked_loss import RESTS_ON, MaskedLoss
+from nnunet_csm.training.optimization import build_optimizer, build_scheduler
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.ranks import lost_rank_explained
-from nnunet_csm.training.trainer import CSMTrainer
+from nnunet_csm.training.trainer import CUDA, CSMTrainer
 
 # voxels on each side that nnU-Net's blur mirrors a patch by: one of no more than these ends the training
 WIDEST_BLUR = 3
@@ -144,10 +147,17 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             "ema",
             "series_dropout",
             "series_dropout_epochs",
+            "masked_loss_weight",
         }
     )
     max_gradient_norm = 12.0  # nnU-Net's
     share: encoder_share.EncoderShare | None = None
+    masked: MaskedLoss | None = None
+
+    def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.settings.csm.finetuning.masked_loss_weight > 0:
+            self.rests_on = self.rests_on | RESTS_ON
 
     @staticmethod
     def choose_schedule(csm: Recipe) -> Schedule:
@@ -159,6 +169,14 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         self.frozen_share = finetuning.frozen_share
         if finetuning.ema > 0:
             self.average = WeightAverage(self.bare_network, finetuning.ema)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        if self.settings.csm.finetuning.masked_loss_weight == 0:
+            return super().configure_optimizers()
+        self.masked = MaskedLoss(self)
+        optimizer = build_optimizer(self.masked.learned_with(self.bare_network), self.encoder, self.schedule)
+        self.masked.after_steps_of(optimizer)
+        return optimizer, build_scheduler(optimizer, self.schedule)
 
     def before_step(self) -> None:
         super().before_step()
@@ -184,12 +202,17 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
             self.print_to_log_file("Patches are too thin for nnU-Net's blur, which is left out of the augmentation")
         finetuning = self.settings.csm.finetuning
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, finetuning.encoder), finetuning.transferred_blocks)
+        if self.masked is not None:
+            self.masked.start()
 
     def provenance(self) -> dict[str, Any]:
-        return {"encoder_source": self.encoder_source}
+        masked = {} if self.masked is None else {"masked_loss_weights": self.masked.own_weights()}
+        return {"encoder_source": self.encoder_source, **masked}
 
     def restore_provenance(self, saved: dict[str, Any]) -> None:
         self.encoder_source = saved["encoder_source"]
+        if self.masked is not None:
+            self.masked.load(saved["masked_loss_weights"])
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802, nnU-Net's spelling
         result = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -234,6 +257,8 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
         with exit_on_user_error():
             check_preprocessed(self.settings.csm.sources, self.plans_manager.dataset_name, nnunet.folder("nnUNet_preprocessed"))
+            if self.masked is not None:
+                self.masked.open_images()
         with no_worker_processes():
             training, validation = super().get_dataloaders()
         pin = self.device.type == "cuda"
@@ -260,6 +285,10 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def parts(self, batch: dict[str, Tensor]) -> list[Any]:
+        # the last part is the one with which ranks exchange gradients of the segmenter
+        return [*(self.masked.parts() if self.masked else ()), *super().parts(batch)]
+
     def part(self, batch: dict[str, Tensor], samples: slice) -> dict[str, Tensor]:
         return {name: tensor[samples] for name, tensor in batch.items()}
 
@@ -268,10 +297,18 @@ class nnUNetTrainerCSM(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named 
         # filled there: copied from here it would wait for the GPU
         return torch.full((), float(len(batch["data"])), device=self.device)
 
-    def summed_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def summed_loss(self, batch: dict[str, Tensor] | Batch) -> Tensor:
         with self.autocast():
+            if isinstance(batch, Batch):
+                assert self.masked is not None
+                return self.masked(batch)
             result = self.learning_network(batch["data"])
             return total_loss(result, lambda logits: self.loss(logits.float(), batch["target"])) * len(batch["data"])
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        if self.masked is not None:
+            self.print_to_log_file(self.masked.said())
 
     def validation_step(self, batch: dict) -> dict:
         with self.averaged(), uncompiled():
