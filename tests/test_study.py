@@ -237,7 +237,7 @@ def test_a_case_never_loses_its_last_series() -> None:
 
 @pytest.fixture
 def diagnoses(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlannedDataset:
-    """The test dataset with classes of their own folders: the larger half of the masks is of class large."""
+    """The test dataset in folders of its own, with classes: the larger of two labels of every case is of class large."""
     folders = replace(
         planned_dataset.folders, **{name: tmp_path / f"nnUNet_{name}" for name in ("raw", "preprocessed", "results")}
     )
@@ -247,12 +247,13 @@ def diagnoses(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pyte
     for name in nnunet.FOLDER_VARIABLES:
         monkeypatch.setenv(name, environment[name])
     raw = folders.raw / planned_dataset.name
-    masks = {
-        path.name.removesuffix(".nii.gz"): sitk.GetArrayFromImage(sitk.ReadImage(path)) for path in raw.glob("labelsTr/*.gz")
-    }
-    ranked = sorted(masks, key=lambda case: (masks[case] > 0).sum())
-    rows = [f"{case},{'large' if 2 * number >= len(ranked) else 'small'}" for number, case in enumerate(ranked)]
-    (raw / "classification.csv").write_text("\n".join(["case,class", *rows]) + "\n")
+    rows = []
+    for path in sorted(raw.glob("labelsTr/*.nii.gz")):
+        segmentation = sitk.GetArrayFromImage(sitk.ReadImage(path))
+        smaller, larger = sorted((1, 2), key=lambda label: np.count_nonzero(segmentation == label))
+        case = path.name.removesuffix(".nii.gz")
+        rows += [f"{case},small,{smaller}", f"{case},large,{larger}"]
+    (raw / "classification.csv").write_text("\n".join(["case,class,mask_label", *rows]) + "\n")
     return replace(planned_dataset, folders=folders, environment=environment)
 
 
@@ -290,9 +291,11 @@ def test_a_forest_of_mask_volumes_learns_from_labelled_cases_and_predicts_those_
     divisions = divide(dataset.classes, study.repeats)
     assert set(found["repeat"]) == {0, 1, 2, 3} and (found["repeat"] // 2 == found["division"]).all()
     for (number, _), rows in found.groupby(["division", "repeat"]):
-        assert sorted(rows["case"]) == sorted(divisions[number].test)
+        assert (
+            sorted(rows["case"].unique()) == sorted(divisions[number].test) and not rows.duplicated(["case", "mask_label"]).any()
+        )
     np.testing.assert_allclose(found[["p_large", "p_small"]].sum(axis=1), 1)
-    assert summarize_classes(found)["mean"].item() == 1.0
+    assert summarize_classes(found)["mean"].item() > 0.8
     assert forest_predictions("s", classification(arms=[SCRATCH]), dataset).empty
     with pytest.raises(UserError, match=r"no_such.*needs a mask for every case"):
         forest_predictions("s", classification(arms=[{**FOREST, "mask_volumes": ["labelsTr", "no_such"]}]), dataset)
