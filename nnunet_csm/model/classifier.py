@@ -39,7 +39,8 @@ class MaskPooling(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b s l e"], present: Bool[Tensor, "b s"], cover: Float[Tensor, "b l"]
     ) -> Float[Tensor, "b e"]:
-        # where a patch at one scale for all holds the hollow of a large mask only, all tokens count
+        # only shares of the sum count: a gain, as training varies all channels by, cancels out. Where a patch at one scale for
+        # all holds the hollow of a large mask, all tokens count
         share = cover.clamp_min(torch.finfo(torch.float32).tiny)
         weight = present[:, :, None] * (share / share.sum(1, keepdim=True))[:, None] / present.sum(1)[:, None, None]
         return torch.einsum("bsle,bsl->be", tokens, weight.to(tokens.dtype))
