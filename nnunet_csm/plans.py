@@ -28,6 +28,7 @@ from nnunet_csm.schema import (
     Size,
     Width,
     Within,
+    check_width,
     from_dict,
     read_value,
 )
@@ -188,19 +189,21 @@ class ClassifierSettings:
 
     Attributes:
         margin: by which the box of the mask is widened on each side, as a share of its length.
-        pooling: of the tokens of present series.
+        pooling: of the tokens of present series; "mask" is the mean of those that the mask covers, by the share it covers.
         freeze_encoder: train the pooling and the head only (linear probe, with `pooling` mean).
         label_smoothing: of the cross-entropy.
         class_weights: weigh classes by one over their number.
         encoder: as in `Finetuning`.
+        mask_features: the head also sees how large the mask is: lengths of its box, its volume, those of its labels.
     """
 
     margin: NotNegative
-    pooling: Literal["attentive", "mean"]
+    pooling: Literal["attentive", "mean", "mask"]
     freeze_encoder: bool
     label_smoothing: ShareBelowOne
     class_weights: bool
     encoder: str
+    mask_features: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +213,12 @@ class Classification(ClassifierSettings):
     Attributes:
         patch_size: around the mask, a multiple of the token size.
         schedule: in samples (cases or lesions) for crops.
+        scale: by which factor what the patch holds is made smaller: "each" by its own, 1 where it fits, or one for all.
     """
 
     patch_size: Size
     schedule: Schedule
+    scale: Literal["each"] | Positive = "each"
 
 
 @dataclass(frozen=True)
@@ -392,9 +397,3 @@ def _check(configuration: Configuration, where: str) -> None:
             f"{where}.csm.finetuning.stem_closed_share is {csm.finetuning.stem_closed_share}, but the network has no stem; make "
             f"it 0, or set decoder to 'unetr' and stem to 'full' in arch_kwargs"
         )
-
-
-def check_width(width: int, num_heads: int, where: str) -> None:
-    """Raise UserError when attention cannot have this width and as many heads."""
-    if num_heads < 1 or width % num_heads or width < 6:
-        raise UserError(f"{where}: width {width} must be a multiple of num_heads {num_heads} and at least 6")

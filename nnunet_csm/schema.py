@@ -236,3 +236,9 @@ def _named(hint: Any) -> str:
 def to_dict(value: Any) -> Any:
     """A dataclass as it comes back from a JSON file, with lists for tuples."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def check_width(width: int, num_heads: int, where: str) -> None:
+    """Raise UserError when attention cannot have this width and as many heads."""
+    if num_heads < 1 or width % num_heads or width < 6:
+        raise UserError(f"{where}: width {width} must be a multiple of num_heads {num_heads} and at least 6")

@@ -75,6 +75,17 @@ def test_a_map_adds_up_to_what_the_patch_adds(pooling):
     torch.testing.assert_close(maps.sum((1, 2, 3, 4)), added, rtol=0.05, atol=0.02)
 
 
+def test_a_map_is_of_the_images_and_takes_the_mask_as_it_is():
+    network = build(num_classes=3, pooling="mask", num_measures=4)
+    mask = torch.rand(2, 1, *PATCH_SIZE, generator=torch.Generator().manual_seed(2))
+    measures, volume = torch.randn(2, 4), random_volume()
+    with torch.no_grad():
+        both = [log_odds(network(torch.cat([contrast * volume, mask], 1), measures), 1) for contrast in (1.0, 1e-4)]
+    maps = token_maps(network, torch.cat([volume, mask], 1), 1, measures=measures)
+    assert maps.shape == (2, len(SERIES), *GRID_SIZE)
+    torch.testing.assert_close(maps.sum((1, 2, 3, 4)), both[0] - both[1], rtol=0.05, atol=0.02)
+
+
 def test_a_trained_map_adds_up_too(trained, held_out):
     volume, _ = held_out
     with torch.no_grad():

@@ -12,6 +12,8 @@ import pytest
 import torch
 from nnunet_folders import PlannedDataset
 
+from nnunet_csm.inference.classification import ClassifyRequest, classify
+
 ROWS = ("benign", "malignant") * 3
 
 
@@ -193,10 +195,63 @@ def test_classes_weigh_as_much_as_they_are_rare(make_trainer: Callable[..., Any]
     write_table(preprocessed, [f"{case},{name}" for case, name in zip(one, ("b", "b", "b", "m", "b", "m"), strict=True)])
     trainer = make_trainer()
     trainer.initialize()
+    trainer.get_dataloaders()
     assert trainer.loss.weight.tolist() == pytest.approx([4 / 6, 4 / 2])
     plain = make_trainer(class_weights=False, label_smoothing=0.0)
     plain.initialize()
+    plain.get_dataloaders()
     assert plain.loss.weight is None and plain.loss.label_smoothing == 0.0
+
+
+def test_classes_are_counted_among_the_samples_that_train(make_trainer: Callable[..., Any], preprocessed: Path) -> None:
+    one = cases_of(preprocessed)
+    # two of four samples of a have no mask
+    rows = [f"{one[0]},a,1", f"{one[0]},b,2", f"{one[1]},a,1", f"{one[2]},a,77", f"{one[3]},a,77"]
+    write_table(preprocessed, [*rows, f"{one[4]},a,1", f"{one[5]},b,1"], "case,class,mask_label")
+    trainer = make_trainer()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert trainer.loss.weight.tolist() == pytest.approx([3 / 4, 3 / 2])
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_prediction_from_raw_files_gives_what_validation_gave_whatever_is_made_of_the_mask(
+    make_trainer: Callable[..., Any], preprocessed: Path, planned_dataset: PlannedDataset, tmp_path: Path, by_label: bool
+) -> None:
+    changes = {"scale": 1.3, "mask_features": True, "pooling": "mask"}
+    if by_label:
+        rows = [f"{case},{'ab'[label - 1]},{label}" for case in cases_of(preprocessed) for label in (1, 2)]
+        write_table(preprocessed, rows, "case,class,mask_label")
+    trainer = make_trainer(**changes)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    measures = trainer.network.measures
+    assert torch.equal(measures.mean, trainer.read_side("train").measures.mean(0))
+    assert len(measures.mean) == 4 + (0 if by_label else len(trainer.label_manager.foreground_labels))
+    raw, model = planned_dataset.folders.raw / planned_dataset.name, Path(trainer.output_folder).parent
+    (tmp_path / "images").mkdir()
+    expected = pd.read_csv(Path(trainer.output_folder) / "validation" / "predictions.csv")
+    for case in set(expected["case"]):
+        for image in (raw / "imagesTr").glob(f"{case}_*"):
+            (tmp_path / "images" / image.name).symlink_to(image)
+    plans = json.loads((model / "plans.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["csm"]["classification"]["scale"] == 1.3
+    request = ClassifyRequest(
+        dataset=planned_dataset.name,
+        trainer="nnUNetTrainerCSMClassifier",
+        plans="nnUNetCSMPlans",
+        configuration="3d_fullres",
+        folds=("0",),
+        checkpoint_name="checkpoint_final.pth",
+        images=tmp_path / "images",
+        masks=raw / "labelsTr",
+        output=tmp_path / "found.csv",
+        device="cpu",
+    )
+    classify(request)
+    found = pd.read_csv(tmp_path / "found.csv")
+    columns = ["case", "mask_label", *(name for name in expected if name.startswith("p_"))]
+    pd.testing.assert_frame_equal(found[columns], expected[columns], check_dtype=False, atol=2e-6, rtol=0)
 
 
 def test_lesions_of_a_case_are_samples_and_what_has_no_class_or_mask_is_left_out_with_a_report(

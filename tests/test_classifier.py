@@ -8,10 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nnunet_csm.model.classifier import AttentivePooling, CSMClassifier, MeanPooling, build_classifier, probabilities
+from nnunet_csm.model.classifier import (
+    MOST_DEVIATIONS,
+    AttentivePooling,
+    CSMClassifier,
+    MaskPooling,
+    MeanPooling,
+    StandardizedMeasures,
+    build_classifier,
+    probabilities,
+)
 from nnunet_csm.model.transfer import PretrainedEncoder, transfer
 
 NUM_CLASSES = 3
+NO_MEASURES = torch.empty(2, 0)
 POOLINGS = ["attentive", "mean"]
 
 
@@ -115,14 +125,71 @@ def test_mean_pooling_is_the_mean_of_present_tokens():
     torch.testing.assert_close(MeanPooling()(tokens, present), expected)
 
 
+def test_mask_pooling_is_the_mean_of_present_tokens_by_what_the_mask_covers():
+    tokens, present = torch.randn(2, 3, 5, 24), torch.tensor([[True, False, True], [False, True, False]])
+    one_token = torch.tensor([0.0, 0.3, 0.0, 0.0, 0.0]).expand(2, 5)
+    expected = torch.stack([tokens[0, [0, 2], 1].mean(0), tokens[1, 1, 1]])
+    torch.testing.assert_close(MaskPooling()(tokens, present, one_token), expected)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.0, 0.4])
+    expected = (tokens[1, 1] * weights[:, None]).sum(0)
+    torch.testing.assert_close(MaskPooling()(tokens, present, 0.5 * weights.expand(2, 5))[1], expected)
+    for same in (torch.zeros(2, 5), torch.ones(2, 5)):
+        torch.testing.assert_close(MaskPooling()(tokens, present, same), MeanPooling()(tokens, present))
+
+
+def test_a_classifier_that_pools_by_the_mask_takes_it_as_the_last_channel_and_as_nothing_else():
+    network, mean, volume = build(pooling="mask"), build(pooling="mean"), random_volume(absent=[1])
+    mean.load_state_dict(network.state_dict())
+    whole = torch.ones(2, 1, *PATCH_SIZE)
+    torch.testing.assert_close(logits(network, torch.cat([volume, whole], 1)), logits(mean, volume))
+    part = whole.clone()
+    part[..., 4:] = 0
+    found = logits(network, torch.cat([volume, part], 1))
+    assert not torch.allclose(found, logits(mean, volume))
+    # a gain, as training varies all channels by, says nothing
+    torch.testing.assert_close(logits(network, torch.cat([volume, 0.9 * part], 1)), found)
+    with pytest.raises(ValueError, match="2 channels, the network was planned for 3"):
+        network(volume)
+
+
+def test_measures_are_standardised_by_the_training_samples_and_their_statistics_are_saved():
+    measures = torch.randn(50, 7) * torch.arange(1, 8) + 3
+    measures[:, 2] = 4.0
+    one, other = StandardizedMeasures(7, 28), StandardizedMeasures(7, 28)
+    one.fit(measures)
+    found = one(measures)
+    torch.testing.assert_close(found.mean(0), torch.zeros(7), atol=1e-5, rtol=0)
+    expected = torch.tensor([2.0, 2.0, 0.0, 2.0, 2.0, 2.0, 2.0])
+    torch.testing.assert_close(found.std(0, correction=0), expected, atol=1e-5, rtol=0)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(measures), found)
+    assert one(measures + 1e6).max() == MOST_DEVIATIONS * 2
+
+
+def test_the_head_sees_measures_only_where_the_plans_say_so():
+    planned = read_settings(classification={"mask_features": True})
+    network = build_classifier(planned, 3, 2, 5).eval()
+    nn.init.normal_(network.head.weight)
+    assert network.head.in_features == planned.architecture.width + 5
+    volume, measures = random_volume(), torch.randn(2, 5)
+    assert not torch.allclose(network(volume, measures), network(volume, measures + 1))
+    plain = build_classifier(read_settings(), 3, 2, 5).eval()
+    assert plain.head.in_features == planned.architecture.width and plain.measures is None
+    assert torch.equal(plain(volume, measures), plain(volume))
+
+
 def test_mirrored_probabilities_do_not_change_when_the_patch_is_flipped():
     network, volume = build(), random_volume()
-    found = probabilities(network, volume, mirror=True)
-    torch.testing.assert_close(found.sum(1), torch.ones(2))
+
+    def found(volume, mirror):
+        return probabilities(network, volume, NO_MEASURES, mirror)
+
+    mirrored = found(volume, mirror=True)
+    torch.testing.assert_close(mirrored.sum(1), torch.ones(2))
     for axes in ((2,), (3, 4), (2, 3, 4)):
-        torch.testing.assert_close(probabilities(network, volume.flip(axes), mirror=True), found)
-        assert not torch.allclose(probabilities(network, volume.flip(axes), mirror=False), logits(network, volume).softmax(1))
-    torch.testing.assert_close(probabilities(network, volume, mirror=False), logits(network, volume).softmax(1))
+        torch.testing.assert_close(found(volume.flip(axes), mirror=True), mirrored)
+        assert not torch.allclose(found(volume.flip(axes), mirror=False), logits(network, volume).softmax(1))
+    torch.testing.assert_close(found(volume, mirror=False), logits(network, volume).softmax(1))
 
 
 def test_the_pretrained_encoder_enters_whole():
@@ -137,7 +204,7 @@ def test_the_pretrained_encoder_enters_whole():
 
 
 def test_plans_choose_the_pooling():
-    for pooling, kind in (("mean", MeanPooling), ("attentive", AttentivePooling)):
+    for pooling, kind in (("mean", MeanPooling), ("attentive", AttentivePooling), ("mask", MaskPooling)):
         planned = read_settings(classification={"pooling": pooling})
         assert isinstance(build_classifier(planned, 3, 2).pooling, kind)
 

@@ -159,12 +159,15 @@ class Model:
         table = pd.read_csv(self.output, dtype={"mask_label": "Int64"}, keep_default_na=True)
         return table, json.loads(self.output.with_suffix(".json").read_text())
 
-    def save_fold(self, fold, **changes):
+    def save_fold(self, fold, plans=None, measures=None, **changes):
+        """Save a fold with random weights; `measures` are of the masks it would have been trained on."""
         torch.manual_seed(fold)
-        plans = plans_of()
+        plans = plans or plans_of()
         settings = read_configuration(plans, "3d_fullres", "plans")
-        network = build_classifier(settings, len(SERIES), len(CLASSES))
+        network = build_classifier(settings, len(SERIES), len(CLASSES), 0 if measures is None else measures.shape[1])
         nn.init.normal_(network.head.weight)
+        if network.measures is not None:
+            network.measures.fit(measures)
         saved = checkpoint_of(plans, network.state_dict())
         saved |= {"trainer_name": TRAINER, "classes": list(CLASSES), "by_mask_label": False, **changes}
         path = self.folder / f"fold_{fold}" / "checkpoint_final.pth"
@@ -254,6 +257,29 @@ def test_only_labels_that_training_had_are_lesions(model):
     assert table["mask_label"].tolist() == [2, 2, 2] and record["mask_labels"] == [2, 5]
     assert list(record["left_out"]) == ["a_1", "b_1", "c_1"]
     assert "no sample of label 1, only of 2, 5" in record["left_out"]["a_1"]
+
+
+def test_a_mask_of_a_size_that_training_never_saw_is_left_out_where_the_head_looks_at_it(model):
+    """The volume of label 1 is what a mask of other labels would lack."""
+    plans = plans_of(mask_features=True)
+    (model.folder / "plans.json").write_text(json.dumps(plans))
+    seen = torch.tensor([[8.0, 8, 8, 400, 250, 250], [4, 4, 4, 80, 40, 40]]).log1p()
+    for fold in (0, 1):
+        model.save_fold(fold, plans, seen)
+    whole, _ = model.classify()
+    assert whole["case"].tolist() == ["a", "b", "c"]
+    path = model.masks / "b.nii.gz"
+    save(path, 2 * (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) > 0))
+    table, record = model.classify()
+    assert table["case"].tolist() == ["a", "c"]
+    assert "b.nii.gz: the mask's volume of label 1 is 0 voxels at the spacing" in record["left_out"]["b"]
+
+
+@pytest.mark.parametrize("changes", [{"scale": 1.5}, {"pooling": "mask"}, {"mask_features": True}])
+def test_folds_trained_with_other_settings_of_the_mask_are_refused(model, changes):
+    (model.folder / "plans.json").write_text(json.dumps(plans_of(**changes)))
+    with pytest.raises(UserError, match=f"classification.{next(iter(changes))} is "):
+        model.classify()
 
 
 def test_a_fold_counts_once(model):

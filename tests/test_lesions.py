@@ -1,13 +1,16 @@
 """Patches lie where their placement says, around the mask, zero outside the volume; variations bring in true surroundings."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
 import torch
+from factories import settings as read_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.ndimage import map_coordinates
 
 from nnunet_csm.data.crops import cut
@@ -22,12 +25,16 @@ from nnunet_csm.data.lesions import (
     draw_variation,
     linear_weights,
     max_shift,
+    measure_names,
+    measured_labels,
+    measures_of,
     resample,
     vary,
 )
 from nnunet_csm.errors import UserError
 
 SHAPE, PATCH = (11, 14, 17), (6, 8, 10)
+SETTINGS = replace(read_settings().csm.classification, patch_size=PATCH, margin=0.25)
 
 boxes = st.tuples(*(st.tuples(st.integers(0, n - 1), st.integers(1, n)).map(sorted) for n in SHAPE))
 corners = st.tuples(*(st.integers(0, n - 1) for n in SHAPE))
@@ -111,6 +118,58 @@ def test_a_box_wider_than_the_patch_is_made_to_fit_by_one_factor(box, margin):
         expected = np.broadcast_to(np.expand_dims(at[axis][inner[axis]], [a for a in range(3) if a != axis]), found.shape)
         # fp16 at 100 and more, and half a ripple of the triangle between the voxels
         np.testing.assert_allclose(found, expected, atol=0.3)
+
+
+@settings(max_examples=30)
+@given(boxes)
+def test_at_one_scale_a_mask_too_large_loses_its_rim_and_any_other_is_cut_as_before(box):
+    volume, mask = random_volume(), mask_of(box)
+    patch, placement = cut_around(volume, mask, PATCH, 0.0, scale=1.0)
+    assert placement.factor == 1.0
+    assert torch.equal(patch, plain_cut(volume, [int(s) for s in placement.start], PATCH))
+    each, fitted = cut_around(volume, mask, PATCH, 0.0)
+    assert fitted.factor > 1.0 or torch.equal(patch, each)
+
+
+@pytest.mark.parametrize("scale, is_kept", [(2.0, True), ("each", False)])
+def test_one_scale_keeps_how_large_masks_are_beside_each_other(scale, is_kept):
+    sizes = []
+    for edge in (14, 28):
+        shape = (40, 40, 40)
+        mask = mask_of([(20 - edge // 2, 20 + edge // 2)] * 3, shape)
+        patch, _ = cut_around(random_volume(shape=shape), mask, (14, 14, 14), 0.0, scale=scale, with_mask=True)
+        sizes.append(float(patch[-1].sum()))
+    # 14 cubed are an eighth of 28 cubed
+    assert sizes[1] / sizes[0] == pytest.approx(8.0 if is_kept else 1.0, rel=0.1)
+
+
+@settings(max_examples=30)
+@given(boxes, st.sampled_from(["each", 1.0, 1.7]))
+def test_the_mask_is_a_channel_after_the_others_and_lies_as_they_do(box, scale):
+    mask = mask_of(box)
+    volume = np.concatenate([random_volume(), mask[None].astype(np.float32)])
+    expected, _ = cut_around(volume, mask, PATCH, 0.25, (1, 2, 3), scale)
+    found, _ = cut_around(volume[:2], mask, PATCH, 0.25, (1, 2, 3), scale, with_mask=True)
+    assert torch.equal(found, expected)
+
+
+@settings(max_examples=30)
+@given(boxes)
+def test_measures_are_logarithms_of_lengths_and_volumes(box):
+    segmentation = mask_of(box).astype(np.int16)
+    segmentation[segmentation.shape[0] // 2 :] *= 3
+    mask = segmentation > 0
+    lengths = [max(high, low + 1) - low for low, high in box]
+    expected = [*lengths, np.prod(lengths), (segmentation == 1).sum(), 0, (segmentation == 3).sum()]
+    assert len(measure_names((1, 2, 3))) == len(expected)
+    np.testing.assert_allclose(measures_of(mask, segmentation, (1, 2, 3)).expm1(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_volumes_of_labels_are_measured_where_they_are_parts_of_one_mask():
+    three = LabelManager({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "ring": 2, "ignore": 4}, (1, 2, 3))
+    one = LabelManager({"background": 0, "lesion": 1}, None)
+    assert measured_labels(three, by_mask_label=False) == (1, 2, 3)
+    assert measured_labels(three, by_mask_label=True) == measured_labels(one, by_mask_label=False) == ()
 
 
 def test_making_smaller_averages_instead_of_picking():
@@ -251,12 +310,13 @@ def volumes():
     masks["absent"][5, 5, 5] = 1
     masks["empty"][5, 5, 5] = -1
     samples = [Sample("two", 0, 1, "p"), Sample("two", 1, 2, "p"), Sample("empty", 0, None, "q"), Sample("absent", 1, None, "r")]
-    return images, masks, SampleVolumes(samples, lambda case: (images[case], masks[case]), (1, 2), PATCH, 0.25)
+    return images, masks, SampleVolumes(samples, lambda case: (images[case], masks[case]), (1, 2), SETTINGS)
 
 
 def test_what_cannot_be_cut_is_left_out_with_the_reason(volumes):
     _, _, found = volumes
     assert [sample.name for sample in found.samples] == ["two_1", "two_2"]
+    assert torch.equal(found.measures.expm1().round(), torch.ones(2, 4))
     assert found.labels.tolist() == [0, 1]
     assert found.left_out == {"empty": "its mask is empty", "absent": "none of the planned series is present"}
 
@@ -265,7 +325,7 @@ def test_voxels_that_are_no_numbers_are_refused_with_the_case(volumes):
     images, masks, _ = volumes
     images["two"][0, 2, 3, 4] = np.nan
     with pytest.raises(UserError, match="two: holds NaN"):
-        SampleVolumes([Sample("two", 0, 1, "p")], lambda case: (images[case], masks[case]), (1, 2), PATCH, 0.25)
+        SampleVolumes([Sample("two", 0, 1, "p")], lambda case: (images[case], masks[case]), (1, 2), SETTINGS)
 
 
 def test_validation_sees_the_patches_that_prediction_cuts(volumes):

@@ -331,6 +331,24 @@ def test_a_preset_file_changes_what_it_inherits_from(tmp_path):
     assert planned(preset=str(path))[0].csm.preset == str(path)
 
 
+def test_one_scale_for_all_is_planned_from_the_masks(tmp_path):
+    def classification(scale, large):
+        path = tmp_path / "mine.json"
+        chosen = {"scale": scale, "patch_size": [32, 32, 64], "margin": 0.1}
+        path.write_text(json.dumps({"inherits_from": "demo", "classification": chosen}))
+        facts = {"mask_extent_mm": (20.0, 20.0, 20.0), "large_mask_mm": large}
+        settings, plans, _ = planned(spacing=(2.0, 1.0, 1.0), preset=str(path), facts=facts)
+        return settings.csm.classification.scale, plans["configurations"]["3d_fullres"]["csm"]["reasons"]["classification"][1]
+
+    scale, why = classification("one", (80.0, 60.0, 60.0))
+    assert scale == pytest.approx(60 * 1.2 / 32) and "all are made smaller by 2.25" in why
+    # nothing is enlarged
+    assert classification("one", (10.0, 10.0, 10.0))[0] == 1.0
+    assert classification("each", (80.0, 60.0, 60.0))[0] == "each"
+    with pytest.raises(UserError, match="none was measured"):
+        classification("one", None)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

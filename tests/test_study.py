@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import torch
 import warm_processes
 from factories import masking_of
@@ -29,13 +30,16 @@ from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import method_of, read_preset
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study import execution, measured
+from nnunet_csm.study.collection import with_classes
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
 from nnunet_csm.study.cost import counted, finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.divisions import divide, everybody, labelled, taken_away
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
+from nnunet_csm.study.forest import forest_predictions
 from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, arm_changes, essence
-from nnunet_csm.study.spec import Repeats, parse_study, read_study, study_names
+from nnunet_csm.study.spec import Repeats, Study, parse_study, read_study, study_names
+from nnunet_csm.study.statistics import summarize_classes
 
 JOINT = {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d", "masking": {"mask_ratio": 0.75}}}
 AUTOENCODER = {
@@ -46,6 +50,7 @@ AUTOENCODER = {
     },
 }
 SCRATCH, MAE3D, CSM = {"name": "scratch", "pretrained": False}, {"name": "MAE3D", "changes": JOINT}, {"name": "CSM"}
+FOREST = {"name": "forest", "mask_volumes": ["labelsTr"]}
 
 
 def spec(**given: Any) -> dict[str, Any]:
@@ -143,7 +148,10 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"search": {"network.width": [24, 48]}}, "concerns pretraining"),
         ({"arms": [{**CSM, "incomplete": {"share": 2, "remove": [1]}}]}, "share is 2, expected 0 < share <= 1"),
         ({"arms": [CSM, {"name": "n", "nnunet": {"plans": "p", "minutes_of": "n", "with_pretraining": False}}]}, "minutes_of"),
-        ({"task": "classification", "tested": "subsets"}, "all series"),
+        ({"arms": [FOREST]}, "the task is segmentation"),
+        ({"task": "classification", "arms": [{**FOREST, "method": "dino"}]}, "leave all else out"),
+        ({"task": "classification", "arms": [{**FOREST, "mask_volumes": ["../labelsTr"]}]}, "which is no path"),
+        (reconstruction(CSM, FOREST), "the task is reconstruction"),
         ({"surprise": 1}, "unknown surprise"),
         ({"arms": [{**CSM, "colour": "red"}]}, "unknown colour"),
         ({"arms": [{**CSM, "pretraining_series": 0}]}, "pretraining_series is 0, expected 1 <= "),
@@ -222,6 +230,90 @@ def test_a_case_never_loses_its_last_series() -> None:
     lost = [taken_away(["T1w", "T2w", "FLAIR"], 1.0, (1, 2, 5), rng) for _ in range(50)]
     assert {len(names) for names in lost} == {1, 2}
     assert sum(bool(taken_away(["a", "b"], 0.25, (1,), rng)) for _ in range(400)) == pytest.approx(100, abs=30)
+
+
+# --- classes
+
+
+@pytest.fixture
+def diagnoses(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlannedDataset:
+    """The test dataset in folders of its own, with classes: the larger of two labels of every case is of class large."""
+    folders = replace(
+        planned_dataset.folders, **{name: tmp_path / f"nnUNet_{name}" for name in ("raw", "preprocessed", "results")}
+    )
+    for name in ("raw", "preprocessed"):
+        shutil.copytree(getattr(planned_dataset.folders, name), getattr(folders, name))
+    environment = planned_dataset.environment | {variable.name: str(variable) for variable in vars(folders).values()}
+    for name in nnunet.FOLDER_VARIABLES:
+        monkeypatch.setenv(name, environment[name])
+    raw = folders.raw / planned_dataset.name
+    rows = []
+    for path in sorted(raw.glob("labelsTr/*.nii.gz")):
+        segmentation = sitk.GetArrayFromImage(sitk.ReadImage(path))
+        smaller, larger = sorted((1, 2), key=lambda label: np.count_nonzero(segmentation == label))
+        case = path.name.removesuffix(".nii.gz")
+        rows += [f"{case},small,{smaller}", f"{case},large,{larger}"]
+    (raw / "classification.csv").write_text("\n".join(["case,class,mask_label", *rows]) + "\n")
+    return replace(planned_dataset, folders=folders, environment=environment)
+
+
+def classification(**given: Any) -> Study:
+    return parse_study(spec(**({"task": "classification", "arms": [SCRATCH, FOREST], "labels": [1.0]} | given)), "study")
+
+
+def test_classifiers_are_tested_by_their_trainer_and_beside_it_with_a_part_of_the_series(
+    diagnoses: PlannedDataset, tmp_path: Path
+) -> None:
+    dataset = Dataset("900", "3d_fullres", tmp_path)
+    for tested, num_tests in (("all", 0), ("one_missing", len(dataset.series))):
+        runs = Expansion(classification(tested=tested), "s", dataset, {}).expand()
+        assert {row.arm for row in runs.rows} == {"scratch"} and len(runs.runs) == 2
+        for run in runs.runs.values():
+            assert len(run.tests) == num_tests and all(len(one.name.split("+")) == len(dataset.series) - 1 for one in run.tests)
+
+
+def test_what_was_classified_gets_its_class_by_case_and_label(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text(
+        "case,mask_label,p_no,p_yes,predicted\n01,1,0.2,0.8,yes\n01,2,0.6,0.4,no\n01,7,0.6,0.4,no\n"
+    )
+    table = ClassTable(("no", "yes"), (Sample("01", 0, 1, "p"), Sample("01", 1, 2, "p"), Sample("02", 1, None, "q")))
+    found = with_classes(tmp_path / "one.csv", table)
+    assert found[["case", "mask_label", "class", "patient"]].values.tolist() == [["01", "1", "no", "p"], ["01", "2", "yes", "p"]]
+
+
+def test_a_forest_of_mask_volumes_learns_from_labelled_cases_and_predicts_those_of_the_test_side(
+    diagnoses: PlannedDataset, tmp_path: Path
+) -> None:
+    dataset = Dataset("900", "3d_fullres", tmp_path)
+    study = classification(repeats={"kind": "folds", "number": 2, "seeds": 2})
+    found = forest_predictions("s", study, dataset)
+    pd.testing.assert_frame_equal(found, forest_predictions("s", study, dataset))
+    divisions = divide(dataset.classes, study.repeats)
+    assert set(found["repeat"]) == {0, 1, 2, 3} and (found["repeat"] // 2 == found["division"]).all()
+    for (number, _), rows in found.groupby(["division", "repeat"]):
+        assert (
+            sorted(rows["case"].unique()) == sorted(divisions[number].test) and not rows.duplicated(["case", "mask_label"]).any()
+        )
+    np.testing.assert_allclose(found[["p_large", "p_small"]].sum(axis=1), 1)
+    assert summarize_classes(found)["mean"].item() > 0.8
+    assert forest_predictions("s", classification(arms=[SCRATCH]), dataset).empty
+    with pytest.raises(UserError, match=r"no_such.*needs a mask for every case"):
+        forest_predictions("s", classification(arms=[{**FOREST, "mask_volumes": ["labelsTr", "no_such"]}]), dataset)
+
+
+@pytest.mark.slow
+def test_a_study_of_classes_to_its_page(diagnoses: PlannedDataset, tmp_path: Path) -> None:
+    study = spec(task="classification", arms=[SCRATCH, FOREST], tested="one_missing")
+    (tmp_path / "c.json").write_text(json.dumps(study))
+    output = tmp_path / "out"
+    assert ended_well(start_study(diagnoses, tmp_path / "c.json", output)), output.with_suffix(".txt").read_text()
+    found = pd.read_csv(output / "predictions.csv")
+    parts = set(found.loc[found["arm"] == "scratch", "tested"])
+    assert len(parts) == 1 + len(Dataset("900", "3d_fullres", tmp_path).series) and "all" in parts
+    assert all(rows["case"].nunique() == NUM_TRAINING for _, rows in found.groupby(["arm", "tested"]))
+    assert set(found.loc[found["arm"] == "forest", "tested"]) == {"all"}
+    tables = (output / "tables.md").read_text()
+    assert "AUC with a part of the series at test time" in tables and "forest" in tables
 
 
 # --- which runs

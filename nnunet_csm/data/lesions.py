@@ -6,12 +6,13 @@ Places along an axis are counted in voxels from the centre of the first one.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import blosc2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Integer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from nnunet_csm.data.crops import Size
 from nnunet_csm.data.diagnoses import Sample
 from nnunet_csm.data.stored import to_half
 from nnunet_csm.errors import UserError
+from nnunet_csm.plans import Classification
 
 Array: TypeAlias = np.ndarray | blosc2.NDArray
 LoadCase = Callable[[str], tuple[Array, np.ndarray]]
@@ -33,7 +35,7 @@ MAX_ZOOM, MAX_GAIN = 0.1, 0.1
 class Placement:
     """Where a patch lies: its voxel i has its centre at `start + factor * i` in the volume, along each of (z, y, x).
 
-    `factor` is 1, and `start` whole, unless the mask was too large for the patch.
+    `factor` is 1, and `start` whole, unless the mask was too large for the patch or all patches are made smaller.
     """
 
     start: tuple[float, float, float]
@@ -48,7 +50,13 @@ class Placement:
 
 
 def cut_around(
-    volume: Array, mask: Bool[np.ndarray, "z y x"], patch_size: Size, margin: float, border: Size = (0, 0, 0)
+    volume: Array,
+    mask: Bool[np.ndarray, "z y x"],
+    patch_size: Size,
+    margin: float,
+    border: Size = (0, 0, 0),
+    scale: Literal["each"] | float = "each",
+    with_mask: bool = False,
 ) -> tuple[Float[Tensor, "n pz py px"], Placement]:
     """Cut the patch around a mask.
 
@@ -60,17 +68,19 @@ def cut_around(
     Args:
         volume: (n, z, y, x), in memory or a file; only the part in question is read.
         mask: where to look.
+        patch_size: in voxels, after the volume was made smaller.
+        margin: see above.
         border: more voxels on each side of the patch, for `vary`; the placement is that of the patch without them.
+        scale: the factor, whatever the size of the mask, of which the patch then holds the middle where it is larger; "each"
+            for the one that lets it fit.
+        with_mask: give the mask as one more channel, after the others; 1 inside.
 
     Raises:
         ValueError: an empty mask.
     """
-    if not mask.any():
-        raise ValueError("the mask is empty: there is nothing to cut a patch around")
-    places = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
-    low = np.array([place[0] for place in places])
-    high = np.array([place[-1] for place in places])
-    factor = max(1.0, float(((high - low + 1) * (1 + 2 * margin) / patch_size).max()))
+    low, length = box_of(mask)
+    high = low + length - 1
+    factor = max(1.0, float((length * (1 + 2 * margin) / patch_size).max())) if scale == "each" else scale
     start = (low + high) / 2 - factor * (np.array(patch_size) - 1) / 2
     if factor == 1.0:
         start = np.floor(start)
@@ -82,9 +92,57 @@ def cut_around(
     upper = np.minimum(np.ceil(first + factor * (size - 1)).astype(int) + reach + 1, volume.shape[1:])
     z, y, x = (slice(int(a), int(b)) for a, b in zip(lower, upper, strict=True))
     part = torch.as_tensor(volume[:, z, y, x]).float()
+    if with_mask:
+        part = torch.cat([part, torch.from_numpy(mask[None, z, y, x]).float()])
     begin = torch.from_numpy(first - lower)[None]
     cut = resample(part[None], begin, torch.full_like(begin, factor), (int(size[0]), int(size[1]), int(size[2])))[0]
     return to_half(cut).float(), Placement((float(start[0]), float(start[1]), float(start[2])), factor, patch_size)
+
+
+def cut_sample(
+    volume: Array, mask: Bool[np.ndarray, "z y x"], settings: Classification, border: Size = (0, 0, 0)
+) -> tuple[Float[Tensor, "n pz py px"], Placement]:
+    """Cut the patch that a classifier with these settings sees, in training as in prediction."""
+    with_mask = settings.pooling == "mask"
+    return cut_around(volume, mask, settings.patch_size, settings.margin, border, settings.scale, with_mask)
+
+
+def box_of(mask: Bool[np.ndarray, "z y x"]) -> tuple[Int[np.ndarray, " 3"], Int[np.ndarray, " 3"]]:
+    """Find the first voxel of the box around a mask, and its lengths, in voxels.
+
+    Raises:
+        ValueError: an empty mask.
+    """
+    if not mask.any():
+        raise ValueError("the mask is empty: there is nothing to cut a patch around")
+    places = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
+    low = np.array([place[0] for place in places])
+    return low, np.array([place[-1] for place in places]) - low + 1
+
+
+def measures_of(
+    mask: Bool[np.ndarray, "z y x"], segmentation: Integer[np.ndarray, "z y x"], labels: Sequence[int]
+) -> Float[Tensor, " f"]:
+    """Measure how large a mask is: log(1 + voxels) of the lengths of its box, of its volume, and of that of each of some labels.
+
+    Voxels are those of the plans, which are as large in all cases. A label may be absent.
+    """
+    volumes = [np.count_nonzero(mask), *(np.count_nonzero(segmentation == label) for label in labels)]
+    return torch.log1p(torch.tensor([*box_of(mask)[1], *volumes], dtype=torch.float32))
+
+
+def measured_labels(labels: LabelManager, by_mask_label: bool) -> tuple[int, ...]:
+    """Choose, of the labels of a dataset, those whose volumes are among the measures of a mask.
+
+    None where there is one, whose volume is the mask's, and none where labels number the lesions of a case.
+    """
+    several = tuple(int(label) for label in labels.all_labels if label > 0)
+    return () if by_mask_label or len(several) == 1 else several
+
+
+def measure_names(labels: Sequence[int]) -> tuple[str, ...]:
+    """Name what `measures_of` gives for these labels, in its order."""
+    return ("length along z", "length along y", "length along x", "volume", *(f"volume of label {label}" for label in labels))
 
 
 def sample_mask(sample: Sample, segmentation: Integer[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
@@ -189,16 +247,23 @@ class SampleVolumes:
     Attributes:
         samples: those that could be cut.
         regions: their patches with borders.
+        measures: of their masks, see `measures_of`.
         labels: their classes.
         left_out: name of a sample that could not be cut, and why.
     """
 
     samples: tuple[Sample, ...]
     regions: Float[Tensor, "m n z y x"]
+    measures: Float[Tensor, "m f"]
     labels: Int[Tensor, " m"]
 
     def __init__(
-        self, samples: Sequence[Sample], load_case: LoadCase, channels: Sequence[int], patch_size: Size, margin: float
+        self,
+        samples: Sequence[Sample],
+        load_case: LoadCase,
+        channels: Sequence[int],
+        settings: Classification,
+        measured_labels: Sequence[int] = (),
     ) -> None:
         """Cut the samples.
 
@@ -206,20 +271,22 @@ class SampleVolumes:
             samples: of one side of a split.
             load_case: gives the images (n, z, y, x) and the segmentation (z, y, x) of a case.
             channels: those of the planned series; a sample in which all of them are zero is left out.
+            settings: of the classifier.
+            measured_labels: whose volumes are among the measures.
 
         Raises:
             UserError: voxels that are no numbers.
         """
-        self.patch_size, self.border = patch_size, border_of(patch_size)
+        self.patch_size, self.border = settings.patch_size, border_of(settings.patch_size)
         self.left_out: dict[str, str] = {}
-        kept, regions = [], []
+        kept, regions, measures = [], [], []
         for sample in tqdm(samples, desc="reading samples", unit="sample", disable=None, leave=False):
             volume, segmentation = load_case(sample.case)
             mask = sample_mask(sample, segmentation)
             if not mask.any():
                 self.left_out[sample.name] = "its mask is empty"
                 continue
-            region = cut_around(volume, mask, patch_size, margin, self.border)[0]
+            region = cut_sample(volume, mask, settings, self.border)[0]
             if not region.isfinite().all():
                 raise UserError(
                     f"{sample.case}: holds NaN or infinite voxels; write 0 or what belongs there into the raw images "
@@ -230,8 +297,10 @@ class SampleVolumes:
                 continue
             kept.append(sample)
             regions.append(region.half())
+            measures.append(measures_of(mask, segmentation, measured_labels))
         self.samples = tuple(kept)
-        self.regions = torch.stack(regions) if regions else torch.empty(0, len(channels), *patch_size).half()
+        self.regions = torch.stack(regions) if regions else torch.empty(0, len(channels), *self.patch_size).half()
+        self.measures = torch.stack(measures) if measures else torch.empty(0, 0)
         self.labels = torch.tensor([sample.class_index for sample in kept], dtype=torch.long)
 
     def __len__(self) -> int:

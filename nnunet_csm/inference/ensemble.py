@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import Sample
-from nnunet_csm.data.lesions import cut_around, sample_mask
+from nnunet_csm.data.lesions import cut_sample, measure_names, measured_labels, measures_of, sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.model.attribution import series_shares, token_maps
-from nnunet_csm.model.classifier import CSMClassifier, build_classifier, probabilities
+from nnunet_csm.model.classifier import MOST_DEVIATIONS, CSMClassifier, build_classifier, probabilities
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Configuration, read_configuration
 from nnunet_csm.raw.cases import write_image
@@ -60,6 +60,11 @@ class Ensemble:
     def series(self) -> tuple[str, ...]:
         return self.settings.architecture.series
 
+    @property
+    def measured_labels(self) -> tuple[int, ...]:
+        """Labels whose volumes are among the measures of a mask."""
+        return measured_labels(self.plans.get_label_manager(self.dataset_json), self.by_mask_label)
+
 
 @dataclass(frozen=True)
 class CaseToClassify:
@@ -77,11 +82,13 @@ class Patch:
     Attributes:
         sample: its class is not known, and is 0.
         voxels: (1, n, z, y, x).
+        measures: (1, f), of the mask.
         frame: where they are on the grid of the files.
     """
 
     sample: Sample
     voxels: Tensor
+    measures: Tensor
     frame: Frame
 
 
@@ -137,7 +144,9 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         _check_checkpoint(saved, path, settings, configuration)
         told[path] = (tuple(saved["classes"]), bool(saved["by_mask_label"]))
         mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
-        network = build_classifier(settings, len(nnunet.channel_names(dataset_json)), len(saved["classes"]))
+        labels = measured_labels(manager.get_label_manager(dataset_json), told[path][1])
+        num_channels, num_measures = len(nnunet.channel_names(dataset_json)), len(measure_names(labels))
+        network = build_classifier(settings, num_channels, len(saved["classes"]), num_measures)
         checkpoint.load_weights(network, saved["network_weights"], str(path))
         members[fold] = network.eval().to(device)
         entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
@@ -146,8 +155,8 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         found = (f"{path} knows {', '.join(names)}{' by mask label' if by else ''}" for path, (names, by) in told.items())
         raise UserError("; ".join(found) + "; train them alike")
     classes, by_mask_label = next(iter(told.values()))
-    labels = None if mask_labels is None else frozenset(mask_labels)
-    return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, labels, members, provenance, device)
+    seen = None if mask_labels is None else frozenset(mask_labels)
+    return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, seen, members, provenance, device)
 
 
 def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict[str, str]]:
@@ -175,11 +184,16 @@ def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict
         if not mask.any():
             left_out[sample.name] = f"{case.mask}: nothing of the mask is left at the spacing of the plans, or where images are"
             continue
-        voxels, placement = cut_around(volume, mask, settings.patch_size, settings.margin)
+        voxels, placement = cut_sample(volume, mask, settings)
         if not voxels[list(ensemble.settings.architecture.channels)].any():
             left_out[sample.name] = f"none of {', '.join(ensemble.series)}, which the classifier looks at, is present"
             continue
-        patches.append(Patch(sample, voxels[None], Frame.of(placement, volume.shape[1:], properties, ensemble.plans)))
+        measures = measures_of(mask, segmentation[0], ensemble.measured_labels)[None]
+        if far := _unlike_training(measures, ensemble):
+            left_out[sample.name] = f"{case.mask}: {far}"
+            continue
+        frame = Frame.of(placement, volume.shape[1:], properties, ensemble.plans)
+        patches.append(Patch(sample, voxels[None], measures, frame))
     return patches, left_out
 
 
@@ -188,9 +202,9 @@ def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision,
 
     Probabilities are means over flips when the plans ask for mirroring; maps are of the patch as it is.
     """
-    voxels = patch.voxels.to(ensemble.device)
+    voxels, measures = patch.voxels.to(ensemble.device), patch.measures.to(ensemble.device)
     mirror = ensemble.settings.csm.finetuning.mirroring
-    by_fold = {fold: probabilities(one, voxels, mirror)[0].cpu().numpy() for fold, one in ensemble.members.items()}
+    by_fold = {fold: probabilities(one, voxels, measures, mirror)[0].cpu().numpy() for fold, one in ensemble.members.items()}
     broken = [fold for fold, one in by_fold.items() if not np.isfinite(one).all()]
     if broken:
         raise UserError(f"{patch.sample.name}: the classifier of fold {broken[0]} gives NaN; its training diverged, train again")
@@ -200,9 +214,27 @@ def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision,
     decision = Decision(patch.sample, shown, by_fold, {})
     if not with_maps:
         return decision, torch.empty(0, 0, 0, 0)
-    maps = torch.stack([token_maps(one, voxels, decision.class_index) for one in ensemble.members.values()]).mean(0)
+    members = ensemble.members.values()
+    maps = torch.stack([token_maps(one, voxels, decision.class_index, measures=measures) for one in members]).mean(0)
     shares = dict(zip(ensemble.series, series_shares(maps)[0].tolist(), strict=True))
     return replace(decision, shares=shares), maps[0].cpu()
+
+
+def _unlike_training(measures: Float[Tensor, "1 f"], ensemble: Ensemble) -> str:
+    """Say what about the size of a mask no training sample was like; empty where all is well, or the heads do not see it."""
+    for fold, member in ensemble.members.items():
+        if member.measures is None:
+            return ""
+        far = member.measures.standardized(measures.to(ensemble.device))[0].abs()
+        worst = int(far.argmax())
+        if far[worst] > MOST_DEVIATIONS:
+            name = measure_names(ensemble.measured_labels)[worst]
+            found, usual = (float(one[worst].expm1()) for one in (measures[0], member.measures.mean))
+            return (
+                f"the mask's {name} is {found:.0f} voxels at the spacing of the plans, about {usual:.0f} in the training of fold "
+                f"{fold}, whose head looks at it; give a mask with the labels of dataset.json"
+            )
+    return ""
 
 
 def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configuration, configuration: ConfigurationManager) -> None:
@@ -220,7 +252,7 @@ def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configurat
         "normalization_schemes": (preprocessing.normalization_schemes, configuration.normalization_schemes),
         **{
             f"classification.{name}": (getattr(found.csm.classification, name), getattr(settings.csm.classification, name))
-            for name in ("patch_size", "margin", "pooling")
+            for name in ("patch_size", "margin", "scale", "pooling", "mask_features")
         },
     }
     for what, (one, other) in pairs.items():

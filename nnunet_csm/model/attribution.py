@@ -25,25 +25,31 @@ def log_odds(logits: Float[Tensor, "b c"], class_index: int) -> Float[Tensor, " 
 
 
 def token_maps(
-    classifier: CSMClassifier, volume: Float[Tensor, "b n z y x"], class_index: int, num_steps: int = NUM_STEPS
+    classifier: CSMClassifier,
+    volume: Float[Tensor, "b n z y x"],
+    class_index: int,
+    num_steps: int = NUM_STEPS,
+    measures: Float[Tensor, "b f"] | None = None,
 ) -> Float[Tensor, "b s gz gy gx"]:
     """What every token adds to the log odds of a class; below 0 where it speaks against it.
 
     The path runs from no contrast (all voxels 0, the mean of nnU-Net's z-scores) to the patch; which series are present does not
-    change on it. Absent series get 0.
+    change on it, nor does what the classifier is told of the mask. Absent series get 0.
 
     Args:
         classifier: in evaluation mode.
         volume: patches as the classifier takes them.
         class_index: the class that is explained.
         num_steps: places on the path at which gradients are taken.
+        measures: of the mask, as the classifier takes them.
     """
     assert not classifier.training, "drop path would make the map a matter of chance"
+    images, mask = volume[:, : classifier.input_channels], volume[:, classifier.input_channels :]
     gradient = torch.zeros_like(volume)
     for step in range(num_steps):
         with torch.enable_grad():
-            scaled = (volume * ((step + 0.5) / num_steps)).requires_grad_()
-            score = log_odds(classifier(scaled), class_index).sum()
+            scaled = torch.cat([images * ((step + 0.5) / num_steps), mask], dim=1).requires_grad_()
+            score = log_odds(classifier(scaled, measures), class_index).sum()
         gradient += torch.autograd.grad(score, scaled)[0]
     added = (volume * gradient / num_steps)[:, classifier.channels]
     grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), classifier.token_size)

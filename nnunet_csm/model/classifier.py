@@ -13,11 +13,16 @@ from nnunet_csm.model.encoder import Features
 from nnunet_csm.model.fusion import build_fusion, fusion_class
 from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.planned import PlannedNetwork
+from nnunet_csm.model.tokens import to_tokens
 from nnunet_csm.plans import Configuration
 from nnunet_csm.schema import to_dict
 
 # all classes equally likely before the first step, and yet a gradient for the encoder
 HEAD_STD = 0.01
+# of logarithms of lengths and volumes: 1 %
+LEAST_DEVIATION = 0.01
+# a mask that is further from those of the training is classified as one that far from them
+MOST_DEVIATIONS = 5.0
 
 
 class MeanPooling(nn.Module):
@@ -26,6 +31,19 @@ class MeanPooling(nn.Module):
     def forward(self, tokens: Float[Tensor, "b s l e"], present: Bool[Tensor, "b s"]) -> Float[Tensor, "b e"]:
         weight = (present / present.sum(1, keepdim=True)).to(tokens.dtype)
         return torch.einsum("bsle,bs->be", tokens, weight) / tokens.shape[2]
+
+
+class MaskPooling(nn.Module):
+    """The mean over tokens of present series, each weighing as much as the share of its voxels that the mask covers."""
+
+    def forward(
+        self, tokens: Float[Tensor, "b s l e"], present: Bool[Tensor, "b s"], cover: Float[Tensor, "b l"]
+    ) -> Float[Tensor, "b e"]:
+        # only shares of the sum count: a gain, as training varies all channels by, cancels out. Where a patch at one scale for
+        # all holds the hollow of a large mask, all tokens count
+        share = cover.clamp_min(torch.finfo(torch.float32).tiny)
+        weight = present[:, :, None] * (share / share.sum(1, keepdim=True))[:, None] / present.sum(1)[:, None, None]
+        return torch.einsum("bsle,bsl->be", tokens, weight.to(tokens.dtype))
 
 
 class AttentivePooling(nn.Module):
@@ -56,37 +74,84 @@ class AttentivePooling(nn.Module):
         return scores.flatten(1, 2).softmax(1).view_as(scores)
 
 
+class StandardizedMeasures(nn.Module):
+    """How large masks are (`data/lesions.py`), in units of the training samples' deviation, from their mean.
+
+    Mean and deviation are buffers, so that a checkpoint holds them. The vector is scaled to the length that pooled features
+    have, so that the head learns from both as fast.
+
+    Args:
+        num_measures: of a mask.
+        width: of the pooled features.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, num_measures: int, width: int) -> None:
+        super().__init__()
+        self.gain = math.sqrt(width / num_measures)
+        self.register_buffer("mean", torch.zeros(num_measures))
+        self.register_buffer("deviation", torch.ones(num_measures))
+
+    def fit(self, measures: Float[Tensor, "m f"]) -> None:
+        """Take mean and deviation of the training samples; what is the same in all of them tells nothing and stays near 0."""
+        self.mean.copy_(measures.mean(0))
+        self.deviation.copy_(measures.std(0, correction=0).clamp_min(LEAST_DEVIATION))
+
+    def forward(self, measures: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
+        return self.gain * self.standardized(measures).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+
+    def standardized(self, measures: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
+        """Measures in deviations from the mean, however far."""
+        return (measures - self.mean) / self.deviation
+
+
 class CSMClassifier(PlannedNetwork):
     """Classify a patch from any subset of its series.
 
-    Args are nnU-Net's `input_channels`, the number of classes, `pooling` of `plans.Classification` and the fields of
-    `plans.Architecture` (of which `features`, `decoder` and `stem` belong to the segmenter and have no effect here; a fusion that
-    `weighs` series makes one token of those of a place before they are pooled, without what it learns from beside it).
+    Args are nnU-Net's `input_channels`, the number of classes, `pooling` of `plans.Classification`, how many measures of a mask
+    the head sees, and the fields of `plans.Architecture` (of which `features`, `decoder` and `stem` belong to the segmenter and
+    have no effect here; a fusion that `weighs` series makes one token of those of a place before they are pooled, without what
+    it learns from beside it). With `pooling` "mask", patches have one more channel, the last: the share of each voxel that
+    the mask covers.
 
     Raises:
         ValueError: channels that are not the planned series.
     """
 
     def __init__(
-        self, input_channels: int, num_classes: int, pooling: Literal["attentive", "mean"] = "attentive", **arch_kwargs: Any
+        self,
+        input_channels: int,
+        num_classes: int,
+        pooling: Literal["attentive", "mean", "mask"] = "attentive",
+        num_measures: int = 0,
+        **arch_kwargs: Any,
     ) -> None:
         super().__init__(input_channels, arch_kwargs)
         width = self.encoder.width
-        # of a pyramid's features, not every number of heads is a divisor
-        num_heads = math.gcd(width, self.architecture.num_heads)
-        self.pooling = AttentivePooling(width, num_heads) if pooling == "attentive" else MeanPooling()
+        self.takes_mask = pooling == "mask"
+        self.pooling = build_pooling(pooling, width, self.architecture.num_heads)
         self.fusion: nn.Module | None = None
         num_series = len(self.architecture.series)
         if self.encoder.keeps_series_apart and num_series > 1 and fusion_class(self.architecture.fusion_settings).weighs:
             self.fusion = build_fusion(self.architecture.fusion_settings, num_series, width)
-        self.head = nn.Linear(width, num_classes)
+        self.measures = StandardizedMeasures(num_measures, width) if num_measures else None
+        self.head = nn.Linear(width + num_measures, num_classes)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, volume: Float[Tensor, "b n z y x"]) -> Float[Tensor, "b c"]:
-        """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero."""
+    def forward(self, volume: Float[Tensor, "b n z y x"], measures: Float[Tensor, "b f"] | None = None) -> Float[Tensor, "b c"]:
+        """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
+
+        `measures` are those of the patch's mask; a network whose head does not see them needs none and ignores them.
+        """
+        cover = None
+        if self.takes_mask:
+            volume, mask = volume[:, :-1], volume[:, -1:]
+            cover = to_tokens(mask, self.token_size).mean(-1)[:, 0]
         features = self.features(volume)
-        return self.classify(features.tokens, features.present)
+        return self.classify(features.tokens, features.present, cover, measures)
 
     def features(self, volume: Float[Tensor, "b n z y x"]) -> Features:
         """Features of all tokens, and which series are present; fused ones are of one, which always is."""
@@ -96,25 +161,49 @@ class CSMClassifier(PlannedNetwork):
         fused = Outputs.of(self.fusion(found.tokens, found.present, found.grid, found.series)).main
         return Features(fused.flatten(2).mT[:, None], found.present.any(1, keepdim=True), found.grid, None)
 
-    def classify(self, tokens: Float[Tensor, "b s l e"], present: Bool[Tensor, "b s"]) -> Float[Tensor, "b c"]:
+    def classify(
+        self,
+        tokens: Float[Tensor, "b s l e"],
+        present: Bool[Tensor, "b s"],
+        cover: Float[Tensor, "b l"] | None = None,
+        measures: Float[Tensor, "b f"] | None = None,
+    ) -> Float[Tensor, "b c"]:
         """Logits from the features of all tokens."""
-        return self.head(self.pooling(tokens, present))
+        pooled = self.pooling(tokens, present) if cover is None else self.pooling(tokens, present, cover)
+        if self.measures is not None:
+            pooled = torch.cat([pooled, self.measures(measures).to(pooled)], dim=1)
+        return self.head(pooled)
 
 
-def build_classifier(settings: Configuration, input_channels: int, num_classes: int) -> CSMClassifier:
-    """The classifier that the plans describe."""
+def build_pooling(pooling: Literal["attentive", "mean", "mask"], width: int, num_heads: int) -> nn.Module:
+    """The pooling of a name in the plans."""
+    if pooling == "attentive":
+        # of a pyramid's features, not every number of heads is a divisor
+        return AttentivePooling(width, math.gcd(width, num_heads))
+    return MeanPooling() if pooling == "mean" else MaskPooling()
+
+
+def build_classifier(settings: Configuration, input_channels: int, num_classes: int, num_measures: int = 0) -> CSMClassifier:
+    """The classifier that the plans describe; its head sees the measures of a mask when they say so."""
     return CSMClassifier(
-        input_channels, num_classes, **to_dict(settings.architecture), pooling=settings.csm.classification.pooling
+        input_channels,
+        num_classes,
+        **to_dict(settings.architecture),
+        pooling=settings.csm.classification.pooling,
+        num_measures=num_measures if settings.csm.classification.mask_features else 0,
     )
 
 
 @torch.no_grad()
 def probabilities(
-    classifier: Callable[[Tensor], Tensor], volume: Float[Tensor, "b n z y x"], mirror: bool
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    volume: Float[Tensor, "b n z y x"],
+    measures: Float[Tensor, "b f"],
+    mirror: bool,
 ) -> Float[Tensor, "b c"]:
     """Class probabilities; with `mirror`, their mean over the eight flips of the patch (nnU-Net's test-time augmentation)."""
     num_flipped = range(4) if mirror else range(1)
     flips = [axes for count in num_flipped for axes in itertools.combinations((2, 3, 4), count)]
-    total = sum(classifier(volume.flip(axes) if axes else volume).float().softmax(1) for axes in flips)
+    total = sum(classifier(volume.flip(axes) if axes else volume, measures).float().softmax(1) for axes in flips)
     assert isinstance(total, Tensor)
     return total / len(flips)

@@ -22,7 +22,7 @@ from nnunet_csm.data.diagnoses import (
     stratified_folds,
     write_class_table,
 )
-from nnunet_csm.data.lesions import sample_mask
+from nnunet_csm.data.lesions import box_of, sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.record import FILE_NAME as FINGERPRINT
 from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
@@ -36,6 +36,8 @@ SPLITS = "splits_final.json"
 Extent = tuple[float, float, float]
 # a patch is to hold the masks of this share of the samples whole
 SHARE_WITHIN_PATCH = 75
+# and, where all are shown at one scale, of this share
+SHARE_AT_ONE_SCALE = 95
 
 
 def take_class_table(name: str, dataset_json: Mapping[str, Any]) -> ClassTable | None:
@@ -192,12 +194,14 @@ def fold_lines(table: ClassTable, splits: Sequence[Mapping[str, Sequence[str]]])
     return lines
 
 
-def extent_to_hold(extents: Iterable[Extent | str], base_plans: Mapping[str, Any]) -> Extent | None:
-    """What three quarters of the masks do not exceed, mm along (z, y, x) of the plans; None when none was measured."""
+def extent_to_hold(
+    extents: Iterable[Extent | str], base_plans: Mapping[str, Any], share: int = SHARE_WITHIN_PATCH
+) -> Extent | None:
+    """What `share` percent of the masks do not exceed, mm along (z, y, x) of the plans; None when none was measured."""
     found = [extent for extent in extents if not isinstance(extent, str)]
     if not found:
         return None
-    z, y, x = np.percentile(np.array(found)[:, base_plans["transpose_forward"]], SHARE_WITHIN_PATCH, axis=0)
+    z, y, x = np.percentile(np.array(found)[:, base_plans["transpose_forward"]], share, axis=0)
     return float(z), float(y), float(x)
 
 
@@ -225,6 +229,5 @@ def extent(mask: Bool[np.ndarray, "z y x"], spacing: Sequence[float]) -> Extent 
     """Lengths of the box around a mask, in mm, or that it is empty."""
     if not mask.any():
         return "its mask is empty"
-    places = [np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
-    z, y, x = (float((place[-1] - place[0] + 1) * step) for place, step in zip(places, spacing, strict=True))
+    z, y, x = (float(length * step) for length, step in zip(box_of(mask)[1], spacing, strict=True))
     return z, y, x

@@ -13,7 +13,7 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.command import findings, take_fingerprint
 from nnunet_csm.fingerprint.record import ALL_ZERO, Fingerprint, Subset, absent_series, num_with_series
-from nnunet_csm.planning.classification import extent_to_hold, mask_extents, take_class_table
+from nnunet_csm.planning.classification import SHARE_AT_ONE_SCALE, extent_to_hold, mask_extents, take_class_table
 from nnunet_csm.planning.facts import Decision, Facts, Wishes
 from nnunet_csm.planning.joint import Member, joint_base_plans
 from nnunet_csm.planning.planner import base_configuration, plan
@@ -193,6 +193,7 @@ def facts_of(one: Found, request: PlanRequest, sources: Sequence[Source], base_p
         num_pretraining_cases=num_cases + num_test,
         num_samples=len(table.samples) if table is not None else 0,
         mask_extent_mm=extent_to_hold(measured.values(), base_plans),
+        large_mask_mm=extent_to_hold(measured.values(), base_plans, SHARE_AT_ONE_SCALE),
     )
 
 

@@ -21,6 +21,7 @@ class Facts:
         data_note: said of the preprocessed data.
         num_samples: cases or lesions with a class; 0 when there is no class.
         mask_extent_mm: (z, y, x) that three quarters of their masks do not exceed; None when there is none.
+        large_mask_mm: (z, y, x) that all but the largest masks do not exceed.
     """
 
     channels: dict[str, int]
@@ -33,6 +34,7 @@ class Facts:
     data_note: str = "as nnU-Net preprocesses it"
     num_samples: int = 0
     mask_extent_mm: tuple[float, float, float] | None = None
+    large_mask_mm: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -30,7 +30,7 @@ from nnunet_csm.plans import (
     parse_configuration,
 )
 from nnunet_csm.pretext import memory
-from nnunet_csm.schema import to_dict
+from nnunet_csm.schema import Size, to_dict
 
 # what "auto" chooses from, the first that fits
 AUTOMATIC = ("B", "S")
@@ -247,6 +247,25 @@ def plan_classification(preset: Preset, facts: Facts, sized: Sized, spacing: Seq
         )
         millimetres = " x ".join(f"{e:.0f}" for e in facts.mask_extent_mm)
         patch, why = (z, y, x), f"three quarters of the masks are within {millimetres} mm, and {chosen.margin:.0%} on each side"
-    values = {name: value for name, value in vars(chosen).items() if name not in ("patch_size", "schedule")}
+    scale: Literal["each"] | float = "each"
+    if chosen.scale == "one":
+        scale = one_scale(facts, chosen.margin, patch, spacing)
+        why += f"; all are made smaller by {scale:.3g}, so that all but the largest masks fit, and larger ones look larger"
+    values = {name: value for name, value in vars(chosen).items() if name not in ("patch_size", "schedule", "scale")}
     what = f"patch {as_text(patch)}: {why}; {schedule_reason(length, chosen.schedule, num_samples)}"
-    return Classification(patch_size=patch, schedule=length, **values), f"needs {CLASSES_FILE}; {what}"
+    return Classification(patch_size=patch, schedule=length, scale=scale, **values), f"needs {CLASSES_FILE}; {what}"
+
+
+def one_scale(facts: Facts, margin: float, patch: Size, spacing: Sequence[float]) -> float:
+    """The factor at which all but the largest masks fit the patch with their margin; 1, as they are, where they do so anyway.
+
+    Raises:
+        UserError: no mask was measured.
+    """
+    if facts.large_mask_mm is None:
+        raise UserError(
+            f"classification.scale is 'one', which is planned from masks, and none was measured: expected {CLASSES_FILE} and "
+            f"masks in the raw dataset; put them there, or set it to 'each'"
+        )
+    lengths = zip(facts.large_mask_mm, spacing, patch, strict=True)
+    return max(1.0, *(extent * (1 + 2 * margin) / step / edge for extent, step, edge in lengths))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from importlib.resources import files
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.inheritance import read_inherited, shipped_names
@@ -26,10 +26,11 @@ class PresetSchedule(Optimization):
 
 @dataclass(frozen=True, kw_only=True)
 class PresetClassification(ClassifierSettings):
-    """A classifier; a patch size that is null is left to the planner."""
+    """A classifier; a patch size that is null is left to the planner, and so is the factor that `scale` "one" asks for."""
 
     patch_size: Size | None
     schedule: PresetSchedule
+    scale: Literal["each", "one"] = "each"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from nnunet_csm.figures.reconstructions import save_reconstruction
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.model.tokens import Size, grid_size, select, to_tokens, to_volume, to_voxels
-from nnunet_csm.plans import Architecture, check_width
+from nnunet_csm.plans import Architecture
 from nnunet_csm.pretext.base import MASKED, NOTHING_HIDDEN, Batch, Drawn, Pretext
 from nnunet_csm.pretext.masking import Mask, apart
-from nnunet_csm.schema import Depth, ShareAboveZero, Width
+from nnunet_csm.schema import Depth, ShareAboveZero, Width, check_width
 
 
 @dataclass(frozen=True)

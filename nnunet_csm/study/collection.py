@@ -1,13 +1,16 @@
 """What the runs of a study left, as tables: results of every test case, predictions of classes, costs."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from nnunet_csm.data.diagnoses import ClassTable
 from nnunet_csm.evaluation.regions import BRATS_REGIONS
 from nnunet_csm.evaluation.repeats import read_predictions
 from nnunet_csm.study.dataset import Dataset
+from nnunet_csm.study.execution import class_predictions
 from nnunet_csm.study.runs import ALL, CLASSIFIER, Row, Run
 
 # of the two tumour cores in use, the paper's is reported when a study names it
@@ -48,15 +51,35 @@ def reported(scores: pd.DataFrame, structures: Sequence[str]) -> pd.DataFrame:
     return scores[wanted]
 
 
-def collect_predictions(name: str, rows: Sequence[Row], runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Probabilities of classes of all test samples, a row each; empty when there are none."""
+def collect_predictions(name: str, rows: Sequence[Row], runs: Mapping[str, Run], dataset: Dataset) -> pd.DataFrame:
+    """Probabilities of classes of all test samples, a row each; empty when there are none.
+
+    Those with all series are the trainer's own; those with a part of them are in the folder of the study.
+    """
     found = []
     for row in rows:
         run = runs[row.run]
         path = run.folder / "test" / "predictions.csv"
         if run.trainer == CLASSIFIER and path.is_file():
             found.append(read_predictions(path).assign(**named(name, row), tested=row.finetuned))
+            for one in run.tests:
+                of_part = with_classes(class_predictions(dataset.folder / "runs" / run.id, one), dataset.classes)
+                found.append(of_part.assign(**named(name, row), tested=one.name))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def with_classes(path: Path, table: ClassTable) -> pd.DataFrame:
+    """What `classify` has written, with classes and patients; labels of a mask that have no class are left out."""
+    found = pd.read_csv(path, dtype={"case": str, "mask_label": str}, keep_default_na=False)
+    known = pd.DataFrame(
+        {
+            "case": [sample.case for sample in table.samples],
+            "mask_label": ["" if sample.mask_label is None else str(sample.mask_label) for sample in table.samples],
+            "patient": [sample.patient for sample in table.samples],
+            "class": [table.classes[sample.class_index] for sample in table.samples],
+        }
+    )
+    return found.merge(known, on=["case", "mask_label"])
 
 
 def named(name: str, row: Row) -> dict[str, Any]:

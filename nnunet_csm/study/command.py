@@ -19,6 +19,7 @@ from nnunet_csm.study.collection import collect_costs, collect_predictions, coll
 from nnunet_csm.study.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.execution import cluster, local, perform, read_records
+from nnunet_csm.study.forest import forest_predictions
 from nnunet_csm.study.reconstruction import collect_scores, slices_of, write_reconstruction_report
 from nnunet_csm.study.report import CaseFiles, write_report
 from nnunet_csm.study.runs import Expansion, Run, Runs
@@ -211,7 +212,8 @@ def report(study: Study, name: str, dataset: Dataset, runs: Runs, records: Mappi
         results, predictions = collect_scores(name, runs.rows, dataset), pd.DataFrame()
     else:
         results = collect_results(name, runs.rows, dataset, study.structures)
-        predictions = collect_predictions(name, [row for row in runs.rows if row.run in records], runs.runs)
+        of_networks = collect_predictions(name, [row for row in runs.rows if row.run in records], runs.runs, dataset)
+        predictions = pd.concat([of_networks, forest_predictions(name, study, dataset)], ignore_index=True)
     if results.empty and predictions.empty:
         print("no run is done yet, there is nothing to report")
         return

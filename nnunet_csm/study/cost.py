@@ -64,6 +64,7 @@ def finetuning_cost(settings: Configuration, num_channels: int, num_classes: int
     with FakeTensorMode():
         if classifies:
             network: torch.nn.Module = build_classifier(settings, num_channels, num_classes)
+            num_channels += classification.pooling == "mask"
         else:
             network = CSMSegmenter(num_channels, num_classes, **to_dict(settings.architecture))
         operations = counted(network, torch.empty(1, num_channels, *patch))

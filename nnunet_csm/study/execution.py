@@ -82,8 +82,8 @@ def execute(run: Run, study: Path, place: Place) -> None:
         step(folder / "score.json", place, SCORE, str(weights), str(folder), place.device)
     tables = [test(run, one, folder, place) for one in run.tests if run.kind == "fine-tuning"]
     if tables:
-        scores = pd.concat(tables, ignore_index=True)
-        write_text(folder / "scores.csv", scores.to_csv(index=False))
+        if run.trainer != CLASSIFIER:
+            write_text(folder / "scores.csv", pd.concat(tables, ignore_index=True).to_csv(index=False))
         measured = [nnunet.read_json(path, "move it away") for path in folder.glob("predict_*.json")]
         record["prediction_seconds"] = sum(one["seconds"] for one in measured)
         record["prediction_peak_memory_gb"] = max((one["peak_memory_gb"] for one in measured), default=None)
@@ -125,13 +125,18 @@ def step(path: Path, place: Place, *command: str) -> None:
 
 
 def test(run: Run, one: Evaluation, folder: Path, place: Place) -> pd.DataFrame:
-    """Predict and score the test cases with the series given; columns tested, and those of an evaluation."""
+    """Predict and score the test cases with the series given; columns tested, and those of an evaluation.
+
+    Classes are scored when all are collected: of them the table has the predictions.
+    """
     raw = nnunet.folder("nnUNet_raw") / run.dataset
     dataset_json = load_dataset_json(raw)
     predictions = folder / "predictions" / one.name
     with TemporaryDirectory(prefix="nnunet_csm_study_") as temporary:
         images, references = (Path(temporary) / name for name in ("images", "references"))
         link_cases(raw, dataset_json, one, images, references)
+        if run.trainer == CLASSIFIER:
+            return classify(run, images, references, class_predictions(folder, one), place).assign(tested=one.name)
         if not predictions.is_dir():
             predict(run, images, predictions, folder, place)
         table = evaluate_folder(references, predictions, dataset_json, progress_bar=False).table
@@ -153,6 +158,19 @@ def predict(run: Run, images: Path, predictions: Path, folder: Path, place: Plac
     # the log of a run is a file
     step(done, place, command, *model, *io, *processes, "--disable_progress_bar")
     begun.replace(predictions)
+
+
+def class_predictions(folder: Path, one: Evaluation) -> Path:
+    """Where a run's folder has the probabilities of classes of a test."""
+    return folder / "predictions" / f"{one.name}.csv"
+
+
+def classify(run: Run, images: Path, masks: Path, predictions: Path, place: Place) -> pd.DataFrame:
+    """Write probabilities of classes, around the reference masks."""
+    model = ["-d", run.dataset, "-c", run.configuration, "-p", run.plans_name, "-tr", run.trainer, "-f", str(run.fold)]
+    io = ["-i", str(images), "-m", str(masks), "-o", str(predictions), "-device", place.device, "--overwrite"]
+    step(predictions.parents[1] / f"predict_{predictions.stem}.json", place, "classify", *model, *io)
+    return pd.read_csv(predictions)
 
 
 def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Evaluation, images: Path, references: Path) -> None:

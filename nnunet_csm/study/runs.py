@@ -47,7 +47,8 @@ class Run:
         id: unique in a study; also the name of its folder.
         needs: the pretraining it starts from.
         encoder: that one's checkpoint.
-        tests: none for classification, whose trainer tests by itself, and for pretraining, unless what it rebuilds is scored.
+        tests: of classification those with a part of the series, as its trainer tests with all; none for pretraining, unless
+            what it rebuilds is scored.
         num_crops: that it learns from.
         visible_tokens: of a crop, by the encoder, on average.
     """
@@ -115,7 +116,7 @@ class Expansion:
         self.divisions = divide(self.table, study.repeats)
         self.result = Runs()
         self.named_splits: dict[tuple[float, int], str] = {}
-        self.own = [arm for arm in study.arms if arm.nnunet is None]
+        self.own = [arm for arm in study.arms if arm.is_trained]
         self.check()
 
     def check(self) -> None:
@@ -217,7 +218,7 @@ class Expansion:
             CLASSIFIER if classifies else SEGMENTER,
             fold,
             needs=needs,
-            tests=() if classifies else self.tests(fold, network.series, removed),
+            tests=self.tests(fold, network.series, removed),
             num_crops=schedule.num_iterations * schedule.batch_size,
             visible_tokens=float(num_tokens),
         )
@@ -363,7 +364,7 @@ class Expansion:
                 for case in self.divisions[fold].test
             }
             name = ALL if len(subset) == len(series) else "+".join(subset)
-            if any(given.values()):
+            if any(given.values()) and not (name == ALL and self.study.task == "classification"):
                 tests.append(Evaluation(name, {case: numbers for case, numbers in given.items() if numbers}))
         return tuple(tests)
 

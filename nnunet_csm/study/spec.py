@@ -70,6 +70,8 @@ class Arm:
         pretraining_series: names of the series that pretraining sees, or how many of the dataset's first; all when None.
         incomplete: fine-tune and test with series missing.
         nnunet: stock nnU-Net instead.
+        mask_volumes: a forest of the volumes of the masks' labels instead, which sees no image: folders of the raw dataset with
+            a mask for every case, such as labelsTr.
     """
 
     name: str
@@ -79,6 +81,12 @@ class Arm:
     pretraining_series: tuple[str, ...] | Count | None = None
     incomplete: Incomplete | None = None
     nnunet: StockArm | None = None
+    mask_volumes: tuple[Name, ...] = ()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its networks are ours; the others need none, or wait for them."""
+        return self.nnunet is None and not self.mask_volumes
 
 
 @dataclass(frozen=True)
@@ -176,11 +184,9 @@ def _check(study: Study, where: str) -> None:
         _check_arm(study, arm, f"{where}: arm {arm.name!r}")
     if study.task == "reconstruction":
         _check_without_finetuning(study, where)
-    if study.task == "classification":
-        if study.tested != "all":
-            raise UserError(f"{where}: tested is {study.tested!r}; classifiers are tested on all series they were trained on")
-        if wrong := [arm.name for arm in study.arms if arm.nnunet is not None or arm.incomplete is not None]:
-            raise UserError(f"{where}: arms {', '.join(wrong)}: stock nnU-Net and incomplete series are for segmentation")
+    segments = [arm.name for arm in study.arms if arm.nnunet is not None or arm.incomplete is not None]
+    if study.task == "classification" and segments:
+        raise UserError(f"{where}: arms {', '.join(segments)}: stock nnU-Net and incomplete series are for segmentation")
 
 
 def _check_without_finetuning(study: Study, where: str) -> None:
@@ -198,7 +204,7 @@ def _check_without_finetuning(study: Study, where: str) -> None:
 
 def _check_arm(study: Study, arm: Arm, where: str) -> None:
     if arm.nnunet is not None:
-        others = [one.name for one in study.arms if one.nnunet is None]
+        others = [one.name for one in study.arms if one.is_trained]
         if arm.nnunet.minutes_of not in others:
             raise UserError(f"{where}: minutes_of is {arm.nnunet.minutes_of!r}, expected one of the arms {', '.join(others)}")
         if arm.incomplete is not None or arm.pretraining_series is not None or arm.changes or arm.method:
@@ -207,6 +213,11 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
             )
         if study.finetuned != "all" or study.tested != "all":
             raise UserError(f"{where}: stock nnU-Net is trained and tested on all series; leave out finetuned and tested")
+    if arm.mask_volumes:
+        if study.task != "classification":
+            raise UserError(f"{where}: mask_volumes tell a class; the task is {study.task}, leave the arm out")
+        if arm != Arm(arm.name, {}, mask_volumes=arm.mask_volumes):
+            raise UserError(f"{where}: a forest of mask volumes sees no series and has no network; leave all else out")
     lost = arm.incomplete
     if lost is not None and not lost.remove:
         raise UserError(f"{where}: incomplete is {lost}; expected a share above 0 and up to 1, and numbers of series to remove")

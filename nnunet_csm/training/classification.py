@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table, split_problems
 from nnunet_csm.data.draws import Purpose, batches, generator, key
-from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, vary
+from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, measure_names, measured_labels, vary
 from nnunet_csm.data.sources import case_names, check_preprocessed, run_name, split
 from nnunet_csm.errors import UserError, exit_on_user_error
 from nnunet_csm.evaluation.class_curves import draw_classification
@@ -32,11 +32,12 @@ from nnunet_csm.plans import Configuration, Recipe, Schedule
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.trainer import CUDA, CSMTrainer
 
-Batch = tuple[Tensor, Variation, Tensor]
+# patches with borders, how to vary them, measures of their masks, classes
+Batch = tuple[Tensor, Variation, Tensor, Tensor]
 
 
 class VariedSamples:
-    """Some samples of batches: patches with borders, how to vary them, and classes, each a function of (epoch, step, place).
+    """Some samples of batches: patches, how to vary them, measures, and classes, each a function of (epoch, step, place).
 
     An epoch goes through all samples in random order, again and again, so that none is drawn twice more than another.
     """
@@ -51,7 +52,8 @@ class VariedSamples:
         g = generator(key(self.seed, Purpose.TRAINING, epoch, step))
         variation = draw_variation(g, batch_size, self.volumes.regions.shape[1], self.classification.patch_size)
         mine = slice(self.samples.start, self.samples.stop)
-        return self.volumes.regions[chosen[mine]], variation[mine], self.volumes.labels[chosen[mine]]
+        chosen = chosen[mine]
+        return self.volumes.regions[chosen], variation[mine], self.volumes.measures[chosen], self.volumes.labels[chosen]
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch, drawn under a step that no batch has."""
@@ -157,7 +159,17 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         num_output_channels: int,
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
-        return build_classifier(self.settings, num_input_channels, len(self.table.classes))
+        num_measures = len(measure_names(self.measured_labels))
+        return build_classifier(self.settings, num_input_channels, len(self.table.classes), num_measures)
+
+    @property
+    def by_mask_label(self) -> bool:
+        return any(sample.mask_label is not None for sample in self.table.samples)
+
+    @property
+    def measured_labels(self) -> tuple[int, ...]:
+        """Labels whose volumes are among the measures of a mask."""
+        return measured_labels(self.label_manager, self.by_mask_label)
 
     def initialize(self) -> None:
         super().initialize()
@@ -166,12 +178,16 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             self.encoder.requires_grad_(False)
 
     def _build_loss(self) -> nn.Module:
-        weight = None
+        """Without weights of classes: they are of the samples that train, which are not read yet."""
+        return nn.CrossEntropyLoss(label_smoothing=self.classification.label_smoothing, reduction="none")
+
+    def fit_to(self, training: SampleVolumes) -> None:
+        """Take from the samples that train what is not learned step by step: how rare classes are, how large masks are."""
         if self.classification.class_weights:
-            labels = torch.tensor([sample.class_index for sample in self.table.of(self.split["train"])])
-            counts = torch.bincount(labels, minlength=len(self.table.classes))
-            weight = (len(labels) / (len(counts) * counts)).to(self.device)
-        return nn.CrossEntropyLoss(weight, label_smoothing=self.classification.label_smoothing, reduction="none")
+            counts = torch.bincount(training.labels, minlength=len(self.table.classes))
+            self.loss.weight = (len(training) / (len(counts) * counts)).to(self.device)
+        if self.bare_network.measures is not None:
+            self.bare_network.measures.fit(training.measures)
 
     def on_fresh_start(self) -> None:
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
@@ -185,7 +201,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             "encoder_source": self.encoder_source,
             "classes": list(self.table.classes),
             "mask_labels": sorted({sample.mask_label for sample in self.table.samples if sample.mask_label is not None}),
-            "by_mask_label": any(sample.mask_label is not None for sample in self.table.samples),
+            "by_mask_label": self.by_mask_label,
             "series": self.settings.architecture.series,
             "training_cases": [run_name(dataset, case) for case in self.split["train"]],
         }
@@ -211,7 +227,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             return data, np.asarray(segmentation[0])
 
         samples, channels = self.table.of(cases), self.settings.architecture.channels
-        volumes = SampleVolumes(samples, load_case, channels, self.classification.patch_size, self.classification.margin)
+        volumes = SampleVolumes(samples, load_case, channels, self.classification, self.measured_labels)
         counted = Counter(self.table.classes[label] for label in volumes.labels.tolist())
         self.print_to_log_file(f"{side}: {len(volumes)} samples, {', '.join(f'{counted[c]} {c}' for c in self.table.classes)}")
         without = sorted(set(cases) - {sample.case for sample in samples})
@@ -232,6 +248,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             check_preprocessed(self.settings.csm.sources, self.plans_manager.dataset_name, nnunet.folder("nnUNet_preprocessed"))
             self.val_volumes = self.read_side("val")
             training = self.val_volumes if self.fold == "all" else self.read_side("train")
+        self.fit_to(training)
         make_batch = VariedSamples(training, self.settings, self.samples)
         pin = self.device.type == "cuda"
         # patches are in memory: worker processes would only copy them
@@ -244,15 +261,16 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             self.encoder.eval()
 
     def on_device(self, batch: Batch) -> Batch:
-        regions, variation, labels = batch
-        return regions.to(self.device, non_blocking=True), variation, labels.to(self.device, non_blocking=True)
+        regions, variation, *others = batch
+        measures, labels = (one.to(self.device, non_blocking=True) for one in others)
+        return regions.to(self.device, non_blocking=True), variation, measures, labels
 
     def part(self, batch: Batch, samples: slice) -> Batch:
-        regions, variation, labels = batch
-        return regions[samples], variation[samples], labels[samples]
+        regions, variation, measures, labels = batch
+        return regions[samples], variation[samples], measures[samples], labels[samples]
 
     def weight(self, batch: Batch) -> Tensor:
-        return self.weight_of(batch[2])
+        return self.weight_of(batch[-1])
 
     def weight_of(self, labels: Tensor) -> Tensor:
         """The weights of the samples' classes, summed."""
@@ -262,23 +280,24 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         return torch.full((), float(len(labels)), device=self.device)
 
     def summed_loss(self, batch: Batch) -> Tensor:
-        regions, variation, labels = batch
+        regions, variation, measures, labels = batch
         patches = vary(regions.float(), variation, self.classification.patch_size)
         with self.autocast():
-            logits = self.learning_network(patches)
+            logits = self.learning_network(patches, measures)
         return self.loss(logits.float(), labels).sum()
 
-    def logits(self, patches: Tensor) -> Tensor:
+    def logits(self, patches: Tensor, measures: Tensor) -> Tensor:
         with self.autocast(), uncompiled():
-            return self.network(patches).float()
+            return self.network(patches, measures).float()
 
-    def patches_of(self, volumes: SampleVolumes) -> Iterator[Tensor]:
-        """All samples in batches, as they are."""
+    def patches_of(self, volumes: SampleVolumes) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples in batches, as they are, with the measures of their masks."""
         for first in range(0, len(volumes), self.batch_size):
-            yield volumes.patches(first, first + self.batch_size).to(self.device)
+            last = first + self.batch_size
+            yield volumes.patches(first, last).to(self.device), volumes.measures[first:last].to(self.device)
 
     def validation_step(self, batch: SampleVolumes) -> dict:
-        logits = torch.cat([self.logits(patches) for patches in self.patches_of(batch)])
+        logits = torch.cat([self.logits(*patches) for patches in self.patches_of(batch)])
         labels = batch.labels.to(self.device)
         loss = self.loss(logits, labels).sum() / self.weight_of(labels)
         predicted = logits.softmax(1).cpu().numpy()
@@ -333,7 +352,9 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         classes, labels = self.table.classes, volumes.labels.numpy()
         patients = [sample.patient for sample in volumes.samples]
         mirror = self.settings.csm.finetuning.mirroring
-        predicted = torch.cat([probabilities(self.logits, p, mirror) for p in self.patches_of(volumes)]).cpu().numpy()
+        predicted = (
+            torch.cat([probabilities(self.logits, *patches, mirror) for patches in self.patches_of(volumes)]).cpu().numpy()
+        )
         rows = {
             "case": [sample.case for sample in volumes.samples],
             "mask_label": pd.array([sample.mask_label for sample in volumes.samples], dtype="Int64"),
