@@ -266,7 +266,7 @@ def _model_flags(args: argparse.Namespace) -> dict[str, Any]:
         "trainer": args.tr,
         "plans": args.p,
         "configuration": args.c,
-        "folds": tuple(args.f),
+        "folds": tuple(args.f or ()),
         "checkpoint_name": args.chk,
         "device": args.device,
     }

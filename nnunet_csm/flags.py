@@ -321,7 +321,7 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
 def _add_model(p: argparse.ArgumentParser, trainer: str) -> None:
     """A trained model, and where it is to run."""
     p.add_argument("-d", required=True, help="dataset name or ID")
-    p.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="folds whose predictions are averaged")
+    p.add_argument("-f", nargs="+", help="folds whose predictions are averaged; default: those of 0 to 4 that are trained")
     p.add_argument("-tr", default=trainer, help="trainer")
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-p", default=PLANS_NAME, help="plans")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 from contextlib import closing
 from dataclasses import dataclass
@@ -194,6 +195,21 @@ def model(nnunet_folders, tmp_path):
         save(made.masks / f"{case}.nii.gz", mask)
     (made.images / "b_0001.nii.gz").unlink()
     return made
+
+
+def test_folds_that_are_not_named_are_those_that_are_trained(model, capsys):
+    (model.folder / "fold_0").rename(model.folder / "fold_4")
+    (model.folder / "fold_2").mkdir()
+    named = model.classify(folds=("1", "4"))[0]
+    pd.testing.assert_frame_equal(model.classify(folds=())[0], named)
+    assert "Folds 1, 4: those that are trained" in capsys.readouterr().out
+    shutil.rmtree(model.folder / "fold_1")
+    (model.folder / "fold_4").rename(model.folder / "fold_all")
+    model.classify(folds=())
+    assert "Folds all: " in capsys.readouterr().out
+    shutil.rmtree(model.folder / "fold_all")
+    with pytest.raises(UserError, match=r"fold_0/checkpoint_final\.pth: no such checkpoint"):
+        model.classify(folds=())
 
 
 def test_folds_are_averaged_and_the_record_tells_what_did_it(model):

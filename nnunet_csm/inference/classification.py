@@ -80,6 +80,7 @@ def classify(request: ClassifyRequest) -> list[str]:
         UserError: no such model, a model that does not classify, images that cannot be used, output that is there; with
             `strict`, a sample without a usable mask; no sample at all.
     """
+    request = request.of_trained_folds()
     _check_output(request)
     ensemble = load_ensemble(request)
     for name in ensemble.series if request.maps else ():

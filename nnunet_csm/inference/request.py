@@ -1,12 +1,16 @@
 """What names a trained model on the command line, as in nnU-Net."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
+
+# nnU-Net's default
+ALL_FOLDS = ("0", "1", "2", "3", "4")
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class ModelRequest:
 
     Attributes:
         dataset: name or ID; with trainer, plans and configuration, it names the folder of the model.
-        folds: whose predictions are averaged.
+        folds: whose predictions are averaged; none: see `of_trained_folds`.
         device: cuda, cpu or mps.
     """
 
@@ -36,6 +40,16 @@ class ModelRequest:
         """
         name = nnunet.dataset_name(self.dataset)
         return nnunet.folder("nnUNet_results") / name / f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    def of_trained_folds(self) -> Self:
+        """This request where it names folds, else for all numbered folds that have the checkpoint, or for fold all alone."""
+        if self.folds:
+            return self
+        found = [path.parent.name.removeprefix("fold_") for path in self.model.glob(f"fold_*/{self.checkpoint_name}")]
+        folds = tuple(sorted(fold for fold in found if fold.isdigit())) or tuple(found) or ALL_FOLDS
+        if found:
+            print(f"Folds {', '.join(folds)}: those that are trained; -f chooses others")
+        return replace(self, folds=folds)
 
     def torch_device(self) -> torch.device:
         """The device asked for.

@@ -89,6 +89,7 @@ def predict(request: PredictRequest) -> None:
     Raises:
         UserError: no such model, or images that cannot be used; nothing has been written then.
     """
+    request = request.of_trained_folds()
     model = load_model(request)
     request.torch_device()  # said before the images are read, which takes long
     with complete_cases(request.images, model.dataset_json, model.settings) as images:
