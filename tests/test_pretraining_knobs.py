@@ -36,7 +36,7 @@ from nnunet_csm.planning.planner import plan
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.base import setup_of
 from nnunet_csm.pretext.batches import Batches
-from nnunet_csm.pretext.csm import seen_beside
+from nnunet_csm.pretext.csm import CSM, seen_beside
 from nnunet_csm.pretext.masking import Mask, ask_some, draw_mask, shown_series_weights
 from nnunet_csm.pretext.memory import pretraining_memory
 
@@ -179,7 +179,7 @@ def test_it_learns_a_series_that_is_another_one_in_other_intensities(path: str) 
 def test_no_shape_of_a_step_rests_on_what_is_drawn(path: str) -> None:
     model = build(path, augmentation=0.3)
     # runs it on tensors without values: whatever read one would fail
-    assert pretraining_memory(type(model), model.setup, 2).total > 0
+    assert pretraining_memory(CSM, model.setup, 2).total > 0
 
 
 def test_joint_tokens_have_no_path() -> None:
