@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ from nnunet_csm.processes import follow_parent, stoppable
 # the script of this name is imported by the processes that `multiprocessing` starts
 follow_parent()
 
+# what torch says of other packages of the environment, which no user of ours can mend; the processes that are started read it
+OF_OTHERS = "`torch.jit.interface` is deprecated"
 # nnU-Net's variables that hold one
 NUMBERS = ("nnUNet_def_n_proc", "nnUNet_n_proc_DA", "nnUNet_npp", "nnUNet_nps")
 # what to do after a command was stopped, where it need not begin anew
@@ -40,6 +43,9 @@ RENAMED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command; a `UserError` ends in exit code 2 without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", OF_OTHERS, FutureWarning)
+        os.environ["PYTHONWARNINGS"] = f"ignore:{OF_OTHERS}:FutureWarning"
     outputs = [Path(value) for flag, value in pairwise(given) if flag == "-o"]
     advice = GOES_ON.get("" if "--fill_missing_only" in given else "".join(given[:1]), "nothing is half-written, run it again")
     with stoppable(advice), exit_on_user_error(*outputs):
