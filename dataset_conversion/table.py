@@ -36,6 +36,8 @@ from . import layout
 from .masks import inferred_labels, labels_of, parse_labels, values_in
 from .sheets import Row, read_sheet, words_for_none
 
+# that are told at once
+MOST_PROBLEMS = 10
 IS_TEST = {"": "", "train": "", "training": "", "val": "", "valid": "", "validation": "", "0": "", "no": "", "false": ""}
 SPLITS = {**IS_TEST, "test": "test", "1": "test", "yes": "test", "true": "test"}
 
@@ -64,8 +66,15 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
     given = parse_labels(labels)
     subjects, matches = dict[str, _Subject](), dict[str, SeriesMatch]()
     rows = read_sheet(release, ("subject", "series", "path"))
+    problems = list[str]()
     for row in rows:
-        _add(subjects, row, matches)
+        try:
+            _add(subjects, row, matches)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+        raise UserError("; ".join(problems[:MOST_PROBLEMS]) + more)
     layout.require_cases(list(subjects), release, ())
     masks, left_out = dict[str, Path](), dict[str, str]()
     values = set[int]()

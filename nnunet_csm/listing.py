@@ -12,6 +12,8 @@ from nnunet_csm.errors import UserError
 
 # the longest name, and the longest path, that usual systems take
 MAX_BYTES, MAX_PATH_BYTES = 255, 4095
+# of a pointer that Git LFS leaves in place of a file that was not fetched; it has lines, and few of them
+LFS, MOST_OF_A_POINTER = b"version https://git-lfs", 1024
 # besides what is hidden: previews and settings of folders in Windows, and the folder of macOS' twins in archives
 OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -45,7 +47,7 @@ def hidden_in(folder: Path, ending: str) -> list[Path]:
 
 
 def file_problem(path: Path) -> str | None:
-    """Why a path cannot be read as a file, in a sentence; None where it can. Nothing is opened: a pipe would wait for ever."""
+    """Why a path cannot be read as a file, in a sentence; None where it can. No pipe is opened, which would wait for ever."""
     if problem := name_problem(str(path)):
         return problem
     try:
@@ -59,7 +61,17 @@ def file_problem(path: Path) -> str | None:
         return f"{path} is {what}, expected a file; give a file"
     if not os.access(path, os.R_OK):
         return f"{path} may not be read by this user; change its permission (chmod +r)"
+    if is_lfs_pointer(path):
+        return f"{path} is a pointer of Git LFS in place of the file; fetch the file with git lfs pull"
     return None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a regular file only tells Git LFS which file is to be fetched."""
+    if path.stat().st_size > MOST_OF_A_POINTER:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(LFS)) == LFS
 
 
 def argument_problem(text: str) -> str | None:

@@ -602,6 +602,12 @@ def test_mistakes_in_a_table_are_told_with_their_line(
         read("table", write_csv(tmp_path / "t.csv", table_rows))
 
 
+def test_all_mistakes_in_a_table_are_told_at_once(tmp_path: Path, table_rows: list[dict[str, str]]) -> None:
+    table_rows[0]["subject"], table_rows[2]["split"] = "", "holdout"
+    with pytest.raises(UserError, match=r"line 2: 'subject' is empty.*; .*line 4: 'split' is 'holdout'"):
+        read("table", write_csv(tmp_path / "t.csv", table_rows))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -16,7 +16,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.fingerprint.extraction import case_files
 from nnunet_csm.inference.missing import fill_missing
-from nnunet_csm.listing import files_in
+from nnunet_csm.listing import file_problem, files_in
 from nnunet_csm.nnunet import read_json
 from nnunet_csm.raw import cases as written_cases
 from nnunet_csm.raw.check import check_dataset, check_inputs
@@ -214,3 +214,11 @@ def test_a_bad_case_never_ends_a_conversion(tmp_path: Path, monkeypatch: pytest.
         assert words in report.left_out[name]
     with pytest.raises(CaseError, match="not in UTF-8"):
         write_dataset(cases, Dataset("Dataset008_X", ("T2w",), {}), tmp_path, num_processes=1, strict=True)
+
+
+def test_a_pointer_of_git_lfs_is_called_what_it_is(tmp_path: Path) -> None:
+    image = tmp_path / "image.nii.gz"
+    image.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    assert "git lfs pull" in str(file_problem(image))
+    image.write_bytes(b"version")
+    assert file_problem(image) is None

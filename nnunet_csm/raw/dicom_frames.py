@@ -21,6 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnunet_csm.errors import reason
+from nnunet_csm.listing import is_lfs_pointer
 from nnunet_csm.raw.dicom_names import KEYWORDS
 from nnunet_csm.raw.subjects import CaseError
 
@@ -120,7 +121,7 @@ def _described(path: Path) -> str:
         return "a device, a pipe or a socket"
     with path.open("rb") as stream:
         start = stream.read(16)
-    if start.startswith(b"version https://"):
+    if is_lfs_pointer(path):
         return "a pointer of Git LFS (git lfs pull gets the file)"
     return f"no DICOM, or cut off (it begins with {start!a})" if start else "empty"
 

@@ -32,6 +32,7 @@ from nnunet_csm.raw.subjects import Case, CaseError, Dataset
 
 SPLITS = "splits_final.json"  # nnU-Net's planner takes it from here
 LEFT_OUT = "left_out.csv"
+MOST_REASONS = 10  # why cases cannot be used, told at once
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def write_dataset(
         entries, unusable = _convert_all(convert, cases, strict, num_processes or min(8, num_cores()))
         written = [case for case in cases if case.identifier in entries]
         if not written:
-            msg = f"none of the {len(cases)} cases can be used, nothing is written; the first: {next(iter(unusable.values()))}"
+            msg = f"none of the {len(cases)} cases can be used, nothing is written: {_all_of(unusable.values())}"
             raise UserError(msg)
         left_out = {**left_out, **unusable}
         lines = _write_tables(folder, written, dataset, left_out)
@@ -145,6 +146,13 @@ def _label_values(dataset: Dataset) -> set[int]:
     return {label for value in dataset.labels.values() for label in (value if isinstance(value, tuple) else (value,))}
 
 
+def _all_of(reasons: Iterable[str]) -> str:
+    """Each reason once, as many as a line bears."""
+    found = list(dict.fromkeys(reasons))
+    more = f"; and {len(found) - MOST_REASONS} more reasons" if len(found) > MOST_REASONS else ""
+    return "; ".join(found[:MOST_REASONS]) + more
+
+
 def _with_usable_names(cases: Iterable[Case], left_out: Mapping[str, str], strict: bool) -> tuple[list[Case], Mapping[str, str]]:
     """Cases whose files can be named after them, and which cannot and why."""
     usable, unusable = list[Case](), dict[str, str]()
@@ -157,7 +165,7 @@ def _with_usable_names(cases: Iterable[Case], left_out: Mapping[str, str], stric
         else:
             usable.append(case)
     if unusable and not usable:
-        raise UserError(f"none of the {len(unusable)} cases can be used, nothing is written; {next(iter(unusable.values()))}")
+        raise UserError(f"none of the {len(unusable)} cases can be used, nothing is written: {_all_of(unusable.values())}")
     return usable, {**left_out, **unusable}
 
 
