@@ -478,5 +478,5 @@ def test_pretraining_and_finetuning_run_from_plans_alone(make_trainer: Callable[
 
     other = make_trainer(False)
     other.initialize()
-    with pytest.raises(UserError, match=r"encoder\.kind is joint_vit, expected vit"):
+    with pytest.raises(UserError, match=r"pretext\.name MAE3D, the plans say CSM"):
         other.on_fresh_start()

@@ -312,7 +312,7 @@ def test_a_study_of_classes_to_its_page(diagnoses: PlannedDataset, tmp_path: Pat
     assert len(parts) == 1 + len(Dataset("900", "3d_fullres", tmp_path).series) and "all" in parts
     assert all(rows["case"].nunique() == NUM_TRAINING for _, rows in found.groupby(["arm", "tested"]))
     assert set(found.loc[found["arm"] == "forest", "tested"]) == {"all"}
-    tables = (output / "tables.md").read_text()
+    tables = (output / "tables.md").read_text(encoding="utf-8")
     assert "AUC with a part of the series at test time" in tables and "forest" in tables
 
 
