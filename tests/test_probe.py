@@ -99,6 +99,12 @@ def test_few_epochs_are_too_early_and_a_run_above_the_linear_map_is_useless_only
     assert not judge(stuck, 12, {"mean": math.nan}).behind and not judge(stuck, 12, {"mean": math.nan}).unlearned
 
 
+def test_a_run_whose_printed_error_is_below_the_maps_is_not_called_worse_than_they_are() -> None:
+    falling = [1.0, 0.95, 0.9, 0.8, 0.7, 0.65, 0.55, 0.45]  # the last below the map, the median of the last three above it
+    assert judge(falling, 10, {"mean": MEAN, "voxel-wise linear map": 0.5}).behind == ""
+    assert judge([*falling, 0.56], 10, {"mean": MEAN, "voxel-wise linear map": 0.5}).behind == "voxel-wise linear map"
+
+
 def test_a_pretraining_that_learned_nothing_is_never_praised_even_where_the_linear_maps_are_worse_than_the_mean() -> None:
     stuck, worse_maps = [MEAN] * 20, {"mean": MEAN, "voxel-wise linear map": 1.2, "linear map of tokens": 1.3}
     said = str(judge(stuck, 20, worse_maps))

@@ -83,7 +83,8 @@ def judge(errors: Sequence[float], num_epochs: int, trivial: Mapping[str, float]
     num, final = len(history), len(errors) - 1
     share = len(errors) / num_epochs
     reference, known_trivial = trivial.get(MEAN, float("nan")), {n: e for n, e in trivial.items() if np.isfinite(e)}
-    now = float(np.median(history[-3:])) if share > WARM and num else float("nan")
+    # single epochs weigh little, but what is printed beside the verdict must not contradict it
+    now = float(min(history[-1], np.median(history[-3:]))) if share > WARM and num else float("nan")
     best = min(known_trivial, key=lambda name: known_trivial[name], default="")
     beside = best if best and now > known_trivial[best] else "", now > reference * (1 - FLAT)
     if num < MIN_EPOCHS:
