@@ -188,17 +188,18 @@ def _volume(file: _Name) -> tuple[Volume, float]:
     Raises `CaseError` for volumes without diffusion weighting and for a `.bval` that does not fit.
     """
     bval = file.path.parent / f"{layout.stem(file.path)}.bval"
-    if file.suffix != "dwi":
+    if file.suffix != "dwi" or not file.path.exists():  # a link to nothing leaves the case out when it is read
         return Volume(file.path), 0.0
     shape = layout.shape_of(file.path)
     num_volumes = shape[0] if len(shape) == 4 else 1
-    if not bval.is_file():
+    if not bval.is_symlink() and not bval.is_file():
         if num_volumes > 1:
             msg = f"{file.path} has several volumes, but no {bval.name} beside it that says which has the highest b-value"
             raise CaseError(msg)
         if any(re.fullmatch("b0+", value.casefold()) for value in file.entities.values()):
             raise CaseError(f"{file.path} is called b = 0, which is not diffusion-weighted")
         return Volume(file.path, None if len(shape) == 3 else 0), 0.0
+    layout.existing(bval, str(bval))
     try:
         b_values = [float(value) for value in bval.read_text(encoding="utf-8-sig").split()]
     except (OSError, ValueError):

@@ -27,7 +27,9 @@ from nnunet_csm.raw.volumes import Look, described, is_empty, look_of, read_volu
 FILE_ENDING = ".nii.gz"
 
 
-def write_case(case: Case, dataset: Dataset, folder: Path, reference: str, register: bool, zero_background: bool) -> dict[str, Any] | str:
+def write_case(
+    case: Case, dataset: Dataset, folder: Path, reference: str, register: bool, zero_background: bool
+) -> dict[str, Any] | str:
     """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written.
 
     Whatever libraries raise on the images of a case is a reason to leave out that case, not to end all others.
