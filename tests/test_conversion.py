@@ -588,22 +588,16 @@ def as_links(release: Path, store: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("fixture", "format_name", "options"),
-    [
-        ("task01", "bt_msd", {}),
-        ("prostate158", "prostate158", {}),
-        ("picai", "picai", {}),
-        ("breast", "breast2023", {}),
-        ("bids", "bids", {}),
-    ],
+    ("fixture", "format_name"),
+    [("task01", "bt_msd"), ("prostate158", "prostate158"), ("picai", "picai"), ("breast", "breast2023"), ("bids", "bids")],
 )
 def test_releases_of_links_are_read_as_those_of_files(
-    tmp_path: Path, request: pytest.FixtureRequest, fixture: str, format_name: str, options: dict[str, Any]
+    tmp_path: Path, request: pytest.FixtureRequest, fixture: str, format_name: str
 ) -> None:
     release = request.getfixturevalue(fixture)
-    before = read(format_name, release, **options)
+    before = read(format_name, release)
     link = as_links(release, tmp_path / "store")
-    after = read(format_name, link, **options)
+    after = read(format_name, link)
     assert [case.identifier for case in after.cases] == [case.identifier for case in before.cases]
     for old, new in zip(before.cases, after.cases, strict=True):
         assert list(new.images) == list(old.images) and len(new.masks) == len(old.masks)

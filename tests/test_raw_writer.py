@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -623,7 +623,12 @@ def test_series_of_one_grid_and_scan_move_together_and_the_log_says_so(tmp_path:
 
 def test_only_series_of_one_grid_study_and_frame_of_reference_are_one_scan(tmp_path: Path, monkeypatch) -> None:
     groups: list[tuple[str, ...]] = []
-    monkeypatch.setattr(written_cases, "register_rigidly", lambda scan, fixed: groups.append(tuple(scan)) or {})
+
+    def noted(scan: Mapping[str, sitk.Image], fixed: sitk.Image) -> dict[str, Registration]:
+        groups.append(tuple(scan))
+        return {}
+
+    monkeypatch.setattr(written_cases, "register_rigidly", noted)
     scans = {
         "FLAIR": ("1", "2"),
         "PD": ("1", "2"),

@@ -20,8 +20,8 @@ from nnunet_csm.raw.grid import resampled
 # Two series of one sitting differ by a movement of the patient. A larger one is a wrong optimum.
 MAX_SHIFT, MAX_ROTATION = 20.0, 15.0  # mm, degrees
 MIN_GAIN = 0.01  # of the mutual information, relative: for less, no voxel is interpolated
-# nats: a series that its own transform fits by so much better than that of its scan has moved by itself, as files of one grid need
-# not be of one scan. Real T1ce moved beside T1w by 3 and 5 mm: 0.08 and 0.16; wrong optima of diffusion images of prostates: 0.02.
+# nats: a series that its own transform fits by so much better has moved by itself, as files of one grid may be of several scans. Real
+# T1ce moved beside T1w by 3 and 5 mm: 0.08 and 0.16; wrong optima of diffusion images of prostates: up to 0.02.
 CLEAR_GAIN = 0.05
 SEED = 12345
 SAMPLING = 0.5  # share of the voxels
@@ -66,7 +66,7 @@ class Registration:
 def register_rigidly(scan: Mapping[str, sitk.Image], fixed: sitk.Image) -> dict[str, Registration]:
     """Rigid registration of the series of a scan, on one grid, from where the headers put them, by Mattes' mutual information.
 
-    The same images give the same transform. It is the proposal with the greatest sum of the series' mutual informations, and to be
+    The same images give the same transform. It is the proposal with the greatest sum of the series' mutual informations, to be
     used only when it is no larger than a patient's movement and that sum is greater than by header, on the part of the reference
     that all such proposals see; `refused` says why not. A series that has clearly moved by itself is decided for alone.
     """

@@ -98,7 +98,7 @@ def write_dataset(
     with whole_folder(final, overwrite) as folder:
         for kind in _subfolders(cases, dataset):
             (folder / kind).mkdir()
-        how = {"reference": reference, "register": register, "zero_background": zero_background}
+        how: dict[str, Any] = {"reference": reference, "register": register, "zero_background": zero_background}
         convert = partial(write_case, dataset=dataset, folder=folder, **how)
         entries, unusable = _convert_all(convert, cases, strict, num_processes or min(8, num_cores()))
         written = [case for case in cases if case.identifier in entries]
