@@ -20,9 +20,9 @@ from nnunet_csm.raw.grid import resampled
 # Two series of one sitting differ by a movement of the patient. A larger one is a wrong optimum.
 MAX_SHIFT, MAX_ROTATION = 20.0, 15.0  # mm, degrees
 MIN_GAIN = 0.01  # of the mutual information, relative: for less, no voxel is interpolated
-# mm and nats: a series that its own transform puts so far from where that of its scan does, and fits by so much better, has moved by
-# itself: files of one grid may be of several scans. Real T1ce moved beside T1w by 3 and 5 mm gained 0.08 and 0.16 nats, wrong optima of
-# diffusion images of prostates up to 0.02.
+# mm and nats: a series that its own transform puts so far from where that of its scan does, and fits by so much better, has moved
+# by itself: files of one grid may be of several scans. Real T1ce moved beside T1w by 3 and 5 mm gained 0.08 and 0.16 nats, wrong
+# optima of diffusion images of prostates up to 0.02.
 CLEAR_SHIFT, CLEAR_GAIN = 3.0, 0.05
 SEED = 12345
 SAMPLING = 0.5  # share of the voxels
