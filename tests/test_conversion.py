@@ -610,7 +610,7 @@ def test_releases_of_links_are_read_as_those_of_files(
         ("task01", "bt_msd", "imagesTr/BRATS_001.nii.gz"),
         ("task01", "bt_msd", "labelsTr/BRATS_001.nii.gz"),
         ("prostate158", "prostate158", "prostate158_train/train/024/dwi.nii.gz"),
-        ("breast", "breast2023", "images/P001/DWI.nii.gz"),
+        ("breast", "breast2023", "images/P002/DWI.nii.gz"),
         ("bids", "bids", "sub-01/ses-pre/dwi/sub-01_ses-pre_dwi.nii.gz"),
         ("bids", "bids", "sub-02/anat/sub-02_T2w.nii"),
     ],

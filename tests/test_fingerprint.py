@@ -42,6 +42,7 @@ from nnunet_csm.fingerprint.record import (
 )
 from nnunet_csm.phantom import PhantomSpec, draw_subject
 from nnunet_csm.raw.background import background
+from nnunet_csm.raw.check import check_inputs
 
 SERIES = ("FLAIR", "T1w", "T1ce")
 SPEC = PhantomSpec(series=SERIES, shape=(16, 40, 36), spacing_mm=(6.0, 3.5, 4.0), seed=3)
@@ -510,6 +511,9 @@ def test_the_command(raw: Path, nnunet_folders: NnunetFolders, capsys: pytest.Ca
     fingerprint_dataset("21")
     printed = capsys.readouterr().out
     assert "1 case incomplete:\n  case_6: no T1w (all zero)" in printed and "87.5%" in printed
+    # what `plan` says above it of the same files must not contradict it
+    said = check_inputs(target / "imagesTr", SERIES, ".nii.gz")[0]
+    assert said.endswith("each with files of FLAIR, T1w, T1ce (all zero where it lacks the series)")
     folder = nnunet_folders.preprocessed / raw.name
     assert absent_series(read_fingerprint(folder / "csm_fingerprint.json")) == {"case_6": ("T1w",)}
     assert Image.open(folder / "csm_fingerprint.png").size[0] == 900

@@ -644,7 +644,9 @@ def test_series_of_one_grid_and_scan_move_together_and_the_log_says_so(tmp_path:
         assert found["ADC"][key] == found["DWI"][key], key
     assert found["DWI"]["used"] and found["DWI"]["together"] == ["ADC", "DWI"] and found["DWI"]["found_with"] == "ADC"
     lines = "\n".join(report.lines)
-    assert "DWI moved onto the reference: a (4.0 mm" in lines and "one transform with ADC, of one scan, found with ADC" in lines
+    assert (
+        "DWI moved onto the reference: a (4.0 mm" in lines and "together with ADC, of one scan, by the transform of ADC" in lines
+    )
 
 
 def test_only_series_of_one_grid_study_and_frame_of_reference_are_one_scan(tmp_path: Path, monkeypatch) -> None:

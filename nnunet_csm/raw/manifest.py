@@ -108,7 +108,7 @@ def _moved(move: Mapping[str, Any], name: str) -> str:
 
 def _shared(move: Mapping[str, Any], name: str) -> str:
     others = [one for one in move["together"] if one != name]
-    return f"; one transform with {', '.join(others)}, of one scan, found with {move['found_with']}" if others else ""
+    return f"; together with {', '.join(others)}, of one scan, by the transform of {move['found_with']}" if others else ""
 
 
 def _listed(names: Sequence[str]) -> str:
