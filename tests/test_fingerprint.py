@@ -24,7 +24,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State, save_fingerprint_picture
 from nnunet_csm.fingerprint import extraction
 from nnunet_csm.fingerprint.command import findings, fingerprint_dataset, summary
-from nnunet_csm.fingerprint.extraction import extract
+from nnunet_csm.fingerprint.extraction import example_slices, extract
 from nnunet_csm.fingerprint.measurement import measure, nonzero_box
 from nnunet_csm.fingerprint.record import (
     PERCENTILES,
@@ -535,6 +535,22 @@ def test_the_picture_shows_the_case_whose_series_lies_furthest_off(
     box = nonzero_box([subjects["case_5"]["FLAIR"]])
     middle = (box[0].start + box[0].stop) // 2
     assert any(np.array_equal(slices["FLAIR"], subjects["case_5"]["FLAIR"][z]) for z in (middle - 1, middle, middle + 1))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_picture_shows_thick_slices_as_they_were_acquired(raw: Path, axis: int) -> None:
+    """Slices that lie upright in the file, but go along z, y or x of the patient by its header."""
+    voxels = np.random.default_rng(0).normal(size=(5, 24, 30)).astype(np.float32)
+    direction = np.roll(np.eye(3), axis, axis=1)  # the columns are the axes x, y, z of the file
+    for series in SERIES:
+        image = sitk.GetImageFromArray(voxels)
+        image.SetSpacing((1.0, 2.0, 9.0))
+        image.SetDirection(direction.ravel().tolist())
+        sitk.WriteImage(image, str(file_of(raw, "case_0", series)))
+    slices, aspect = example_slices(raw, DATASET_JSON, fingerprint_of(raw), "case_0")
+    shown = slices["FLAIR"]
+    assert sorted(shown.shape) == [24, 30] and np.array_equal(np.sort(shown.ravel()), np.sort(voxels[2].ravel()))
+    assert aspect == (2.0 if shown.shape == (24, 30) else 0.5)
 
 
 @pytest.mark.parametrize("num_cases", [1, 30, NUM_CASES_DRAWN + 1])

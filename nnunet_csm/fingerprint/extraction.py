@@ -44,6 +44,8 @@ from nnunet_csm.schema import from_dict
 
 # Cases tried for one that a reader can read.
 EXAMPLES = 20
+# Times the distance along the body, from which on the axis of the slices is told by their thickness.
+THICK = 1.2
 
 
 def extract(
@@ -203,7 +205,8 @@ def example_slices(
 ) -> tuple[dict[str, Float[np.ndarray, "y x"]], float]:
     """A slice of each series of the case `name` that could be read, and the height of a voxel over its width.
 
-    The middle of what is not 0 in any series of a shape; turned to LPS where the file says how.
+    The middle of what is not 0 in any series of a shape; turned to LPS where the file says how. Thick slices are shown as they
+    were acquired, whatever their direction, feet down.
     """
     case = fingerprint.cases[name]
     files = case_files(raw_folder, case.subset, dataset_json, len(fingerprint.series))
@@ -212,8 +215,11 @@ def example_slices(
     upright = {series: _upright(volume) for series, volume in volumes.items()}
     for series, (voxels, spacing) in upright.items():
         box = nonzero_box([other for other, _ in upright.values() if other.shape == voxels.shape])
-        slices[series] = np.nan_to_num(voxels[(box[0].start + box[0].stop) // 2])
-        aspect = spacing[1] / spacing[2]
+        axis = int(np.argmax(spacing)) if max(spacing) > THICK * spacing[0] else 0
+        plane = np.nan_to_num(voxels.take((box[axis].start + box[axis].stop) // 2, axis=axis))
+        slices[series] = plane[::-1] if axis else plane
+        height, width = np.delete(spacing, axis)
+        aspect = float(height / width)
     return slices, aspect
 
 
