@@ -115,7 +115,7 @@ def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | Non
 
 def _case(identifier: str, image: Path, label: Path | None, series: list[str], labels: Mapping[str, int], test: bool) -> Case:
     for path in (image, *([label] if label else [])):
-        layout.existing(path, f"unpack the archive again: {path.name}, which dataset.json names,")
+        layout.existing(path, f"{path.name}, which dataset.json names,")
     shape = layout.shape_of(image)
     num_volumes = shape[0] if len(shape) == 4 else 1
     if num_volumes != len(series):
