@@ -49,7 +49,10 @@ def existing(path: Path, said: str) -> Path:
     """The path of a file or folder that the release names, as `said`. Raises `CaseError`, with what a link to nothing is."""
     if os.path.exists(path):
         return path
-    raise CaseError((os.path.islink(path) and file_problem(path)) or f"{said} does not exist (looked for {path}); correct the name, or copy the release again")
+    raise CaseError(
+        (os.path.islink(path) and file_problem(path))
+        or f"{said} does not exist (looked for {path}); correct the name, or copy the release again"
+    )
 
 
 def shape_of(path: Path) -> tuple[int, ...]:

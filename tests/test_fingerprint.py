@@ -524,13 +524,13 @@ def test_the_picture_shows_the_case_whose_series_lies_furthest_off(
 ) -> None:
     raw.rename(nnunet_folders.raw / raw.name)
     raw = nnunet_folders.raw / raw.name
-    for case, voxels in (("case_2", 2), ("case_5", 4)):
-        write_volume(file_of(raw, case, "T1w"), np.roll(subjects[case]["T1w"], voxels, axis=1))
+    for case, voxels in (("case_2", (2, 0)), ("case_5", (-1, 2))):
+        write_volume(file_of(raw, case, "T1w"), np.roll(subjects[case]["T1w"], voxels, axis=(1, 2)))
     drawn: list[Any] = []
     monkeypatch.setattr("nnunet_csm.fingerprint.command.save_fingerprint_picture", lambda *args: drawn.append(args))
     fingerprint_dataset("21")
     _, _, _, states, slices, shown, _ = drawn[0]
-    assert shown.startswith("case_5 (T1w 1") and "misaligned" in states["case_5"]
+    assert shown.startswith("case_5 (T1w 8") and "misaligned" in states["case_5"]
     assert f"csm_fingerprint.png, with {shown}" in capsys.readouterr().out
     box = nonzero_box([subjects["case_5"]["FLAIR"]])
     middle = (box[0].start + box[0].stop) // 2

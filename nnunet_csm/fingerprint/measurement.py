@@ -114,7 +114,7 @@ class _Seen:
 
 
 def measure_series(
-    volumes: Mapping[str, SeriesImage], box: Box, voxel_mm: Mapping[str, tuple[float, ...]]
+    volumes: Mapping[str, SeriesImage], box: Box, voxel_mm: Mapping[str, tuple[float, ...]] | None = None
 ) -> dict[str, SeriesRecord]:
     """Records of series on one grid; `box` holds all that is not 0 in them; `voxel_mm` as in `Job`."""
     shape = tuple(part.stop - part.start for part in box)
@@ -132,7 +132,7 @@ def measure_series(
     # copies would vote twice
     once = [name for i, name in enumerate(names) if not any(earlier in records[name].twins for earlier in names[:i])]
     if len(once) > 1:
-        own = {name: tuple(map(max, voxel_mm.get(name, spacing), spacing)) for name in once}
+        own = {name: tuple(map(max, (voxel_mm or {}).get(name, spacing), spacing)) for name in once}
         grids = {name: binned(seen[name].blocks, seen[name].window, shape, spacing, own[name]) for name in once}
         for name, (z, y, x) in shifted_series(grids).items():
             records[name] = replace(records[name], shift_mm=(_rounded(z), _rounded(y), _rounded(x)))
