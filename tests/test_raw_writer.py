@@ -685,7 +685,7 @@ def test_the_background_is_0_exactly_and_nothing_else_is(value: float, seed: int
     inside[2:6, 2:8, 3:9] = True
     image = sitk.GetImageFromArray(np.where(inside, tissue, value).astype(kind))
     found = background_of(image)
-    assert found == pytest.approx(value, rel=1e-6)
+    assert found is not None and found == pytest.approx(value, rel=1e-6)
     shifted = array(shifted_to_zero(image, found))
     assert np.array_equal(shifted != 0, inside & (array(image).astype(np.float32) != np.float32(value)))
     np.testing.assert_allclose(shifted[inside], tissue[inside] - value, atol=1e-5 * abs(value) * 10)
@@ -715,7 +715,7 @@ def test_a_background_other_than_0_is_told_and_shifted_when_that_is_asked_for(tm
         [array(sitk.ReadImage(str(one.folder / f"imagesTr/a_000{channel}.nii.gz"))) for one in (told, shifted)]
         for channel in (0, 1)
     )
-    assert np.array_equal(*t2s)
+    assert np.array_equal(t2s[0], t2s[1])
     # outside the field of view of ADC both have 0, which is background in the second only
     assert adcs[0].min() == pytest.approx(-3.7) and adcs[0][0].max() == 0
     assert adcs[1].min() == 0 and np.count_nonzero(adcs[1]) < np.count_nonzero(adcs[0]) / 2
