@@ -103,7 +103,7 @@ def parts_of_a_case(folder: Path) -> tuple[float, float, float]:
     dataset_json = json.loads((folder / "dataset.json").read_text())
     cases = dict(list(case_files(folder, "imagesTr", dataset_json, len(SPEC.series)).items())[:NUM_CASES_APART])
     reader = find_reader(dataset_json, list(cases.values()))
-    jobs = [Job(name, "imagesTr", "", files, SPEC.series, reader) for name, files in cases.items()]
+    jobs = [Job(name, "imagesTr", "", files, SPEC.series, reader, {}) for name, files in cases.items()]
     measure(jobs[0])
     marks = [time.perf_counter()]
     for job in jobs:

@@ -19,11 +19,12 @@ Source: https://bids-specification.readthedocs.io (magnetic resonance imaging; d
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import all_below
 from nnunet_csm.raw.series import canonical_series
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Release, Volume
 
@@ -187,17 +188,18 @@ def _volume(file: _Name) -> tuple[Volume, float]:
     Raises `CaseError` for volumes without diffusion weighting and for a `.bval` that does not fit.
     """
     bval = file.path.parent / f"{layout.stem(file.path)}.bval"
-    if file.suffix != "dwi":
+    if file.suffix != "dwi" or not file.path.exists():  # a link to nothing leaves the case out when it is read
         return Volume(file.path), 0.0
     shape = layout.shape_of(file.path)
     num_volumes = shape[0] if len(shape) == 4 else 1
-    if not bval.is_file():
+    if not bval.is_symlink() and not bval.is_file():
         if num_volumes > 1:
             msg = f"{file.path} has several volumes, but no {bval.name} beside it that says which has the highest b-value"
             raise CaseError(msg)
         if any(re.fullmatch("b0+", value.casefold()) for value in file.entities.values()):
             raise CaseError(f"{file.path} is called b = 0, which is not diffusion-weighted")
         return Volume(file.path, None if len(shape) == 3 else 0), 0.0
+    layout.existing(bval, str(bval))
     try:
         b_values = [float(value) for value in bval.read_text(encoding="utf-8-sig").split()]
     except (OSError, ValueError):
@@ -259,7 +261,7 @@ def _masks(
     kinds: dict[str, dict[str, list[_Name]]] = defaultdict(lambda: defaultdict(list))
     misplaced: dict[str, dict[str, str]] = defaultdict(dict)
     strangers = list[str]()
-    for path in () if wanted == "none" else sorted({*release.glob("sub-*/**/*"), *release.glob("derivatives/**/sub-*")}):
+    for path in () if wanted == "none" else sorted(_perhaps_masks(release)):
         file = _parsed(path)
         if file is None and layout.stem(path) and not layout.is_hidden(path) and re.search("mask|seg|roi|lesion", path.name):
             strangers.append(str(path.relative_to(release)))
@@ -295,6 +297,12 @@ def _masks(
             names = ", ".join(mask.path.name for mask in others)
             lines.append(f"{identifier}: the mask is {chosen[identifier].path.name}, not {names}")
     return chosen, kind, {case: why for case, why in misplaced[kind].items() if case not in chosen}, lines, notes
+
+
+def _perhaps_masks(release: Path) -> Iterator[Path]:
+    for subject in release.glob("sub-*"):
+        yield from all_below(subject)
+    yield from (path for path in all_below(release / "derivatives") if path.name.startswith("sub-"))
 
 
 def _images_of(mask: _Name) -> dict[str, str]:

@@ -110,13 +110,12 @@ def _files(release: Path, entry: Any, test: bool) -> tuple[str, Path, Path | Non
             raise UserError(f"{release / 'dataset.json'} lists {entry!r}; expected the path of a mask under 'label'")
         return identifier, release / image, release / given if given else None
     label = release / "labelsTs" / Path(image).name
-    return identifier, release / image, label if os.path.isfile(label) else None
+    return identifier, release / image, label if os.path.lexists(label) else None
 
 
 def _case(identifier: str, image: Path, label: Path | None, series: list[str], labels: Mapping[str, int], test: bool) -> Case:
     for path in (image, *([label] if label else [])):
-        if not os.path.isfile(path):
-            raise CaseError(f"{path} is in dataset.json, but not there; unpack the archive again")
+        layout.existing(path, f"{path.name}, which dataset.json names,")
     shape = layout.shape_of(image)
     num_volumes = shape[0] if len(shape) == 4 else 1
     if num_volumes != len(series):

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.listing import is_hidden
+from nnunet_csm.listing import file_problem, is_hidden
+from nnunet_csm.raw.subjects import CaseError
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_header
 
 
@@ -41,7 +42,17 @@ def stem(path: Path) -> str | None:
 def volume_named(folder: Path, name: str) -> Path | None:
     """The volume `name` of a folder, whatever its ending, or the DICOM folder `name`; None when there is none."""
     candidates = [folder / f"{name}{ending}" for ending in READABLE_ENDINGS]
-    return next((path for path in (*candidates, folder / name) if os.path.exists(path)), None)
+    return next((path for path in (*candidates, folder / name) if os.path.lexists(path)), None)
+
+
+def existing(path: Path, said: str) -> Path:
+    """The path of a file or folder that the release names, as `said`. Raises `CaseError`, with what a link to nothing is."""
+    if os.path.exists(path):
+        return path
+    raise CaseError(
+        (os.path.islink(path) and file_problem(path))
+        or f"{said} does not exist (looked for {path}); correct the name, or copy the release again"
+    )
 
 
 def shape_of(path: Path) -> tuple[int, ...]:

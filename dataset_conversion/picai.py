@@ -13,12 +13,14 @@ https://github.com/DIAGNijmegen/picai_labels (labels). A case is a study; studie
 and sagittal T2W are not read: they show other places of the same series.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_csm.errors import UserError
+from nnunet_csm.listing import all_below
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Diagnosis, Mask, Release, Volume
 
 from . import layout
@@ -74,7 +76,7 @@ def read(release: Path, dataset_id: int, name: str, *, task: str = "both") -> Re
 def _studies(release: Path) -> dict[tuple[str, str], dict[str, Volume]]:
     """(patient, study) to its volumes in the order of SERIES."""
     found: dict[tuple[str, str], dict[str, Volume]] = defaultdict(dict)
-    for path in sorted(release.rglob("*.mha")):
+    for path in sorted(path for path in all_below(release) if path.name.endswith(".mha")):
         if (match := IMAGE_NAME.fullmatch(path.name)) is None:
             continue
         images = found[match["patient"], match["study"]]
@@ -128,4 +130,4 @@ def _masks(labels_folder: Path, identifier: str, task: str) -> tuple[Mask, ...]:
 
 def _first(labels_folder: Path, folders: tuple[Path, ...], identifier: str) -> Path | None:
     paths = (labels_folder / folder / f"{identifier}.nii.gz" for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.lexists(path)), None)

@@ -13,7 +13,6 @@ https://doi.org/10.5281/zenodo.6481141 (train), https://doi.org/10.5281/zenodo.6
 https://github.com/kbressem/prostate158. A case is a patient; training and validation go to imagesTr, test to imagesTs.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -106,7 +105,4 @@ def _mask(row: Row, task: str, tumors: Mapping[str, frozenset[int]]) -> Mask:
 
 
 def _file(row: Row, column: str) -> Path:
-    path = row.path.parent / row.get(column)
-    if not os.path.isfile(path):
-        raise CaseError(f"{row.place} names {row.get(column)} under {column}, but {path} does not exist")
-    return path
+    return layout.existing(row.path.parent / row.get(column), f"{row.place}: {column} {row.get(column)}")

@@ -1,6 +1,7 @@
 """Tables that come with a release, as CSV or TSV: rows that know the line they stand in."""
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
 
     Commas, semicolons or tabs between values (the header tells), UTF-8 with or without a byte order mark. Raises `UserError`.
     """
-    if path.exists() and (problem := file_problem(path)):
+    if os.path.lexists(path) and (problem := file_problem(path)):
         raise UserError(problem)
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:

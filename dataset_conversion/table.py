@@ -20,7 +20,6 @@ Masks mean what `-labels NAME=VALUE ...` says. Without it the masks are read, an
 The layout is ours.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +60,7 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
     A subject with a file that is missing, or with a DICOM folder that cannot be named, is left out. Raises `UserError` for what
     the table itself gets wrong: columns, values, a series twice, rows of a subject that contradict each other.
     """
-    if not release.is_file():
+    if not (release.is_file() or release.is_symlink()):
         raise UserError(f"{release} is not a file; give -i the table, a CSV or TSV with the columns subject, series, path")
     given = parse_labels(labels)
     subjects, matches = dict[str, _Subject](), dict[str, SeriesMatch]()
@@ -140,10 +139,7 @@ def _note(subject: _Subject, row: Row, column: str, value: str) -> None:
 
 
 def _existing(table: Path, given: str, line: int, column: str) -> Path:
-    path = table.parent / given
-    if not os.path.exists(path):
-        raise CaseError(f"{table} line {line}: {column} {given} does not exist (looked for {path})")
-    return path
+    return layout.existing(table.parent / given, f"{table} line {line}: {column} {given}")
 
 
 def _series(row: Row, path: Path, matches: dict[str, SeriesMatch]) -> SeriesMatch:

@@ -303,6 +303,7 @@ def convert(args: argparse.Namespace) -> int:
         {name: value for name, value in options.items() if value not in (None, False)},
         reference=args.reference,
         register=args.register,
+        zero_background=args.zero_background,
         overwrite=args.overwrite,
         strict=args.strict,
         num_processes=args.np,

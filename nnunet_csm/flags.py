@@ -274,6 +274,9 @@ def _add_conversion(p: argparse.ArgumentParser) -> None:
     p.add_argument("-name", help="name of the new dataset; default: that of the format")
     p.add_argument("-reference", default="finest", help="series whose grid a case gets, or finest")
     p.add_argument("--register", action="store_true", help="move every series rigidly onto the reference where that helps")
+    p.add_argument(
+        "--zero_background", action="store_true", help="shift series whose background is not 0 (z-scored ones), so that it is"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace a dataset of this name, once the new one is complete")
     p.add_argument("--strict", action="store_true", help="a case that cannot be used is an error, not left out with a report")
     p.add_argument("-np", type=int, default=NUM_PROCESSES, help="processes")

@@ -6,14 +6,20 @@ images.
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from nnunet_csm.errors import UserError
 
 # the longest name, and the longest path, that usual systems take
 MAX_BYTES, MAX_PATH_BYTES = 255, 4095
-# of a pointer that Git LFS leaves in place of a file that was not fetched; it has lines, and few of them
-LFS, MOST_OF_A_POINTER = b"version https://git-lfs", 1024
+# how small files begin that stand in place of one that was not fetched, and how to fetch it
+POINTERS = {
+    b"version https://git-lfs": ("Git LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex (DataLad)", "git annex get, or datalad get"),
+}
+MOST_OF_A_POINTER = 1024  # they have lines, and few of them
+ANNEX = "annex/objects"  # where git-annex keeps the files to which it leaves links
 # besides what is hidden: previews and settings of folders in Windows, and the folder of macOS' twins in archives
 OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -54,24 +60,46 @@ def file_problem(path: Path) -> str | None:
         status = path.stat()
     except OSError as error:
         if path.is_symlink():
-            return f"{path} is a link to nothing that can be read ({error.strerror}); is the copy complete?"
+            return _about_link(path, error)
         return f"{path} cannot be read ({error.strerror}); correct the path, or change its permission"
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, a pipe or a socket"
         return f"{path} is {what}, expected a file; give a file"
     if not os.access(path, os.R_OK):
         return f"{path} may not be read by this user; change its permission (chmod +r)"
-    if is_lfs_pointer(path):
-        return f"{path} is a pointer of Git LFS in place of the file; fetch the file with git lfs pull"
+    if pointer := pointer_of(path):
+        return f"{path} is a pointer of {pointer[0]} in place of the file; fetch the file with {pointer[1]}"
     return None
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a regular file only tells Git LFS which file is to be fetched."""
+def _about_link(path: Path, error: OSError) -> str:
+    """What a link that cannot be followed is."""
+    target = Path(os.path.realpath(path))  # as far as it leads, over other links
+    if ANNEX in target.as_posix():
+        what = f"{path} is a link of git-annex (DataLad) to content that was not fetched"
+        return f"{what}; fetch it with git annex get, or datalad get, in its folder"
+    return f"{path} is a link to nothing that can be read ({target}: {error.strerror}); is the copy complete?"
+
+
+def pointer_of(path: Path) -> tuple[str, str] | None:
+    """Of a regular file that only says which file is to be fetched: whose it is, and the command that fetches; None of others."""
     if path.stat().st_size > MOST_OF_A_POINTER:
-        return False
+        return None
     with path.open("rb") as stream:
-        return stream.read(len(LFS)) == LFS
+        start = stream.read(max(map(len, POINTERS)))
+    return next((told for beginning, told in POINTERS.items() if start.startswith(beginning)), None)
+
+
+def all_below(folder: Path) -> Iterator[Path]:
+    """Files and folders below a folder but hidden ones; links to folders are followed, and no folder is listed twice."""
+    entered = set[str]()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in entered:  # links may lead in circles
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden(Path(name)))
+        yield from (Path(here) / name for name in (*folders, *sorted(files)) if not is_hidden(Path(name)))
 
 
 def argument_problem(text: str) -> str | None:

@@ -575,6 +575,85 @@ def test_a_subject_with_a_missing_file_is_left_out(tmp_path: Path, table_rows: l
     assert release.dataset.series == ("ADC",)
 
 
+def as_links(release: Path, store: Path) -> Path:
+    """The release with every file a link into the store, as git-annex has it, and a link to it in place of its folder."""
+    for number, path in enumerate(sorted(path for path in release.rglob("*") if path.is_file())):
+        key = store / ".git/annex/objects" / str(number) / f"KEY{''.join(path.suffixes)}"
+        key.parent.mkdir(parents=True)
+        path.rename(key)
+        path.symlink_to(key)
+    link = store / "release"
+    link.symlink_to(release)
+    return link
+
+
+@pytest.mark.parametrize(
+    ("fixture", "format_name"),
+    [("task01", "bt_msd"), ("prostate158", "prostate158"), ("picai", "picai"), ("breast", "breast2023"), ("bids", "bids")],
+)
+def test_releases_of_links_are_read_as_those_of_files(
+    tmp_path: Path, request: pytest.FixtureRequest, fixture: str, format_name: str
+) -> None:
+    release = request.getfixturevalue(fixture)
+    before = read(format_name, release)
+    link = as_links(release, tmp_path / "store")
+    after = read(format_name, link)
+    assert [case.identifier for case in after.cases] == [case.identifier for case in before.cases]
+    for old, new in zip(before.cases, after.cases, strict=True):
+        assert list(new.images) == list(old.images) and len(new.masks) == len(old.masks)
+        assert new.diagnoses == old.diagnoses
+
+
+@pytest.mark.parametrize(
+    ("fixture", "format_name", "gone"),
+    [
+        ("task01", "bt_msd", "imagesTr/BRATS_001.nii.gz"),
+        ("task01", "bt_msd", "labelsTr/BRATS_001.nii.gz"),
+        ("prostate158", "prostate158", "prostate158_train/train/024/dwi.nii.gz"),
+        ("breast", "breast2023", "images/P002/DWI.nii.gz"),
+        ("bids", "bids", "sub-01/ses-pre/dwi/sub-01_ses-pre_dwi.nii.gz"),
+        ("bids", "bids", "sub-02/anat/sub-02_T2w.nii"),
+    ],
+)
+def test_a_series_that_was_not_fetched_is_no_missing_series(
+    tmp_path: Path, request: pytest.FixtureRequest, fixture: str, format_name: str, gone: str
+) -> None:
+    """Zeros in its place would pass for a patient who does not have it."""
+    release = request.getfixturevalue(fixture)
+    as_links(release, tmp_path / "store")
+    (release / gone).resolve().unlink()
+    found = read(format_name, release)
+    report = write_dataset(found.cases, found.dataset, tmp_path / "raw", num_processes=1, left_out=found.left_out)
+    assert [why for why in report.left_out.values() if "git annex get" in why and str(release / gone) in why], report.left_out
+
+
+def test_a_table_may_name_links_and_says_which_was_not_fetched(tmp_path: Path, table_rows: list[dict[str, str]]) -> None:
+    table = write_csv(tmp_path / "t.csv", table_rows)
+    before = converted(read("table", table), tmp_path / "raw")
+    for name in ("S1", "S2"):
+        (tmp_path / name).rename(tmp_path / f"there_{name}")
+        (tmp_path / name).symlink_to(f"there_{name}")
+    linked = tmp_path / "there_S1/t2.nrrd"
+    linked.rename(tmp_path / "KEY")
+    linked.symlink_to(tmp_path / "KEY")
+    after = converted(read("table", table), tmp_path / "raw2")
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    linked.unlink()
+    linked.symlink_to(".git/annex/objects/KEY/KEY")
+    release = read("table", table)
+    assert list(by_name(release)) == ["S2"]
+    assert "S1/t2.nrrd is a link of git-annex" in release.left_out["S1"] and "datalad get" in release.left_out["S1"]
+
+
+def test_masks_behind_linked_folders_are_found(bids: Path, tmp_path: Path) -> None:
+    before = read("bids", bids)
+    (bids / "derivatives/manual").rename(tmp_path / "manual")
+    (bids / "derivatives/manual").symlink_to(tmp_path / "manual")
+    (bids / "sub-02").rename(tmp_path / "sub-02")
+    (bids / "sub-02").symlink_to(tmp_path / "sub-02")
+    assert read("bids", bids) == before and all(case.masks for case in before.cases)
+
+
 def test_a_picture_is_no_mask(tmp_path: Path, table_rows: list[dict[str, str]]) -> None:
     write(tmp_path / "S1" / "lesion.nii.gz", np.full(SHAPE, 0.5, np.float32))
     assert "is no mask" in read("table", write_csv(tmp_path / "t.csv", table_rows)).left_out["S1"]

@@ -15,7 +15,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 from nnunet_csm.errors import UserError
 from nnunet_csm.raw.dicom import name_from_attributes, read_dicom_series, series_name
 from nnunet_csm.raw.subjects import CaseError, Volume
-from nnunet_csm.raw.volumes import read_volume
+from nnunet_csm.raw.volumes import read_volume, scan_of
 
 # an oblique stack: rows and columns turned by about 20 degrees about x
 DIRECTION = (1.0, 0.0, 0.0, 0.0, 0.94, -0.34117444218, 0.0, 0.34117444218, 0.94)
@@ -35,7 +35,13 @@ def write_dicom(folder: Path, image: sitk.Image, uid: str = "1.2.3.1", skip: tup
     direction = np.reshape(image.GetDirection(), (3, 3))
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    named = {"description": "0008|103e", "image_type": "0008|0008", "agent": "0018|0010", "protocol": "0018|1030"}
+    named = {
+        "description": "0008|103e",
+        "image_type": "0008|0008",
+        "agent": "0018|0010",
+        "protocol": "0018|1030",
+        "frame": "0020|0052",
+    }
     for z in range(image.GetSize()[2]):
         if z in skip:
             continue
@@ -68,6 +74,20 @@ def test_a_series_comes_back_with_its_geometry(tmp_path: Path) -> None:
         (read.GetDirection(), DIRECTION),
     ):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
+
+
+def test_study_and_frame_of_reference_tell_scans_apart(tmp_path: Path) -> None:
+    for name, frame in (("adc", "1.2.3.5"), ("dwi", "1.2.3.5"), ("later", "1.2.3.6")):
+        write_dicom(tmp_path / name, volume(), frame=frame)
+    adc, dwi, later = (scan_of(Volume(tmp_path / name)) for name in ("adc", "dwi", "later"))
+    assert adc == dwi == ("1.2.3", "1.2.3.5") != later
+    assert scan_of(Volume(tmp_path / "adc.nii.gz")) == ()
+
+
+def test_a_folder_of_pointers_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm").write_text("/annex/objects/MD5E-s9--0.dcm")
+    with pytest.raises(CaseError, match=r"1\.dcm is a pointer of git-annex \(DataLad\)"):
+        read_dicom_series(tmp_path)
 
 
 def test_files_that_are_not_dicom_do_not_disturb(tmp_path: Path) -> None:
@@ -401,7 +421,7 @@ def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert read_dicom_series(tmp_path).GetSize() == (3, 4, 5)
     (tmp_path / "gone.dcm").symlink_to(tmp_path / "nowhere.dcm")
-    with pytest.raises(CaseError, match=r"gone\.dcm is a link to a file that is not there"):
+    with pytest.raises(CaseError, match=r"gone\.dcm is a link to nothing that can be read"):
         read_dicom_series(tmp_path)
 
 

@@ -18,26 +18,31 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from PIL import Image
+from scipy.ndimage import shift
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.fingerprint import NUM_CASES_DRAWN, State, save_fingerprint_picture
 from nnunet_csm.fingerprint import extraction
-from nnunet_csm.fingerprint.command import fingerprint_dataset, summary
-from nnunet_csm.fingerprint.extraction import extract
+from nnunet_csm.fingerprint.command import findings, fingerprint_dataset, summary
+from nnunet_csm.fingerprint.extraction import example_slices, extract
 from nnunet_csm.fingerprint.measurement import measure, nonzero_box
 from nnunet_csm.fingerprint.record import (
     PERCENTILES,
     Fingerprint,
     absent_series,
     as_nnunet_fingerprint,
+    backgrounds,
     misaligned,
     num_present,
     num_with_series,
     problems,
     read_fingerprint,
     save_fingerprint,
+    voxels_before,
 )
 from nnunet_csm.phantom import PhantomSpec, draw_subject
+from nnunet_csm.raw.background import background
+from nnunet_csm.raw.check import check_inputs
 
 SERIES = ("FLAIR", "T1w", "T1ce")
 SPEC = PhantomSpec(series=SERIES, shape=(16, 40, 36), spacing_mm=(6.0, 3.5, 4.0), seed=3)
@@ -206,13 +211,13 @@ def test_the_box_is_that_of_nnunet(data: st.DataObject) -> None:
     assert volumes[0][nonzero_box(list(volumes))].shape == cropped.shape[1:]
 
 
-@pytest.mark.parametrize("shift", [(0, 2, 0), (1, 0, 0), (0, -1, 2)])
-def test_a_shifted_series_is_named_with_how_far(raw: Path, subjects: dict[str, Case], shift: tuple[int, int, int]) -> None:
-    write_volume(file_of(raw, "case_5", "T1w"), np.roll(subjects["case_5"]["T1w"], shift, axis=(0, 1, 2)))
+@pytest.mark.parametrize("voxels", [(0, 2, 0), (1, 0, 0), (0, -1, 2)])
+def test_a_shifted_series_is_named_with_how_far(raw: Path, subjects: dict[str, Case], voxels: tuple[int, int, int]) -> None:
+    write_volume(file_of(raw, "case_5", "T1w"), np.roll(subjects["case_5"]["T1w"], voxels, axis=(0, 1, 2)))
     fingerprint = fingerprint_of(raw)
     found = misaligned(fingerprint)
     assert {case: list(of) for case, of in found.items()} == {"case_5": ["T1w"]}
-    np.testing.assert_allclose(found["case_5"]["T1w"], np.multiply(shift, SPEC.spacing_mm), atol=1.5)
+    np.testing.assert_allclose(found["case_5"]["T1w"], np.multiply(voxels, SPEC.spacing_mm), atol=1.5)
     assert any("T1w lies" in line for line in problems(fingerprint))
     assert absent_series(fingerprint) == {}
 
@@ -221,6 +226,78 @@ def test_of_two_series_that_disagree_the_later_is_named(raw: Path, subjects: dic
     write_volume(file_of(raw, "case_0", "T1ce"), np.zeros(SPEC.shape, np.float32))
     write_volume(file_of(raw, "case_0", "FLAIR"), np.roll(subjects["case_0"]["FLAIR"], 2, axis=1))
     assert list(misaligned(fingerprint_of(raw))["case_0"]) == ["T1w"]
+
+
+@pytest.mark.parametrize(("slices", "named"), [(0.25, False), (-0.35, False), (0.75, True), (-0.75, True)])
+def test_less_than_half_a_slice_is_no_shift(raw: Path, subjects: dict[str, Case], slices: float, named: bool) -> None:
+    thick = (12.0, *SPEC.spacing_mm[1:])  # by a quarter of a slice, 3 mm
+    for series, voxels in subjects["case_5"].items():
+        by = slices if series == "T1w" else 0
+        write_volume(file_of(raw, "case_5", series), shift(voxels, (by, 0, 0), order=1), thick)
+    assert (list(misaligned(fingerprint_of(raw)).get("case_5", {})) == ["T1w"]) == named
+
+
+@pytest.mark.parametrize(("edge", "named"), [(6.0, True), (10.0, True), (14.0, False)])
+def test_half_a_voxel_is_one_of_the_coarser_grid_before_conversion(
+    raw: Path, subjects: dict[str, Case], edge: float, named: bool
+) -> None:
+    write_volume(file_of(raw, "case_5", "T1w"), np.roll(subjects["case_5"]["T1w"], 1, axis=0))  # 6 mm
+    # acquired sagittally: its slices are the columns of the file
+    sagittal = {"size": [20, 40, 36], "spacing": [3.5, edge, 4.0], "origin": [0, 0, 0], "direction": [0, 0, 1, 1, 0, 0, 0, 1, 0]}
+    after = {"direction": [1, 0, 0, 0, 1, 0, 0, 0, 1]}
+    entry = {"after": after, "series": {"T1w": {"before": sagittal}, "FLAIR": {"done": "zeros: series missing"}}}
+    (raw / "csm_manifest.json").write_text(json.dumps({"cases": {"case_5": entry}}))
+    assert (list(misaligned(fingerprint_of(raw)).get("case_5", {})) == ["T1w"]) == named
+
+
+@given(st.permutations((0, 1, 2)), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_voxels_before_are_told_along_the_axes_of_the_file(order: list[int], flipped: list[bool]) -> None:
+    edges = np.array([1.0, 2.0, 3.0])  # along x, y, z of the world
+    signs = np.where(flipped, -1.0, 1.0)
+    before = {"spacing": edges[order].tolist(), "direction": (np.eye(3)[:, order] * signs).ravel().tolist()}
+    tilt = sitk.Euler3DTransform((0, 0, 0), 0.1, -0.05, 0.08).GetMatrix()
+    entry = {"after": {"direction": list(tilt)}, "series": {"T1w": {"before": before}, "T2w": {}}}
+    assert voxels_before({"cases": {"a": entry}}, "a") == {"T1w": (3.0, 2.0, 1.0)}
+
+
+@pytest.mark.parametrize("manifest", [{}, {"cases": []}, {"cases": {"a": {"after": {"direction": "x"}, "series": {}}}}])
+def test_a_manifest_of_anything_tells_nothing(manifest: dict[str, Any]) -> None:
+    assert voxels_before(manifest, "a") == {}
+
+
+def test_a_header_less_than_half_a_slice_off_is_not_named(raw: Path, subjects: dict[str, Case]) -> None:
+    for case, mm in (("case_0", 2.8), ("case_1", 3.2)):
+        image = sitk.ReadImage(str(file_of(raw, case, "T1w")))
+        image.SetOrigin((0.0, 0.0, mm))
+        sitk.WriteImage(image, str(file_of(raw, case, "T1w")))
+    lines = problems(fingerprint_of(raw))
+    assert len(lines) == 1 and lines[0].startswith("case_1: the header of T1w puts it up to 3.2 mm")
+
+
+# --- background ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_background_other_than_0_is_named_with_the_remedy(raw: Path, subjects: dict[str, Case]) -> None:
+    for case in ("case_1", "case_2"):
+        voxels = subjects[case]["T1w"]
+        z_scored = (voxels - voxels.mean()) / voxels.std()
+        write_volume(file_of(raw, case, "T1w"), z_scored.astype(np.float32))
+    fingerprint = fingerprint_of(raw)
+    found = backgrounds(fingerprint)
+    assert list(found) == ["T1w"] and list(found["T1w"]) == ["case_1", "case_2"]
+    voxels = subjects["case_1"]["T1w"]
+    assert found["T1w"]["case_1"] == pytest.approx(-voxels.mean() / voxels.std(), rel=1e-4)
+    text = "\n".join(findings(fingerprint))
+    assert "T1w has another background than 0 in 2 cases" in text and "--zero_background" in text
+
+
+def test_tissue_and_air_are_no_background(raw: Path) -> None:
+    assert backgrounds(fingerprint_of(raw)) == {}
+    air = np.random.default_rng(0).integers(0, 3, 1000).tolist() + list(range(3, 256))
+    assert background(np.percentile([value for value in air if value], PERCENTILES, method="nearest").tolist()) is None
+
+
+# --- grids and files -----------------------------------------------------------------------------------------------------------
 
 
 def test_grids_that_disagree(raw: Path, subjects: dict[str, Case]) -> None:
@@ -434,9 +511,46 @@ def test_the_command(raw: Path, nnunet_folders: NnunetFolders, capsys: pytest.Ca
     fingerprint_dataset("21")
     printed = capsys.readouterr().out
     assert "1 case incomplete:\n  case_6: no T1w (all zero)" in printed and "87.5%" in printed
+    # what `plan` says above it of the same files must not contradict it
+    said = check_inputs(target / "imagesTr", SERIES, ".nii.gz")[0]
+    assert said.endswith("each with files of FLAIR, T1w, T1ce (all zero where it lacks the series)")
     folder = nnunet_folders.preprocessed / raw.name
     assert absent_series(read_fingerprint(folder / "csm_fingerprint.json")) == {"case_6": ("T1w",)}
     assert Image.open(folder / "csm_fingerprint.png").size[0] == 900
+
+
+def test_the_picture_shows_the_case_whose_series_lies_furthest_off(
+    raw: Path, subjects: dict[str, Case], nnunet_folders: NnunetFolders, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    raw.rename(nnunet_folders.raw / raw.name)
+    raw = nnunet_folders.raw / raw.name
+    for case, voxels in (("case_2", (2, 0)), ("case_5", (-1, 2))):
+        write_volume(file_of(raw, case, "T1w"), np.roll(subjects[case]["T1w"], voxels, axis=(1, 2)))
+    drawn: list[Any] = []
+    monkeypatch.setattr("nnunet_csm.fingerprint.command.save_fingerprint_picture", lambda *args: drawn.append(args))
+    fingerprint_dataset("21")
+    _, _, _, states, slices, shown, _ = drawn[0]
+    assert shown.startswith("case_5 (T1w 8") and "misaligned" in states["case_5"]
+    assert f"csm_fingerprint.png, with {shown}" in capsys.readouterr().out
+    box = nonzero_box([subjects["case_5"]["FLAIR"]])
+    middle = (box[0].start + box[0].stop) // 2
+    assert any(np.array_equal(slices["FLAIR"], subjects["case_5"]["FLAIR"][z]) for z in (middle - 1, middle, middle + 1))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_picture_shows_thick_slices_as_they_were_acquired(raw: Path, axis: int) -> None:
+    """Slices that lie upright in the file, but go along z, y or x of the patient by its header."""
+    voxels = np.random.default_rng(0).normal(size=(5, 24, 30)).astype(np.float32)
+    direction = np.roll(np.eye(3), axis, axis=1)  # the columns are the axes x, y, z of the file
+    for series in SERIES:
+        image = sitk.GetImageFromArray(voxels)
+        image.SetSpacing((1.0, 2.0, 9.0))
+        image.SetDirection(direction.ravel().tolist())
+        sitk.WriteImage(image, str(file_of(raw, "case_0", series)))
+    slices, aspect = example_slices(raw, DATASET_JSON, fingerprint_of(raw), "case_0")
+    shown = slices["FLAIR"]
+    assert sorted(shown.shape) == [24, 30] and np.array_equal(np.sort(shown.ravel()), np.sort(voxels[2].ravel()))
+    assert aspect == (2.0 if shown.shape == (24, 30) else 0.5)
 
 
 @pytest.mark.parametrize("num_cases", [1, 30, NUM_CASES_DRAWN + 1])

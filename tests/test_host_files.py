@@ -217,7 +217,13 @@ def test_a_case_that_is_not_there_is_told_with_how_names_look(tmp_path: Path) ->
 
 def test_a_patient_on_both_sides_is_said(nnunet_folders) -> None:
     raw = dataset(nnunet_folders.raw, [[0, 1, 2]] * 3)
-    save_manifest(raw, raw.name, "finest", False, {f"c{n}": {"patient": "p" if n < 2 else "q"} for n in range(3)}, {})
+    save_manifest(
+        raw,
+        raw.name,
+        {"reference": "finest", "register": False, "zero_background": False},
+        {f"c{n}": {"patient": "p" if n < 2 else "q"} for n in range(3)},
+        {},
+    )
     path = raw / "splits_final.json"
     path.write_text(json.dumps([{"train": ["c0", "c1"], "val": ["c2"]}]))
     assert split_lines(raw.name) == []

@@ -16,7 +16,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.segmentation import evaluate_folder
 from nnunet_csm.fingerprint.extraction import case_files
 from nnunet_csm.inference.missing import fill_missing
-from nnunet_csm.listing import file_problem, files_in
+from nnunet_csm.listing import all_below, file_problem, files_in
 from nnunet_csm.nnunet import read_json
 from nnunet_csm.raw import cases as written_cases
 from nnunet_csm.raw.check import check_dataset, check_inputs
@@ -222,3 +222,32 @@ def test_a_pointer_of_git_lfs_is_called_what_it_is(tmp_path: Path) -> None:
     assert "git lfs pull" in str(file_problem(image))
     image.write_bytes(b"version")
     assert file_problem(image) is None
+
+
+@pytest.mark.parametrize("where", [".git/annex", "../.git/modules/sub/annex"])
+def test_content_that_git_annex_did_not_fetch_is_called_what_it_is(tmp_path: Path, where: str) -> None:
+    image, through = tmp_path / "image.nii.gz", tmp_path / "mine.nii.gz"
+    image.symlink_to(f"{where}/objects/aa/bb/SHA256E-s9--0.nii.gz/SHA256E-s9--0.nii.gz")
+    through.symlink_to(image)
+    for path in (image, through):
+        assert "git-annex (DataLad) to content that was not fetched; fetch it with git annex get" in str(file_problem(path))
+    image.unlink()
+    image.write_text("/annex/objects/SHA256E-s9--0.nii.gz\n")  # an unlocked file
+    for path in (image, through):
+        assert "is a pointer of git-annex (DataLad)" in str(file_problem(path))
+        assert "datalad get" in str(file_problem(path))
+
+
+def test_all_below_follows_links_and_enters_no_folder_twice(tmp_path: Path) -> None:
+    for name in ("data/a/1", "data/b/2", "elsewhere/c/3", "data/.git/annex/4", "data/.DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/gone").symlink_to("nowhere")
+    (tmp_path / "data/a/circle").symlink_to(tmp_path / "data")
+    (tmp_path / "start").symlink_to(tmp_path / "data")
+    expected = {"a", "a/1", "a/circle", "b", "b/2", "gone", "linked", "linked/c", "linked/c/3"}
+    for start in ("data", "start"):
+        below = [str(path.relative_to(tmp_path / start)) for path in all_below(tmp_path / start)]
+        assert set(below) == expected and len(below) == len(expected)
+    assert list(all_below(tmp_path / "not there")) == []

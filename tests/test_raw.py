@@ -151,7 +151,7 @@ def dataset(tmp_path: Path) -> Path:
 
 def test_a_correct_dataset_passes(dataset: Path) -> None:
     (line,) = check_dataset(dataset)
-    assert "2 cases" in line and "FLAIR, T1w, T1ce and a label" in line
+    assert "2 cases" in line and "files of FLAIR, T1w, T1ce (" in line and line.endswith("and a label")
     assert check_dataset(dataset, load_dataset_json(dataset)) == [line]
     (line,) = check_inputs(dataset / "imagesTr", NAMES, ".nii.gz")
     assert "2 cases" in line and "label" not in line

@@ -67,14 +67,14 @@ def save_fingerprint_picture(
     series_names: Sequence[str],
     states: Mapping[str, Sequence[State]],
     slices: Mapping[str, Float[np.ndarray, "y x"]],
-    case_of_slices: str,
+    shown: str,
     aspect: float = 1.0,
 ) -> None:
     """A chart of which case has which series, a slice of every series of one case, and each in squares with the first.
 
     `states`: case to the state of each of `series_names`. Up to NUM_CASES_DRAWN cases are a column each, in their order; more are
-    counted by pattern, the most frequent first. A series without a slice is drawn as absent; `aspect` is the height of a voxel
-    over its width.
+    counted by pattern, the most frequent first. `shown` says of which case the slices are. A series without a slice is drawn as
+    absent; `aspect` is the height of a voxel over its width.
     """
     assert states and all(len(row) == len(series_names) for row in states.values())
     drawn_apart = len(states) <= NUM_CASES_DRAWN
@@ -98,7 +98,7 @@ def save_fingerprint_picture(
     else:
         _draw_patterns(figure, series_names, patterns, chart_top)
     _draw_legend(figure, states, chart_top + chart_height + footer + LEGEND_HEIGHT / 2)
-    write(figure, MARGIN, slices_top - ROW_HEIGHT - HEADING_HEIGHT / 2, f"{case_of_slices}, middle slice", fontsize=11)
+    write(figure, MARGIN, slices_top - ROW_HEIGHT - HEADING_HEIGHT / 2, f"{shown}, middle slice", fontsize=11)
     for column, name in enumerate(series_names):
         left = MARGIN + column * (panel_width + GAP)
         axes = add_panel(figure, left, slices_top, panel_width, panel_height)

@@ -22,6 +22,7 @@ NUM_BINS = 17  # bin 0 is background
 # What counts as a shift. One series of 63 real cases moved in a random direction: none is named at 0 and 2 mm, 61 at 4 mm, all at
 # 5 to 8 mm. Peaks of real brain series are 1.3 times the ends or more; that of T2w and DWI of a prostate, mere noise, 1.06.
 MISALIGNED_MM = 3.0
+MISALIGNED_VOXELS = 0.5  # along an axis, of the coarser grid of the two: less is no shift along it
 CLEAR_PEAK = 1.2  # excess over 1 of the peak over that of the best end
 CLEAR_GAIN = 1.05  # excess over 1 of the peak over that at zero shift
 ENOUGH_OVERLAP = 0.5  # of the points that overlap at zero shift
@@ -33,17 +34,24 @@ Shift = tuple[int, int, int]
 class Binned:
     """A series on the coarse grid, in bins of intensity, with a rim of background as wide as the search.
 
-    `steps`: grid steps tried along each axis; `step_mm`: their length.
+    Attributes:
+        steps: grid steps tried along each axis.
+        step_mm: their length.
+        voxel_mm: edges of the voxels (z, y, x) that the series was acquired with, as far as that is known.
     """
 
     bins: UInt8[np.ndarray, "z y x"]
     steps: tuple[tuple[int, ...], ...]
     step_mm: tuple[float, ...]
+    voxel_mm: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Offset:
-    """How far the second series lies from the first, (z, y, x) in mm; `certain`: the peak is one."""
+    """How far the second series lies from the first, (z, y, x) in mm, 0 along an axis where it is less than half a voxel.
+
+    `certain`: the peak is one.
+    """
 
     mm: tuple[float, float, float]
     certain: bool
@@ -73,9 +81,16 @@ def _factors(shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[int]:
 
 
 def binned(
-    volume: Float[np.ndarray, "z y x"], window: tuple[float, float], shape: tuple[int, ...], spacing: tuple[float, ...]
+    volume: Float[np.ndarray, "z y x"],
+    window: tuple[float, float],
+    shape: tuple[int, ...],
+    spacing: tuple[float, ...],
+    voxel_mm: tuple[float, ...],
 ) -> Binned:
-    """Bins of equal width over a window of intensities of a `coarse` volume, which had `shape` and `spacing` before."""
+    """Bins of equal width over a window of intensities of a `coarse` volume, which had `shape` and `spacing` before.
+
+    `voxel_mm`: see `Binned`.
+    """
     step_mm = tuple(mm * factor for mm, factor in zip(spacing, _factors(shape, spacing), strict=True))
     steps = tuple(
         tuple(step for step in LADDER if step < size and (step == 1 or step * mm <= REACH_MM))
@@ -86,7 +101,7 @@ def binned(
     scaled = (volume - low) * ((NUM_BINS - 1) / max(high - low, 1e-20))
     bins = np.where(inside, np.clip(scaled, 0, NUM_BINS - 2).astype(np.uint8) + np.uint8(1), np.uint8(0))
     # climbing goes one step beyond the ladder
-    return Binned(np.pad(bins, [(max(tried, default=0) + 1,) * 2 for tried in steps]), steps, step_mm)
+    return Binned(np.pad(bins, [(max(tried, default=0) + 1,) * 2 for tried in steps]), steps, step_mm, voxel_mm)
 
 
 def offset(first: Binned, second: Binned) -> Offset | None:
@@ -104,7 +119,9 @@ def offset(first: Binned, second: Binned) -> Offset | None:
     certain = bool(reached) and not at_end and top >= CLEAR_PEAK * max(reached)
     if best != (0, 0, 0) and top < CLEAR_GAIN * zero:
         best = (0, 0, 0)
-    z, y, x = ((best[axis] + _vertex(measure, best, axis)) * mm for axis, mm in enumerate(first.step_mm))
+    mm = np.array([(best[axis] + _vertex(measure, best, axis)) * step for axis, step in enumerate(first.step_mm)])
+    mm[np.abs(mm) < MISALIGNED_VOXELS * np.maximum(first.voxel_mm, second.voxel_mm)] = 0
+    z, y, x = (float(one) for one in mm)
     return Offset((z, y, x), certain)
 
 

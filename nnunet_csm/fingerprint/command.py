@@ -8,7 +8,7 @@ import pandas as pd
 
 from nnunet_csm import nnunet
 from nnunet_csm.figures.fingerprint import State, save_fingerprint_picture
-from nnunet_csm.fingerprint.extraction import example_slices, extract
+from nnunet_csm.fingerprint.extraction import example_case, example_slices, extract
 from nnunet_csm.fingerprint.record import (
     ALL_ZERO,
     CONSTANT,
@@ -18,7 +18,9 @@ from nnunet_csm.fingerprint.record import (
     SeriesRecord,
     Subset,
     absent_series,
+    backgrounds,
     cases_of,
+    distance,
     misaligned,
     num_present,
     problems,
@@ -47,7 +49,7 @@ def fingerprint_dataset(
     print(f"{_title(fingerprint)}\n\n{summary(fingerprint).to_string()}\n")
     for line in findings(fingerprint):
         print(line)
-    print(f"\nwritten to {folder / FILE_NAME}\npicture    {folder / PICTURE_NAME}")
+    print(f"\nwritten to {folder / FILE_NAME}\npicture    {folder / PICTURE_NAME}, with {_shown(fingerprint)}")
 
 
 def take_fingerprint(
@@ -66,9 +68,9 @@ def take_fingerprint(
     raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
     subsets: tuple[Subset, ...] = ("imagesTr", "imagesTs") if test_images else ("imagesTr",)
     fingerprint = extract(raw, dataset_json, series, folder / FILE_NAME, subsets, num_processes, strict)
-    case, slices, aspect = example_slices(raw, dataset_json, fingerprint)
+    slices, aspect = example_slices(raw, dataset_json, fingerprint, example_case(fingerprint))
     states = {name: tuple(_state(record) for record in case.series.values()) for name, case in fingerprint.cases.items()}
-    save_fingerprint_picture(folder / PICTURE_NAME, _title(fingerprint), series, states, slices, case, aspect)
+    save_fingerprint_picture(folder / PICTURE_NAME, _title(fingerprint), series, states, slices, _shown(fingerprint), aspect)
     return fingerprint
 
 
@@ -79,6 +81,13 @@ def findings(fingerprint: Fingerprint) -> list[str]:
 
 def _title(fingerprint: Fingerprint) -> str:
     return f"{fingerprint.dataset}: {_cases(len(fingerprint.cases))}, {len(fingerprint.series)} series"
+
+
+def _shown(fingerprint: Fingerprint) -> str:
+    """The case of the picture, and which of its series lie off."""
+    name = example_case(fingerprint)
+    off = [f"{series} {distance(mm):.1f} mm off" for series, mm in misaligned(fingerprint).get(name, {}).items()]
+    return f"{name} ({', '.join(off)})" if off else name
 
 
 def summary(fingerprint: Fingerprint) -> pd.DataFrame:
@@ -137,11 +146,21 @@ def _reasons(case: CaseRecord) -> str:
 
 
 def _problem_lines(fingerprint: Fingerprint) -> list[str]:
-    found = problems(fingerprint)
+    found = [*_background_lines(fingerprint), *problems(fingerprint)]
     if not found:
         return ["\nno other problem"] if absent_series(fingerprint) else ["\nno problem"]
     shifted = len(misaligned(fingerprint))
     return [f"\nto look at{f' ({_cases(shifted)} misaligned)' if shifted else ''}:", *_first([f"  {line}" for line in found])]
+
+
+def _background_lines(fingerprint: Fingerprint) -> list[str]:
+    """What is said of series whose background is not 0, once for the whole dataset."""
+    lines = []
+    for name, cases in backgrounds(fingerprint).items():
+        case, value = next(iter(cases.items()))
+        lines.append(f"{name} has another background than 0 in {_cases(len(cases))}, such as {value:g} in {case}")
+    remedy = "nnU-Net and nnunet_csm take 0 for background; `nnunet_csm convert table --zero_background` shifts the values"
+    return [*lines, remedy] if lines else []
 
 
 def _first(lines: Sequence[str]) -> list[str]:

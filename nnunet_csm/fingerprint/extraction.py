@@ -31,8 +31,10 @@ from nnunet_csm.fingerprint.record import (
     CaseRecord,
     Fingerprint,
     Subset,
+    distance,
     read_fingerprint,
     save_fingerprint,
+    voxels_before,
     with_manifest,
 )
 from nnunet_csm.listing import files_in
@@ -42,6 +44,8 @@ from nnunet_csm.schema import from_dict
 
 # Cases tried for one that a reader can read.
 EXAMPLES = 20
+# Times the distance along the body, from which on the axis of the slices is told by their thickness.
+THICK = 1.2
 
 
 def extract(
@@ -70,6 +74,7 @@ def extract(
     if twice:
         raise UserError(f"{raw_folder}: case {twice[0]} is in {' and in '.join(files)} ({len(twice)} such); rename one of them")
     output.parent.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(raw_folder)
     keys = {name: _key(paths, series) for cases in files.values() for name, paths in cases.items()}
     partial = output.with_name(f"{output.name}l.partial")
     known = {**_records_of_fingerprint(output), **_records_of_partial(partial)}
@@ -77,7 +82,10 @@ def extract(
     left = {(subset, name): paths for subset, cases in files.items() for name, paths in cases.items() if name not in done}
     if left:
         reader = find_reader(dataset_json, [paths for cases in files.values() for paths in cases.values()])
-        jobs = [Job(name, subset, keys[name], paths, tuple(series), reader) for (subset, name), paths in left.items()]
+        jobs = [
+            Job(name, subset, keys[name], paths, tuple(series), reader, voxels_before(manifest, name))
+            for (subset, name), paths in left.items()
+        ]
         _write_partial(partial, done)
         progress = tqdm(total=len(keys), initial=len(done), desc="fingerprint", unit="case", disable=None)
         with (
@@ -91,7 +99,7 @@ def extract(
                 stream.flush()
                 progress.update()
     cases = name_copies({name: done[name] for name in keys}, series)
-    fingerprint = with_manifest(Fingerprint(VERSION, raw_folder.name, tuple(series), cases), read_manifest(raw_folder))
+    fingerprint = with_manifest(Fingerprint(VERSION, raw_folder.name, tuple(series), cases), manifest)
     if strict:
         _refuse_problems(fingerprint)
     save_fingerprint(fingerprint, output)
@@ -187,31 +195,40 @@ def _refuse_problems(fingerprint: Fingerprint) -> None:
         raise UserError(f"{lines[0]} ({len(lines)} such)" if len(lines) > 1 else lines[0])
 
 
-def example_slices(
-    raw_folder: Path, dataset_json: Mapping[str, Any], fingerprint: Fingerprint
-) -> tuple[str, dict[str, Float[np.ndarray, "y x"]], float]:
-    """One case to look at: its name, a slice of each series that could be read, and the height of a voxel over its width.
+def example_case(fingerprint: Fingerprint) -> str:
+    """The case to look at: that of the series furthest off others; else the first complete one; else the one with most series."""
+    return max(fingerprint.cases, key=lambda name: _worth_showing(fingerprint.cases[name]))
 
-    The first complete case, else the one with most series; the middle of what is not 0; turned to LPS where the file says how.
+
+def example_slices(
+    raw_folder: Path, dataset_json: Mapping[str, Any], fingerprint: Fingerprint, name: str
+) -> tuple[dict[str, Float[np.ndarray, "y x"]], float]:
+    """A slice of each series of the case `name` that could be read, and the height of a voxel over its width.
+
+    The middle of what is not 0 in any series of a shape; turned to LPS where the file says how. Thick slices are shown as they
+    were acquired, whatever their direction, feet down.
     """
-    name = max(fingerprint.cases, key=lambda name: _worth_showing(fingerprint.cases[name]))
     case = fingerprint.cases[name]
     files = case_files(raw_folder, case.subset, dataset_json, len(fingerprint.series))
     volumes, _, _ = read_case(files[name], fingerprint.series, find_reader(dataset_json, [files[name]]))
     slices, aspect = {}, 1.0
-    for series, volume in volumes.items():
-        voxels, spacing = _upright(volume)
-        box = nonzero_box([voxels])
-        slices[series] = np.nan_to_num(voxels[(box[0].start + box[0].stop) // 2])
-        aspect = spacing[1] / spacing[2]
-    return name, slices, aspect
+    upright = {series: _upright(volume) for series, volume in volumes.items()}
+    for series, (voxels, spacing) in upright.items():
+        box = nonzero_box([other for other, _ in upright.values() if other.shape == voxels.shape])
+        axis = int(np.argmax(spacing)) if max(spacing) > THICK * spacing[0] else 0
+        plane = np.nan_to_num(voxels.take((box[axis].start + box[axis].stop) // 2, axis=axis))
+        slices[series] = plane[::-1] if axis else plane
+        height, width = np.delete(spacing, axis)
+        aspect = float(height / width)
+    return slices, aspect
 
 
-def _worth_showing(case: CaseRecord) -> tuple[bool, int]:
-    """Cases with every series, aligned and without a problem, before others; of these, those with most series."""
+def _worth_showing(case: CaseRecord) -> tuple[float, bool, int]:
+    """The further off a series, the more; then whole cases without a problem; then those with most series."""
     records = case.series.values()
-    whole = not case.problems and all(record.absent is None and record.shift_mm is None for record in records)
-    return whole, sum(record.shape is not None for record in records)
+    furthest = max((distance(record.shift_mm) for record in records if record.shift_mm is not None), default=0.0)
+    whole = not case.problems and all(record.absent is None for record in records)
+    return furthest, whole, sum(record.shape is not None for record in records)
 
 
 def _upright(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:

@@ -41,7 +41,12 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to measure a case: `files` of its channels that are there, channel to path."""
+    """What a process needs to measure a case.
+
+    Attributes:
+        files: of its channels that are there, channel to path.
+        voxel_mm: series to the edges (z, y, x) of the voxels it was acquired with, along the axes of its file, if known.
+    """
 
     name: str
     subset: Subset
@@ -49,6 +54,7 @@ class Job:
     files: dict[int, Path]
     series: tuple[str, ...]
     reader: type[BaseReaderWriter]
+    voxel_mm: Mapping[str, tuple[float, ...]]
 
 
 def measure(job: Job) -> CaseRecord:
@@ -61,7 +67,7 @@ def measure(job: Job) -> CaseRecord:
     for group in groups:
         box = nonzero_box([volume.voxels for volume in group.values()])
         crop = tuple(part.stop - part.start for part in box)
-        records |= measure_series(group, box)
+        records |= measure_series(group, box, job.voxel_mm)
     whole = next(iter(groups[0].values())) if len(groups) == 1 and not missing else None
     return CaseRecord(
         subset=job.subset,
@@ -107,8 +113,10 @@ class _Seen:
         return (self.here != 0) & (self.beside != 0)
 
 
-def measure_series(volumes: Mapping[str, SeriesImage], box: Box) -> dict[str, SeriesRecord]:
-    """Records of series on one grid; `box` holds all that is not 0 in them."""
+def measure_series(
+    volumes: Mapping[str, SeriesImage], box: Box, voxel_mm: Mapping[str, tuple[float, ...]] | None = None
+) -> dict[str, SeriesRecord]:
+    """Records of series on one grid; `box` holds all that is not 0 in them; `voxel_mm` as in `Job`."""
     shape = tuple(part.stop - part.start for part in box)
     places, spacing = _places(shape), next(iter(volumes.values())).spacing
     records, seen = dict[str, SeriesRecord](), dict[str, _Seen]()
@@ -124,7 +132,8 @@ def measure_series(volumes: Mapping[str, SeriesImage], box: Box) -> dict[str, Se
     # copies would vote twice
     once = [name for i, name in enumerate(names) if not any(earlier in records[name].twins for earlier in names[:i])]
     if len(once) > 1:
-        grids = {name: binned(seen[name].blocks, seen[name].window, shape, spacing) for name in once}
+        own = {name: tuple(map(max, (voxel_mm or {}).get(name, spacing), spacing)) for name in once}
+        grids = {name: binned(seen[name].blocks, seen[name].window, shape, spacing, own[name]) for name in once}
         for name, (z, y, x) in shifted_series(grids).items():
             records[name] = replace(records[name], shift_mm=(_rounded(z), _rounded(y), _rounded(x)))
     return records

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_csm.errors import reason
+from nnunet_csm.fingerprint.alignment import MISALIGNED_VOXELS
 from nnunet_csm.fingerprint.record import NO_FILE, UNREADABLE
 from nnunet_csm.raw import nifti
 
@@ -137,8 +138,8 @@ def grid_problems(volumes: Mapping[str, SeriesImage]) -> list[str]:
         elif not _same_grid(volume, reference):
             found.append(f"{name} has the spacing {volume.spacing}, {reference_name} has {reference.spacing}; resample them")
         elif volume.affine is not None and reference.affine is not None:
-            apart = _apart(volume.affine, reference.affine, shape)
-            if apart > min(reference.spacing) / 2:
+            apart, in_voxels = _apart(volume.affine, reference.affine, shape)
+            if in_voxels > MISALIGNED_VOXELS:
                 found.append(
                     f"the header of {name} puts it up to {apart:.1f} mm from {reference_name}, "
                     f"and nnU-Net reads them as if they overlapped; resample them to one grid"
@@ -146,8 +147,9 @@ def grid_problems(volumes: Mapping[str, SeriesImage]) -> list[str]:
     return found
 
 
-def _apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
-    """The largest distance (mm) between where two affines put a corner of a volume of `shape` (z, y, x)."""
+def _apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
+    """How far at most two affines put a corner of a volume of `shape` (z, y, x) apart: in mm, and in voxels along an axis."""
     z, y, x = (size - 1 for size in shape)
     corners = np.array([(i, j, k, 1) for i in (0, x) for j in (0, y) for k in (0, z)])
-    return float(np.linalg.norm(corners @ (first - second).T, axis=1).max())
+    apart = corners @ (first - second)[:3].T
+    return float(np.linalg.norm(apart, axis=1).max()), float(np.abs(np.linalg.solve(second[:3, :3], apart.T)).max())

@@ -16,13 +16,11 @@ import numpy as np
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import write_text
+from nnunet_csm.raw.background import PERCENTILES, background
 from nnunet_csm.schema import from_dict
 
 FILE_NAME = "csm_fingerprint.json"
-VERSION = 1
-
-# of a series' voxels that are finite and not 0
-PERCENTILES = (0.5, *(float(p) for p in range(5, 100, 5)), 99.5)
+VERSION = 2
 
 # what is known of the distribution function, with the least and the largest value
 KNOWN = (0.0, *PERCENTILES, 100.0)
@@ -46,6 +44,11 @@ class Intensities:
 
     def at(self, percentile: float) -> float:
         return self.percentiles[PERCENTILES.index(percentile)]
+
+    @property
+    def background(self) -> float | None:
+        """The value that stands for background in place of 0, where there is one."""
+        return background(self.percentiles)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class SeriesRecord:
         foreground: share of voxels that are finite and not 0.
         intensities: None where `flat` is not.
         appearance: means of 27 blocks and mean step between neighbours, in units of the 0.5th to 99.5th percentile.
-        shift_mm: how far (z, y, x) it lies from most other series of the case, when that is clearly not zero.
+        shift_mm: how far (z, y, x) it lies from most other series of the case, when that is clearly not zero: 3 mm or more; 0
+            along an axis where it is less than half a voxel.
     """
 
     absent: str | None
@@ -170,6 +174,20 @@ def misaligned(fingerprint: Fingerprint) -> dict[str, dict[str, Millimetres]]:
     return {name: shifts for name, shifts in found.items() if shifts}
 
 
+def distance(shift: Millimetres) -> float:
+    return float(np.linalg.norm(shift))
+
+
+def backgrounds(fingerprint: Fingerprint) -> dict[str, dict[str, float]]:
+    """Series to its cases whose background is another value than 0, and that value."""
+    found: dict[str, dict[str, float]] = {name: {} for name in fingerprint.series}
+    for case, record in fingerprint.cases.items():
+        for name, one in record.series.items():
+            if one.intensities is not None and (value := one.intensities.background) is not None:
+                found[name][case] = value
+    return {name: cases for name, cases in found.items() if cases}
+
+
 def problems(fingerprint: Fingerprint) -> list[str]:
     """A line for each case and what is wrong with it; absent series that are all zero are none."""
     return [f"{name}: {problem}" for name, case in fingerprint.cases.items() for problem in _problems_of(case)]
@@ -186,8 +204,9 @@ def _problems_of(case: CaseRecord) -> Iterator[str]:
             yield f"{name} has {record.num_invalid} NaN or infinite voxels; write 0, or what belongs there"
         if record.shift_mm is not None:
             z, y, x = record.shift_mm
-            distance = float(np.linalg.norm(record.shift_mm))
-            yield f"{name} lies {distance:.1f} mm off the other series (z {z:+.1f}, y {y:+.1f}, x {x:+.1f} mm); register it"
+            voxels = ", ".join(f"{mm / edge:+.1f}" for mm, edge in zip(record.shift_mm, record.spacing or (), strict=True))
+            where = f"z {z:+.1f}, y {y:+.1f}, x {x:+.1f} mm; in voxels {voxels}"
+            yield f"{name} lies {distance(record.shift_mm):.1f} mm off the other series ({where}); register it"
     if all(record.absent is not None for record in case.series.values()):
         yield "no series at all"
 
@@ -252,6 +271,21 @@ def with_manifest(fingerprint: Fingerprint, manifest: Mapping[str, Any]) -> Fing
         for name, case in fingerprint.cases.items()
     }
     return dataclasses.replace(fingerprint, cases=cases)
+
+
+def voxels_before(manifest: Mapping[str, Any], case: str) -> dict[str, tuple[float, ...]]:
+    """Series to the edges of its own voxels (mm) along the axes (z, y, x) that its file has now, where the manifest tells."""
+    found = {}
+    try:
+        entry = manifest["cases"][case]
+        now = np.reshape(entry["after"]["direction"], (3, 3))
+        for name, record in entry["series"].items():
+            if (grid := record.get("before")) is not None:
+                nearest = np.abs(now.T @ np.reshape(grid["direction"], (3, 3))).argmax(axis=1)
+                found[name] = tuple(float(grid["spacing"][axis]) for axis in nearest[::-1])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return {}
+    return found
 
 
 def _before(manifest: Mapping[str, Any], case: str, series: str) -> Before | None:

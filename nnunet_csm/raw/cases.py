@@ -9,6 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_csm.errors import UserError, reason
+from nnunet_csm.raw.background import background_of, shifted_to_zero
 from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.grid import (
     labels_of,
@@ -17,22 +18,24 @@ from nnunet_csm.raw.grid import (
     refuse_doubtful_places,
     refuse_loss,
     refuse_misplaced,
-    register_rigidly,
     resampled,
 )
+from nnunet_csm.raw.registration import Registration, register_rigidly
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Volume
-from nnunet_csm.raw.volumes import Look, described, is_empty, look_of, read_volume, read_volumes, refuse_constant, sha256
+from nnunet_csm.raw.volumes import Look, described, is_empty, look_of, read_volume, read_volumes, refuse_constant, scan_of, sha256
 
 FILE_ENDING = ".nii.gz"
 
 
-def write_case(case: Case, dataset: Dataset, folder: Path, reference: str, register: bool) -> dict[str, Any] | str:
+def write_case(
+    case: Case, dataset: Dataset, folder: Path, reference: str, register: bool, zero_background: bool
+) -> dict[str, Any] | str:
     """Write a case and return its entry in the manifest, or the reason why it cannot be used; then nothing of it is written.
 
     Whatever libraries raise on the images of a case is a reason to leave out that case, not to end all others.
     """
     try:
-        images, label, entry = _on_one_grid(case, dataset, reference, register)
+        images, label, entry = _on_one_grid(case, dataset, reference, register, zero_background)
     except CaseError as error:
         return str(error)
     except Exception as error:
@@ -49,7 +52,7 @@ def write_case(case: Case, dataset: Dataset, folder: Path, reference: str, regis
 
 
 def _on_one_grid(
-    case: Case, dataset: Dataset, reference: str, register: bool
+    case: Case, dataset: Dataset, reference: str, register: bool, zero_background: bool
 ) -> tuple[dict[str, sitk.Image], sitk.Image | None, dict[str, Any]]:
     """Every series of the dataset, the label image (None without masks) and the entry in the manifest."""
     names = [name for name in dataset.series if name in case.images]
@@ -59,12 +62,20 @@ def _on_one_grid(
         raise CaseError(
             "every image is all zero, that is, missing" if images else "the case has no image; add one, or leave it out"
         )
+    for name, image in present.items():
+        refuse_constant(image, case.images[name])
+    backgrounds = {name: value for name, image in present.items() if (value := background_of(image)) is not None}
+    if zero_background:
+        present |= {name: shifted_to_zero(present[name], value) for name, value in backgrounds.items()}
     grids = {name: Grid.of(image) for name, image in present.items()}
     reference_name = reference_series(grids, reference)
     grid = grids[reference_name]
     looks = {name: look_of(case.images[name], image) for name, image in present.items()}
     refuse_doubtful_places({name: (described(case.images[name]), look) for name, look in looks.items()})
-    transforms: dict[str, sitk.Transform] = {}
+    for name in present:
+        refuse_misplaced(grids[name], grid, described(case.images[name]), reference_name)
+    registrations = _registered(case, present, reference_name) if register else {}
+    transforms = {name: found.transform for name, found in registrations.items() if not found.refused}
     records: dict[str, dict[str, Any]] = {}
     results: dict[str, sitk.Image] = {}
     for name in dataset.series:
@@ -73,16 +84,13 @@ def _on_one_grid(
             results[name] = grid.zeros()
             records[name] = {**(_origin(case.images[name], images[name]) if name in images else {}), "done": f"zeros: {why}"}
             continue
-        refuse_constant(present[name], case.images[name])
         records[name] = {**_origin(case.images[name], present[name]), "header": list(looks[name].remarks)}
         if name != reference_name:
-            refuse_misplaced(grids[name], grid, described(case.images[name]), reference_name)
             records[name]["overlap"] = round(grids[name].overlap(grid), 3)
-            if register:
-                registration = register_rigidly(present[name], present[reference_name])
-                records[name]["registration"] = registration.to_dict()
-                if not registration.refused:
-                    transforms[name] = registration.transform
+        if name in backgrounds:
+            records[name]["background"] = {"value": backgrounds[name], "shifted_to_zero": zero_background}
+        if name in registrations:
+            records[name]["registration"] = registrations[name].to_dict()
         results[name] = resampled(present[name], grid, transform=transforms.get(name))
         records[name]["done"] = _done(grids[name], grid, "linearly", name in transforms)
         if is_empty(results[name]):
@@ -98,6 +106,25 @@ def _on_one_grid(
         "masks": mask_records,
     }
     return results, label, entry
+
+
+def _registered(case: Case, images: Mapping[str, sitk.Image], reference_name: str) -> dict[str, Registration]:
+    """Every series but the reference, those of one grid and one scan together."""
+    grids = {name: Grid.of(image) for name, image in images.items()}
+    scans = {name: scan_of(case.images[name]) for name in images}
+    groups: list[dict[str, sitk.Image]] = []
+    for name, image in images.items():
+        if name == reference_name:
+            continue
+        for group in groups:
+            first = next(iter(group))
+            if grids[name].same_as(grids[first]) and scans[name] == scans[first]:
+                group[name] = image
+                break
+        else:
+            groups.append({name: image})
+    found = [register_rigidly(group, images[reference_name]) for group in groups]
+    return {name: one for of_group in found for name, one in of_group.items()}
 
 
 def _painted(
@@ -131,7 +158,7 @@ def _painted(
 
 def _origin(volume: Volume, image: sitk.Image) -> dict[str, Any]:
     """Where a volume came from, and its grid there."""
-    path = volume.path.resolve()
+    path = volume.path.absolute()  # not where a link leads: git-annex has keys there, not names
     status = path.stat()
     digest = _cached_sha256(path, status.st_size, status.st_mtime_ns)
     return {"source": str(path), "index": volume.index, "sha256": digest, "before": Grid.of(image).to_dict()}

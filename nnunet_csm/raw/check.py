@@ -116,7 +116,8 @@ def _checked(
     if problems:
         raise UserError(_first(problems))
     count = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
-    lines = [f"{count} in {folder}: all have {', '.join(names)}{' and a label' if cases[0].label else ''}"]
+    label = " and a label" if cases[0].label else ""
+    lines = [f"{count} in {folder}, each with files of {', '.join(names)} (all zero where it lacks the series){label}"]
     mixed = [] if turns else list(_mixed_orientations(first_headers))
     return [*lines, *(_first(some) for some in (notes, remarks, mixed) if some)]
 

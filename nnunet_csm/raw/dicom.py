@@ -64,6 +64,15 @@ def series_name(folder: Path) -> str | None:
     return name_from_attributes(frames[len(frames) // 2].attributes)
 
 
+def study_and_frame(folder: Path) -> tuple[str, str]:
+    """UIDs of the study and of the frame of reference of the series in `folder`; empty where it does not say.
+
+    Series that share both were taken of a patient who lay there all the while. Raises `CaseError`.
+    """
+    header = next(iter(series_in(folder).values()))[0]
+    return str(header.get("StudyInstanceUID", "")), str(header.get("FrameOfReferenceUID", ""))
+
+
 def _only_series(folder: Path) -> list[Frame]:
     """Slices of the only series in `folder` itself (not its subfolders)."""
     if not folder.is_dir():

@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from nnunet_csm.errors import reason
-from nnunet_csm.listing import is_lfs_pointer
+from nnunet_csm.listing import file_problem, pointer_of
 from nnunet_csm.raw.dicom_names import KEYWORDS
 from nnunet_csm.raw.subjects import CaseError
 
@@ -87,7 +87,7 @@ def series_in(folder: Path) -> dict[str, list[Dataset]]:
     others: list[Path] = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.exists():
-            raise CaseError(f"{path} is a link to a file that is not there; is the copy complete?")
+            raise CaseError(str(file_problem(path)))
         if path.name.startswith(".") or path.is_dir():
             continue
         header = _careful(path, _header) if path.is_file() else None  # a pipe is never opened
@@ -95,6 +95,8 @@ def series_in(folder: Path) -> dict[str, list[Dataset]]:
             found[str(header.get("SeriesInstanceUID", ""))].append(header)
         elif not (path.is_file() and _careful(path, _is_whole)):
             others.append(path)
+    if not found and (pointers := [path for path in others if path.is_file() and pointer_of(path)]):
+        raise CaseError(str(file_problem(pointers[0])))
     endings = {_ending(Path(str(header.filename))) for headers in found.values() for header in headers}
     if odd := [path for path in others if _ending(path) in endings]:
         more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
@@ -121,8 +123,8 @@ def _described(path: Path) -> str:
         return "a device, a pipe or a socket"
     with path.open("rb") as stream:
         start = stream.read(16)
-    if is_lfs_pointer(path):
-        return "a pointer of Git LFS (git lfs pull gets the file)"
+    if pointer := pointer_of(path):
+        return f"a pointer of {pointer[0]} ({pointer[1]} gets the file)"
     return f"no DICOM, or cut off (it begins with {start!a})" if start else "empty"
 
 

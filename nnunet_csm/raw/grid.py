@@ -1,13 +1,10 @@
 """The series and masks of a case on one grid: which grid, how a volume gets there, when a header cannot be believed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_csm.errors import reason
 from nnunet_csm.raw.geometry import SAME_GRID, Grid, described_misfit
 from nnunet_csm.raw.subjects import CaseError, Mask
 from nnunet_csm.raw.volumes import Look, described
@@ -18,15 +15,6 @@ FINEST = "finest"
 MIN_OVERLAP = 0.1
 # The most of a mask's volume (mm3) that a grid may lose.
 MAX_LOSS = 0.1
-
-# Registration: two series of one sitting differ by a movement of the patient. A larger one is a wrong optimum.
-MAX_SHIFT, MAX_ROTATION = 20.0, 15.0  # mm, degrees
-MIN_GAIN = 0.01  # of the mutual information, relative: for less, no voxel is interpolated
-REGISTRATION_SEED = 12345
-REGISTRATION_SAMPLING = 0.5  # share of the voxels
-REGISTRATION_LEVELS = (4.0, 2.0)  # mm: both series are averaged to about this before a level
-CLIPPED = (1.0, 99.0)  # percentiles of the voxels that are not zero: a few bright ones would take most bins of a histogram
-NUM_BINS = 32
 
 
 def reference_series(grids: Mapping[str, Grid], reference: str) -> str:
@@ -167,124 +155,3 @@ def refuse_loss(before: sitk.Image, after: sitk.Image, what: str) -> None:
     if volume - left > max(MAX_LOSS * volume, voxel):  # one voxel may always be rounded away
         msg = f"{what}: {left:.0f} of {volume:.0f} mm3 are left on the grid of the images, expected at least {1 - MAX_LOSS:.0%}; "
         raise CaseError(msg + remedy)
-
-
-# --- registration ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What the rigid registration of a series found.
-
-    Attributes:
-        transform: takes points of the reference to points of the series (mm).
-        before, after: mutual information (nats) by header and with the transform.
-        refused: why the series is left where its header puts it; empty when the transform is used.
-    """
-
-    transform: sitk.Euler3DTransform
-    before: float
-    after: float
-    refused: str
-
-    @property
-    def degrees(self) -> tuple[float, ...]:
-        angles = (self.transform.GetAngleX(), self.transform.GetAngleY(), self.transform.GetAngleZ())
-        return tuple(float(np.degrees(angle)) for angle in angles)
-
-    @property
-    def shift(self) -> tuple[float, ...]:
-        """mm (x, y, z), of the centre of rotation."""
-        return tuple(self.transform.GetTranslation())
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "used": not self.refused,
-            "refused": self.refused,
-            "rotation_degrees": list(self.degrees),
-            "translation_mm": list(self.shift),
-            "centre_mm": list(self.transform.GetCenter()),
-            "mutual_information_by_header": self.before,
-            "mutual_information_registered": self.after,
-        }
-
-
-def register_rigidly(moving: sitk.Image, fixed: sitk.Image) -> Registration:
-    """Rigid registration from where the headers put the two, by Mattes' mutual information, coarse to fine.
-
-    The same images give the same transform. It is to be used only when it is better than the headers, on the
-    part of the reference that both see, and no larger than a patient's movement; `refused` says why not.
-    """
-    middle = (np.array(fixed.GetSize()) - 1) / 2
-    by_header = sitk.Euler3DTransform()
-    by_header.SetCenter(fixed.TransformContinuousIndexToPhysicalPoint(middle.tolist()))
-    transform = sitk.Euler3DTransform(by_header)
-    fixed, moving = _clipped(fixed), _clipped(moving)
-    num_threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # sums, and with them the path, depend on the number of threads
-    try:
-        for level in REGISTRATION_LEVELS:
-            coarse_fixed, coarse_moving = _averaged(fixed, level), _averaged(moving, level)
-            method = _method(transform)
-            # steps in mm; with the default relaxation of 0.5 rotations stop degrees too early
-            method.SetOptimizerAsRegularStepGradientDescent(
-                learningRate=level / 2,
-                minStep=level / 400,
-                numberOfIterations=200,
-                relaxationFactor=0.8,
-                gradientMagnitudeTolerance=1e-7,
-            )
-            method.SetOptimizerScalesFromPhysicalShift()
-            method.Execute(coarse_fixed, coarse_moving)
-        # Parts that leave the field of view must not count for or against either
-        seen = _covered(coarse_fixed, coarse_moving, by_header) * _covered(coarse_fixed, coarse_moving, transform)
-        before, after = (_mutual_information(coarse_fixed, coarse_moving, t, seen) for t in (by_header, transform))
-    except RuntimeError as error:  # such as no sample left in the moving series
-        return Registration(transform, 0.0, 0.0, f"it failed ({reason(error)})")
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(num_threads)
-    return Registration(transform, before, after, _refusal(Registration(transform, before, after, refused="")))
-
-
-def _refusal(found: Registration) -> str:
-    if found.after <= found.before * (1 + MIN_GAIN):
-        return "no better than the headers"
-    shift, rotation = float(np.linalg.norm(found.shift)), max(map(abs, found.degrees))
-    if shift > MAX_SHIFT or rotation > MAX_ROTATION:
-        return f"{shift:.0f} mm and {rotation:.0f} degrees are no movement of a patient"
-    return ""
-
-
-def _method(transform: sitk.Euler3DTransform) -> sitk.ImageRegistrationMethod:
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(NUM_BINS)
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(REGISTRATION_SAMPLING, REGISTRATION_SEED)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetInitialTransform(transform, inPlace=True)
-    return method
-
-
-def _mutual_information(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Euler3DTransform, seen: sitk.Image) -> float:
-    method = _method(sitk.Euler3DTransform(transform))
-    method.SetMetricFixedMask(seen)
-    return -float(method.MetricEvaluate(fixed, moving))
-
-
-def _covered(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Euler3DTransform) -> sitk.Image:
-    """1 where a voxel of `fixed` lies in the field of view of `moving`."""
-    everywhere = sitk.Cast(moving * 0 + 1, sitk.sitkUInt8)
-    return resampled(everywhere, Grid.of(fixed), nearest=True, transform=transform)
-
-
-def _clipped(image: sitk.Image) -> sitk.Image:
-    voxels = sitk.GetArrayViewFromImage(image)
-    low, high = (float(limit) for limit in np.percentile(voxels[voxels != 0], CLIPPED))
-    return sitk.Clamp(sitk.Cast(image, sitk.sitkFloat32), sitk.sitkFloat32, min(low, 0.0), high)
-
-
-def _averaged(image: sitk.Image, edge: float) -> sitk.Image:
-    """Over blocks of about `edge` mm along every axis: a thick axis stays as it is, and four voxels are left of each."""
-    sides = zip(image.GetSpacing(), image.GetSize(), strict=True)
-    factors = [max(1, min(round(edge / spacing), size // 4)) for spacing, size in sides]
-    return sitk.BinShrink(image, factors)

@@ -21,20 +21,22 @@ DONE = {
     "registered": "registered",
     "zeros:": "missing, written as zeros",
 }
+NOT_ZERO = "has another background than 0, which nnU-Net and this package take for it (--zero_background shifts it)"
 NUM_LISTED = 10  # cases named in the summary; left_out.csv has all
 
 
 def save_manifest(
-    folder: Path, name: str, reference: str, register: bool, entries: Mapping[str, Any], left_out: Mapping[str, str]
+    folder: Path, name: str, how: Mapping[str, Any], entries: Mapping[str, Any], left_out: Mapping[str, str]
 ) -> None:
-    """Write down how the dataset `name` was made; `entries` are those of `cases.write_case`, by case."""
+    """Write down `how` the dataset `name` was made; `entries` are those of `cases.write_case`, by case."""
     manifest = {
         "dataset": name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "software": software(),
         "axes": "x, y, z in mm, as in SimpleITK",
-        "reference": reference,
-        "registered": register,
+        "reference": how["reference"],
+        "registered": how["register"],
+        "zero_background": how["zero_background"],
         "cases": entries,
         "left_out": left_out,
     }
@@ -71,8 +73,15 @@ def summary(entries: Mapping[str, Mapping[str, Any]], series: Sequence[str]) -> 
         yield f"  {name}: {', '.join(f'{counts[word]} {what}' for word, what in DONE.items() if counts[word])}"
         if all_zero := [case for case, record in records.items() if "all zero" in record["done"]]:
             yield f"  {name} is all zero, taken as missing: {_listed(all_zero)}"
-        refusals = {case: record.get("registration", {}).get("refused") for case, record in records.items()}
-        if refused := [f"{case} ({why})" for case, why in refusals.items() if why]:
+        backgrounds = {case: record["background"] for case, record in records.items() if "background" in record}
+        if backgrounds:
+            shifted = all(one["shifted_to_zero"] for one in backgrounds.values())
+            values = [f"{case} ({one['value']:g})" for case, one in backgrounds.items()]
+            yield f"  {name} {'was shifted from another background to 0' if shifted else NOT_ZERO}: {_listed(values)}"
+        moves = {case: record["registration"] for case, record in records.items() if "registration" in record}
+        if moved := [f"{case} ({_moved(move, name)})" for case, move in moves.items() if move["used"]]:
+            yield f"  {name} moved onto the reference: {_listed(moved)}"
+        if refused := [f"{case} ({move['refused']}{_shared(move, name)})" for case, move in moves.items() if not move["used"]]:
             yield f"  {name} left where the header puts it, registration refused: {_listed(refused)}"
 
     masks = {case: entry["masks"] for case, entry in entries.items() if entry["masks"]}
@@ -88,6 +97,18 @@ def summary(entries: Mapping[str, Mapping[str, Any]], series: Sequence[str]) -> 
                 headers.setdefault(remark, []).append(f"{case} ({Path(record['source']).name})")
     for remark, files in headers.items():
         yield f"  header {remark}: {_listed(files)}"
+
+
+def _moved(move: Mapping[str, Any], name: str) -> str:
+    """How far a series was moved, and whose transform it is where series of one scan share it."""
+    length = sum(mm**2 for mm in move["translation_mm"]) ** 0.5
+    degrees = max(abs(angle) for angle in move["rotation_degrees"])
+    return f"{length:.1f} mm, {degrees:.1f} degrees{_shared(move, name)}"
+
+
+def _shared(move: Mapping[str, Any], name: str) -> str:
+    others = [one for one in move["together"] if one != name]
+    return f"; together with {', '.join(others)}, of one scan, by the transform of {move['found_with']}" if others else ""
 
 
 def _listed(names: Sequence[str]) -> str:

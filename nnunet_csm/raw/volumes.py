@@ -163,6 +163,15 @@ def look_of(volume: Volume, image: sitk.Image) -> Look:
     return Look(image.GetSize()[::-1], (Grid.of(image),)) if volume.path.is_dir() else look_at(volume.path)
 
 
+def scan_of(volume: Volume) -> tuple[str, ...]:
+    """What tells scans apart whose series share a grid: study and frame of reference of a DICOM folder; () of a file."""
+    if not volume.path.is_dir():
+        return ()
+    from nnunet_csm.raw.dicom import study_and_frame
+
+    return study_and_frame(volume.path)
+
+
 def straight_grid_of(image: sitk.Image | sitk.ImageFileReader, path: Path) -> Grid:
     """Where an image lies. Raises `CaseError` when its axes are far from right angles, or its geometry is no geometry."""
     grid = Grid.of(image)

@@ -59,6 +59,7 @@ def write_dataset(
     raw_folder: Path,
     reference: str = FINEST,
     register: bool = False,
+    zero_background: bool = False,
     overwrite: bool = False,
     strict: bool = False,
     num_processes: int | None = None,
@@ -75,6 +76,7 @@ def write_dataset(
         raw_folder: nnU-Net's `nnUNet_raw`.
         reference: the series whose grid a case gets, or "finest".
         register: move every series rigidly onto the reference where that helps, beyond what the headers say.
+        zero_background: shift the values of series whose background is not 0, so that it is.
         overwrite: replace a dataset of this name, once the new one is complete.
         strict: a case that cannot be used ends the conversion; otherwise it is left out.
         num_processes: that convert cases at the same time; each holds one case in memory. All cores, 8 at most, when None.
@@ -96,7 +98,8 @@ def write_dataset(
     with whole_folder(final, overwrite) as folder:
         for kind in _subfolders(cases, dataset):
             (folder / kind).mkdir()
-        convert = partial(write_case, dataset=dataset, folder=folder, reference=reference, register=register)
+        how: dict[str, Any] = {"reference": reference, "register": register, "zero_background": zero_background}
+        convert = partial(write_case, dataset=dataset, folder=folder, **how)
         entries, unusable = _convert_all(convert, cases, strict, num_processes or min(8, num_cores()))
         written = [case for case in cases if case.identifier in entries]
         if not written:
@@ -104,7 +107,7 @@ def write_dataset(
             raise UserError(msg)
         left_out = {**left_out, **unusable}
         lines = _write_tables(folder, written, dataset, left_out)
-        save_manifest(folder, dataset.name, reference, register, entries, left_out)
+        save_manifest(folder, dataset.name, how, entries, left_out)
         num_training = sum(not case.test for case in written)
         if dataset.labels and num_training:
             check_dataset(folder)
