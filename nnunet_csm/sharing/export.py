@@ -74,7 +74,7 @@ def export_weights(request: ExportRequest) -> list[str]:
         write_text(folder / CARD, card(described, path.parent, sum(tensor.numel() for tensor in weights.values())))
         size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
         names = ", ".join(sorted(file.name for file in folder.iterdir()))
-    lines = [f"{request.output}: a {kind} ({described.method}) of {path}; {names}; {size:.1f} MiB"]
+    lines = [f"{request.output}: {kind} ({described.method}) of {path}; {names}; {size:.1f} MiB"]
     if not request.case_names:
         lines.append(
             "Names of cases and paths of this machine are left out; the names of the datasets, and what is said of them, are in"
