@@ -83,6 +83,6 @@ if __name__ == "__main__":
         package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
-        extras_require={"test": [*TEST_REQUIRES, SLURM, HUB], "slurm": [SLURM], "hub": [HUB], "onnx": ONNX},
+        extras_require={"test": [*TEST_REQUIRES, SLURM, HUB, *ONNX], "slurm": [SLURM], "hub": [HUB], "onnx": ONNX},
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nnunet_csm.errors import UserError, reason
@@ -85,8 +85,9 @@ def write(folder: Path, kind: str, method: str, saved: Mapping[str, Any], weight
         weights: of the network.
         others: `onnx` of the description.
     """
-    # safetensors refuses what shares memory, as tied weights do
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}, str(folder / WEIGHTS))
+    # safetensors refuses what shares memory, as tied weights do, and writes files that nobody else may read
+    alone = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    (folder / WEIGHTS).write_bytes(save(alone))
     plain = json.loads(json.dumps(saved))
     hashes = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     content = {"format": "nnunet_csm", "version": VERSION, "kind": kind, "method": method, "images": images_of(plain)}

@@ -17,7 +17,8 @@ from nnunet_csm import checkpoint
 from nnunet_csm.cli import main
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import build_encoder
-from nnunet_csm.model.transfer import read_encoder, transfer
+from nnunet_csm.model.transfer import HOW_WEIGHTS_BEGAN, read_encoder, transfer
+from nnunet_csm.planning.presets import read_preset
 from nnunet_csm.plans import Architecture, EncoderSettings
 from nnunet_csm.sharing.bm_mae import bring_in, entries_in_our_order
 
@@ -143,6 +144,12 @@ def test_a_network_of_the_same_size_starts_from_them_and_no_other(tmp_path: Path
         other = Architecture(("T2w", "FLAIR"), (1, 0), encoder=options, **size)
         with pytest.raises(UserError, match=r"encoder\.(mlp_ratio|positions)"):
             transfer(pretrained, build_encoder(other), other)
+
+
+def test_the_preset_plans_a_network_that_takes_them() -> None:
+    options = read_preset("bm_mae").network["encoder"]
+    published = bring_in(their_weights(), "here").arch_kwargs["encoder"]
+    assert {name: value for name, value in options.items() if name not in HOW_WEIGHTS_BEGAN} == published
 
 
 Change = Callable[[Weights], object]

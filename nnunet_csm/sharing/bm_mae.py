@@ -24,6 +24,7 @@ from nnunet_csm.model.vit import Positions
 SERIES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1ce", "t2": "T2w"}
 WIDTH_OF_HEAD = 64  # of the published network; no weight tells it
 SPACING = (1.0, 1.0, 1.0)
+DATA = "gliomas of BraTS 2021, says the paper (arXiv 2505.00568); nothing in the file tells"
 PATCH = "patch_embedding"
 # of a block: their name, our name, whether its rows are entries of a token, and whether its columns are
 OF_A_BLOCK = (

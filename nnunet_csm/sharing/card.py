@@ -36,13 +36,14 @@ LICENCE = """**TO BE CHOSEN by whoever passes these weights on**, here and in `l
 patients agreed to, decides. The software that reads them is Apache-2.0."""
 
 
-def card(described: Description, fold_folder: Path | None, num_weights: int) -> str:
+def card(described: Description, num_weights: int, fold_folder: Path | None = None, licence: str = LICENCE) -> str:
     """The text of README.md.
 
     Args:
         described: the weights.
-        fold_folder: where the training that they are of left its figures, if it was one of ours.
         num_weights: how many numbers there are.
+        fold_folder: where the training that they are of left its figures, if it was one of ours.
+        licence: what is known of it.
     """
     images, saved = described.images, described.checkpoint
     plans = saved["init_args"]["plans"]
@@ -51,7 +52,7 @@ def card(described: Description, fold_folder: Path | None, num_weights: int) -> 
     network = plans["configurations"][saved["init_args"]["configuration"]]["architecture"]["arch_kwargs"]
     facts = {
         "network": f"encoder {network['width']} wide and {network['depth']} deep; {num_weights:,} numbers in all",
-        "learned by": f"{described.method}; {saved['trainer_name']}, fold {saved['init_args']['fold']}",
+        "learned by": f"{described.method}; {saved['trainer_name']}, fold {saved['init_args'].get('fold')}",
         "series": ", ".join(f"{name} (channel {channel})" for name, channel in images["channels"].items()),
         "spacing (z, y, x)": f"{spacing} mm",
         "patch and token": f"{patch} and {token} voxels",
@@ -71,7 +72,7 @@ def card(described: Description, fold_folder: Path | None, num_weights: int) -> 
         "Data": data_of(described),
         "Figures": "\n\n".join(figures) or "None stood beside the weights.",
         "Use": USE,
-        "Licence": LICENCE,
+        "Licence": licence,
     }
     head = "---\nlicense: other\nlibrary_name: nnunet_csm\ntags: [medical, mri, nnunet, 3d]\n---"
     title = f"# {described.kind.capitalize()} of {', '.join(images['series'])}"
@@ -123,4 +124,4 @@ def shown_interval(metric: Mapping[str, float | None]) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)])

@@ -71,7 +71,7 @@ def export_weights(request: ExportRequest) -> list[str]:
             others["onnx"] = write_onnx(kind, told, weights, folder / "model.onnx")
         weights_folder.write(folder, kind, method_of(saved, str(path)), told, weights, **others)
         described = weights_folder.describe(folder)
-        write_text(folder / CARD, card(described, path.parent, sum(tensor.numel() for tensor in weights.values())))
+        write_text(folder / CARD, card(described, sum(tensor.numel() for tensor in weights.values()), path.parent))
         size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
         names = ", ".join(sorted(file.name for file in folder.iterdir()))
     lines = [f"{request.output}: {kind} ({described.method}) of {path}; {names}; {size:.1f} MiB"]
@@ -86,10 +86,11 @@ def export_weights(request: ExportRequest) -> list[str]:
 def _checkpoint(request: ExportRequest) -> Path:
     request = request.of_trained_folds()
     paths = [request.model / f"fold_{fold}" / request.checkpoint_name for fold in request.folds]
+    there = [path.parent.name.removeprefix("fold_") for path in paths if path.is_file()]
+    if not there:
+        raise UserError(f"{paths[0]}: no such checkpoint; train it, or name another with -tr, -p, -f and -chk")
     if len(paths) > 1:
-        there = [path.parent.name.removeprefix("fold_") for path in paths if path.is_file()]
-        found = f"folds {', '.join(there)} are trained" if there else "no fold is trained"
-        raise UserError(f"{request.model}: {found}, expected one; name it with -f")
+        raise UserError(f"{request.model}: folds {', '.join(there)} are trained, expected one; name it with -f")
     return paths[0]
 
 

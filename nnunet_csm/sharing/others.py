@@ -45,7 +45,10 @@ def import_weights(origin: str, path: Path, output: Path, overwrite: bool = Fals
         "architecture": {"network_class_name": NETWORK_CLASS, "arch_kwargs": kwargs, "_kw_requires_import": []},
     }
     plans = {"dataset_name": origin, "plans_name": origin, "configurations": {"3d_fullres": entry}}
-    dataset_json = {"channel_names": {str(number): name for number, name in enumerate(kwargs["series"])}}
+    dataset_json = {
+        "channel_names": {str(number): name for number, name in enumerate(kwargs["series"])},
+        "description": bm_mae.DATA,
+    }
     init_args = {"plans": plans, "configuration": "3d_fullres", "fold": "all", "dataset_json": dataset_json}
     saved = {"init_args": init_args, "trainer_name": origin, "series": kwargs["series"]}
     weights = {f"encoder.{name}": tensor for name, tensor in brought.weights.items()}
@@ -54,7 +57,7 @@ def import_weights(origin: str, path: Path, output: Path, overwrite: bool = Fals
         # as every later reader does
         read_encoder(str(folder))
         described = weights_folder.describe(folder)
-        write_text(folder / CARD, card(described, None, sum(tensor.numel() for tensor in weights.values())))
+        write_text(folder / CARD, card(described, sum(tensor.numel() for tensor in weights.values()), licence=KNOWN[origin]))
     words = {"tensors": len(theirs), "taken over": len(theirs) - len(brought.left_out), "left out": len(brought.left_out)}
     return [
         f"{output}: {', '.join(f'{number} {what}' for what, number in words.items())} (its class token, its decoder)",
