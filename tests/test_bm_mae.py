@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,13 +52,21 @@ def their_weights() -> Weights:
         weights[f"{start}.position_embeddings"] = their_positions()
         weights[f"{start}.patch_embeddings.weight"] = draw(WIDTH, 1, EDGE, EDGE, EDGE)
         weights[f"{start}.patch_embeddings.bias"] = draw(WIDTH)
-    shapes = {"mlp.linear1": (HIDDEN, WIDTH), "mlp.linear2": (WIDTH, HIDDEN), "attn.out_proj": (WIDTH, WIDTH)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "mlp.linear1": (HIDDEN, WIDTH),
+        "mlp.linear2": (WIDTH, HIDDEN),
+        "attn.out_proj": (WIDTH, WIDTH),
+    }
     shapes |= {"attn.qkv": (3 * WIDTH, WIDTH), "norm1": (WIDTH,), "norm2": (WIDTH,)}
     for number in range(DEPTH):
         for name, shape in shapes.items():
             weights[f"blocks.{number}.{name}.weight"] = draw(*shape) * (0.2 if "norm" in name else 1) + ("norm" in name)
             weights[f"blocks.{number}.{name}.bias"] = 0.1 * draw(shape[0])
     return weights | {"norm.weight": 1 + 0.2 * draw(WIDTH), "norm.bias": 0.1 * draw(WIDTH)}
+
+
+def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, (WIDTH,), weight, bias)
 
 
 def their_features(weights: Weights, volumes: dict[str, Tensor]) -> Tensor:
@@ -75,12 +84,12 @@ def their_features(weights: Weights, volumes: dict[str, Tensor]) -> Tensor:
             name: [weights[f"blocks.{number}.{name}.{what}"] for what in ("weight", "bias")]
             for name in ("norm1", "norm2", "attn.qkv", "attn.out_proj", "mlp.linear1", "mlp.linear2")
         }
-        qkv = F.linear(F.layer_norm(x, (WIDTH,), *of["norm1"]), *of["attn.qkv"])
+        qkv = F.linear(normed(x, *of["norm1"]), *of["attn.qkv"])
         query, key, value = rearrange(qkv, "b k (three h d) -> three b h k d", three=3, h=HEADS)
         attention = (query @ key.mT / math.sqrt(WIDTH // HEADS)).softmax(-1)
         x = x + F.linear(rearrange(attention @ value, "b h k d -> b k (h d)"), *of["attn.out_proj"])
-        x = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (WIDTH,), *of["norm2"]), *of["mlp.linear1"])), *of["mlp.linear2"])
-    return F.layer_norm(x, (WIDTH,), weights["norm.weight"], weights["norm.bias"])[0].unflatten(0, (len(volumes), -1))
+        x = x + F.linear(F.gelu(F.linear(normed(x, *of["norm2"]), *of["mlp.linear1"])), *of["mlp.linear2"])
+    return normed(x, weights["norm.weight"], weights["norm.bias"])[0].unflatten(0, (len(volumes), -1))
 
 
 def bring(weights: Weights, tmp_path: Path, name: str = "bmmae.pth") -> Path:
@@ -134,7 +143,14 @@ def test_an_encoder_by_itself_other_series_and_safetensors_will_do(tmp_path: Pat
 def test_a_network_of_the_same_size_starts_from_them_and_no_other(tmp_path: Path) -> None:
     pretrained = read_encoder(str(bring(their_weights(), tmp_path)))
     options = EncoderSettings(positions="mae", embedding="by_series", mlp_ratio=2.0, query_key_gain=0.0)
-    size = {"token_size": (4, 4, 4), "width": WIDTH, "depth": DEPTH, "num_heads": HEADS, "features": 4, "drop_path": 0.0}
+    size: dict[str, Any] = {
+        "token_size": (4, 4, 4),
+        "width": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "features": 4,
+        "drop_path": 0.0,
+    }
     fits = Architecture(("T2w", "FLAIR"), (1, 0), encoder=options, **size)
     encoder = build_encoder(fits)
     transfer(pretrained, encoder, fits)

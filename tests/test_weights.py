@@ -331,7 +331,12 @@ def test_something_is_fetched_where_that_was_asked_for_and_only_what_executes_no
 ) -> None:
     asked: list[dict[str, Any]] = []
     folder = export("encoder")[1]
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append(options) or str(folder))
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append(options)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.setattr("nnunet_csm.planning.preprocessing.check_plans", lambda *_, **__: "Dataset001_Tiny")
     monkeypatch.setattr("nnunet_csm.commands._run_ranks", lambda *_: None)
     monkeypatch.setenv("nnUNet_csm_encoder", "")
