@@ -32,6 +32,7 @@ INSTALL_REQUIRES = [
     "scikit-image>=0.22,<0.27",  # PSNR and SSIM of what pretrainings rebuild; nnunetv2 brings it along
     "scikit-learn>=1.4,<2",  # folds by patient; which of two equal series is the original
     "tqdm>=4.66,<5",  # progress of the longer steps
+    "safetensors>=0.4.3,<1",  # weights from and for others, which execute nothing; timm brings it along
 ]
 
 TEST_REQUIRES = [
@@ -47,6 +48,12 @@ TEST_REQUIRES = [
 
 
 SLURM = "submitit>=1.5,<2"  # runs of a study as jobs of a cluster
+HUB = "huggingface_hub>=0.30,<3"  # the local cache of Hugging Face's hub; timm brings it along
+ONNX = [
+    "onnx>=1.17,<2",  # the format, for torch's exporter
+    "onnxscript>=0.2,<1",  # torch's exporter is written with it
+    "onnxruntime>=1.20,<2",  # every exported model is run and compared
+]
 
 
 def version() -> str:
@@ -76,6 +83,6 @@ if __name__ == "__main__":
         package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
-        extras_require={"test": [*TEST_REQUIRES, SLURM], "slurm": [SLURM]},
+        extras_require={"test": [*TEST_REQUIRES, SLURM, HUB, *ONNX], "slurm": [SLURM], "hub": [HUB], "onnx": ONNX},
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},
     )

@@ -26,7 +26,7 @@ def read(path: str, spacing: tuple[float, float, float]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="of pretraining or fine-tuning")
+    parser.add_argument("checkpoint", help="of pretraining or fine-tuning, or a folder of export_weights")
     parser.add_argument("images", nargs="+", metavar="SERIES=FILE", help="one or more series of one patient")
     parser.add_argument("-o", default="features.pt", help="default: features.pt")
     args = parser.parse_args()

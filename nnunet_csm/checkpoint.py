@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnunet_csm import __version__
+from nnunet_csm import __version__, weights_folder
 from nnunet_csm.errors import UserError, reason
 from nnunet_csm.files import whole
 
@@ -63,36 +63,50 @@ def save(checkpoint: dict[str, Any], path: str | Path, first: bool = False) -> P
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU with `weights_only=True`.
+    """Read a checkpoint onto the CPU, or what a folder of exported weights holds of one.
 
     Raises:
-        UserError: no such file, or not a checkpoint of ours.
+        UserError: no such file or folder, or not one of ours.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint")
     remedy = "expected a checkpoint written by one of our trainers (nnUNetTrainerCSM...)"
-    try:
-        refuse_inflating(Path(path))
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever bytes that are no checkpoint may lead to
-        raise UserError(f"{path}: not readable as a checkpoint ({type(error).__name__}); {remedy}") from error
+    checkpoint = weights_folder.read(Path(path)) if Path(path).is_dir() else load_tensors(path, remedy)
     if not isinstance(checkpoint, dict) or not ENTRIES.keys() <= set(checkpoint):
         raise UserError(f"{path}: a file of tensors but not a training checkpoint; {remedy}")
     wrong = [name for name, kind in ENTRIES.items() if not isinstance(checkpoint[name], kind)]
     init_args, weights = checkpoint["init_args"], checkpoint["network_weights"]
     if not wrong and not (isinstance(init_args.get("plans"), dict) and isinstance(init_args.get("configuration"), str)):
         wrong = ["init_args"]
-    if not wrong and not all(isinstance(name, str) and isinstance(one, Tensor) for name, one in weights.items()):
-        wrong = ["network_weights"]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} in it is not what a training writes; {remedy}")
+    check_weights(weights, f"{path}: network_weights", remedy)
+    return checkpoint
+
+
+def check_weights(weights: Any, where: str, remedy: str) -> None:
+    """Raise UserError for what is no dictionary of tensors by name, or holds numbers that are none."""
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(one, Tensor) for k, one in weights.items()):
+        raise UserError(f"{where} in it is not what a training writes; {remedy}")
     if infinite := [name for name, one in weights.items() if one.is_floating_point() and not one.isfinite().all()]:
         raise UserError(
-            f"{path}: {infinite[0]} holds NaN or infinite numbers, expected weights; take another checkpoint, or train again"
+            f"{where}: {infinite[0]} holds NaN or infinite numbers, expected weights; take another checkpoint, or train again"
         )
-    return checkpoint
+
+
+def load_tensors(path: str | Path, remedy: str) -> Any:
+    """What `torch.save` wrote, onto the CPU with `weights_only=True`.
+
+    Raises:
+        UserError: no such file, or nothing that can be read so; `remedy` says what is expected.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        refuse_inflating(Path(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever bytes that are no checkpoint may lead to
+        raise UserError(f"{path}: not readable as a checkpoint ({type(error).__name__}); {remedy}") from error
 
 
 def refuse_inflating(path: Path) -> None:

@@ -157,7 +157,7 @@ def train(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, num_ranks: int) -> int:
     from nnunet_csm.planning.preprocessing import check_plans
 
-    for name in ("encoder", "accumulate", "bank"):
+    for name in ("encoder", "download", "accumulate", "bank"):
         if getattr(args, name, None) is not None:
             # where nnU-Net's own commands take it from
             os.environ[f"nnUNet_csm_{name}"] = str(getattr(args, name))
@@ -315,6 +315,25 @@ def convert_to_msd(args: argparse.Namespace) -> int:
     predictions, tasks = [Path(i) for i in args.i], [Path(task) for task in args.task]
     to_msd = importlib.import_module("nnunet_csm.dataset_conversion.to_msd")
     to_msd.write(predictions, Path(args.o), tasks, args.labels_from, args.leave_out, args.overwrite)
+    return 0
+
+
+def export_weights(args: argparse.Namespace) -> int:
+    from nnunet_csm.sharing.export import ExportRequest
+    from nnunet_csm.sharing.export import export_weights as run_export
+
+    given = argparse.Namespace(**{**vars(args), "f": args.f and [args.f], "device": "cpu"})
+    chosen = {"output": Path(args.o), "overwrite": args.overwrite, "onnx": args.onnx, "case_names": args.case_names}
+    for line in run_export(ExportRequest(**_model_flags(given), **chosen)):
+        print(line)
+    return 0
+
+
+def import_weights(args: argparse.Namespace) -> int:
+    from nnunet_csm.sharing.others import import_weights as run_import
+
+    for line in run_import(args.origin, Path(args.i), Path(args.o), args.overwrite):
+        print(line)
     return 0
 
 

@@ -165,7 +165,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(p, FINETUNER)
     p.add_argument(
         "-encoder",
-        help="auto (same fold), all (fold all), scratch, or a checkpoint (nnUNet_csm_encoder); default: what the plans say",
+        help="auto (same fold), all (fold all), scratch, a checkpoint, a folder of export_weights, or OWNER/NAME in the cache of "
+        "Hugging Face's hub (nnUNet_csm_encoder); default: what the plans say",
+    )
+    p.add_argument(
+        "--download",
+        action="store_const",
+        const="1",
+        help="fetch OWNER/NAME from the hub where the cache has it not (nnUNet_csm_download=1)",
     )
 
     p = add(
@@ -232,6 +239,36 @@ def build_parser() -> argparse.ArgumentParser:
     masks.add_argument("-overlays", type=int, default=5, help="number of overlay pictures, with -images")
     tables = p.add_argument_group("a classifier's CSV files, as in -pred fold_?/test/predictions.csv")
     tables.add_argument("-against", nargs="+", default=[], metavar="CSV", help="those of another training, in the same order")
+
+    p = add(
+        "export_weights",
+        "A trained network as a folder that loads elsewhere: safetensors, JSON, a model card; with --onnx for other runtimes.",
+        "nnunet_csm export_weights -d 21 -f 0 -o weights",
+    )
+    p.add_argument("-d", required=True, help="dataset name or ID")
+    p.add_argument("-f", help="fold; needed where several are trained")
+    p.add_argument("-tr", default=PRETRAINER, help=f"trainer; {FINETUNER} for a segmenter, {CLASSIFIER} for a classifier")
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", default=PLANS_NAME, help="plans")
+    p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
+    p.add_argument("-o", required=True, help="folder to write")
+    p.add_argument(
+        "--onnx", action="store_true", help="also model.onnx, of a segmenter or classifier, compared with the original"
+    )
+    p.add_argument(
+        "--case_names", action="store_true", help="tell which cases were learned from, so that scores on them are warned of"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the folder -o")
+
+    p = add(
+        "import_weights",
+        "A pretrained encoder of others as such a folder, for finetune -encoder; all of its tensors, or an error.",
+        "nnunet_csm import_weights -from bm_mae -i bmmae.pth -o bm_mae",
+    )
+    p.add_argument("-from", dest="origin", required=True, choices=("bm_mae",), help="whose it is")
+    p.add_argument("-i", required=True, help="their file, of torch.save or safetensors")
+    p.add_argument("-o", required=True, help="folder to write")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder -o")
 
     p = add(
         "study",

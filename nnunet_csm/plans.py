@@ -50,12 +50,12 @@ class EncoderSettings:
 
     Attributes:
         kind: a name in `model/encoder.py`.
-        positions: half periods of the position embedding, in tokens: "geometric" rise from 1 to 64, "mae" as published with MAE
-            from pi to 31,416.
+        positions: half periods of their embedding, in tokens: "geometric" rise from 1 to 64, "mae" (published) from pi to 31,416.
         series_embedding_std: deviation with which the embeddings of series begin; MAE draws such vectors with 0.02.
         query_key_gain: keys begin equal to queries, with this gain; 0: each by itself, as in MAE.
         embedding: one linear layer makes tokens of the voxels of all series, or one for each.
         base: channels of a convolutional encoder at full resolution; they double from level to level, up to the width.
+        mlp_ratio: width within the MLP of a ViT's block, as a multiple of the ViT's.
     """
 
     kind: str = "vit"
@@ -64,6 +64,7 @@ class EncoderSettings:
     query_key_gain: NotNegative = 4.0
     embedding: Literal["shared", "by_series"] = "shared"
     base: Width = 16
+    mlp_ratio: Positive = 4.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
+from nnunet_csm.hub import find_weights
 from nnunet_csm.model.encoder import Encoder, Features, build_encoder
 from nnunet_csm.model.fusion import mean_over_present
 from nnunet_csm.model.tokens import to_map
@@ -94,11 +95,15 @@ class FrozenEncoder:
 
 
 def load_encoder(path: str | Path) -> FrozenEncoder:
-    """The encoder in a checkpoint of one of our trainers, on the CPU.
+    """The encoder in a checkpoint of one of our trainers, or in exported weights, on the CPU.
+
+    Args:
+        path: a file, a folder, or a name on Hugging Face's hub that is in the local cache, see `hub.find_weights`.
 
     Raises:
-        UserError: not such a checkpoint.
+        UserError: nothing of the kind.
     """
+    path = find_weights(str(path))
     pretrained = read_encoder(str(path))
     encoder = build_encoder(pretrained.architecture)
     checkpoint.load_weights(encoder, pretrained.weights, str(path))

@@ -106,10 +106,12 @@ class DropPath(nn.Module):
         return x * (keeps / self.kept).to(x.dtype)
 
 
-def blocks(width: int, depth: int, num_heads: int, drop_path: float = 0.0, kind: type[Block] = Block) -> nn.ModuleList:
+def blocks(
+    width: int, depth: int, num_heads: int, drop_path: float = 0.0, kind: type[Block] = Block, mlp_ratio: float = 4.0
+) -> nn.ModuleList:
     """Pre-norm ViT blocks; the drop path rate rises linearly with depth."""
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    layers = [kind(width, num_heads, qkv_bias=True) for _ in rates]
+    layers = [kind(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True) for _ in rates]
     for layer, rate in zip(layers, rates, strict=True):
         if drop_path > 0:
             layer.drop_path1, layer.drop_path2 = DropPath(rate), DropPath(rate)  # type: ignore[assignment]
@@ -146,7 +148,7 @@ class ViT(Encoder):
         )
         self.positions = Positions(a.width, options.positions)
         self.series_embedding = nn.Parameter(torch.empty(num_series, a.width))
-        self.blocks = blocks(a.width, a.depth, a.num_heads, drop_path)
+        self.blocks = blocks(a.width, a.depth, a.num_heads, drop_path, mlp_ratio=options.mlp_ratio)
         self.norm = nn.LayerNorm(a.width)
         self.apply(lambda module: draw_weights(module, options.query_key_gain))
         nn.init.normal_(self.series_embedding, std=options.series_embedding_std)

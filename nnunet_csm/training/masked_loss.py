@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_csm import checkpoint, nnunet
+from nnunet_csm import checkpoint, nnunet, weights_folder
 from nnunet_csm.data.bank import open_bank
 from nnunet_csm.data.draws import Purpose, seed_everything
 from nnunet_csm.data.sources import fold_files
@@ -87,7 +87,7 @@ class MaskedLoss:
     def start(self) -> None:
         """Begin as the pretraining ended that the segmenter's encoder comes from, where that had the same pretext and series."""
         source, settings = self.trainer.encoder_source, self.trainer.settings
-        saved = checkpoint.load(source) if os.path.isfile(source) else None
+        saved = checkpoint.load(source) if os.path.isfile(source) or weights_folder.is_one(source) else None
         if saved is not None and self.rebuilds_alike(saved, source):
             self.load({name: tensor for name, tensor in saved["network_weights"].items() if not name.startswith("encoder.")})
             said = f"goes on from {source}"

@@ -10,6 +10,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.sources import run_name
 from nnunet_csm.errors import UserError
+from nnunet_csm.hub import find_weights
 from nnunet_csm.model.transfer import as_table, read_encoder, transfer
 from nnunet_csm.plans import Configuration, read_configuration
 from nnunet_csm.pretext.base import setup_of
@@ -20,10 +21,10 @@ PRETRAINER = "nnUNetTrainerCSMPretrain"
 
 
 def find_encoder(wanted: str, output_folder: Path, trainer: str, owner: str, fold: int | str) -> Path:
-    """The checkpoint that fine-tuning starts from.
+    """The checkpoint, or folder of weights, that fine-tuning starts from.
 
     Args:
-        wanted: auto (that of the same fold), all (that of fold all), or a path.
+        wanted: auto (that of the same fold), all (that of fold all), or what `hub.find_weights` takes.
         output_folder: where fine-tuning of these plans writes, above the fold.
         trainer: the one that fine-tunes.
         owner: the dataset that the pretraining belongs to, by joint plans another one than that of `output_folder`.
@@ -34,9 +35,7 @@ def find_encoder(wanted: str, output_folder: Path, trainer: str, owner: str, fol
     """
     pretraining = output_folder.parent.with_name(owner) / output_folder.name.replace(trainer, PRETRAINER, 1)
     if wanted not in ("auto", "all"):
-        if not Path(wanted).is_file():
-            raise UserError(f"{wanted}: no such checkpoint; {ENCODER_VARIABLE} takes auto, all, scratch or a path")
-        return Path(wanted)
+        return find_weights(wanted)
     folder = pretraining / f"fold_{fold if wanted == 'auto' else 'all'}"
     path = folder / "checkpoint_final.pth"
     if path.is_file():
@@ -58,7 +57,7 @@ def start_from_pretrained(trainer: CSMTrainer, wanted: str, num_blocks: int | No
 
     Args:
         trainer: before its first step.
-        wanted: auto, all, scratch, or a path, see `find_encoder`.
+        wanted: scratch, or what `find_encoder` takes.
         num_blocks: see `transfer`.
     """
     if not trainer.untrained_embedding.equal(trainer.first_layer()):
@@ -75,6 +74,8 @@ def start_from_pretrained(trainer: CSMTrainer, wanted: str, num_blocks: int | No
         check_recipe(path, trainer.settings)
     if trainer.fold != "all":
         dataset = trainer.plans_manager.dataset_name
+        if not pretrained.training_cases:
+            trainer.print_to_log_file(f"{path} does not name the cases it learned from; held-out ones may be among them")
         seen = set(pretrained.training_cases) & {run_name(dataset, case) for case in held_out_cases(trainer)}
         if seen:
             trainer.print_to_log_file(

@@ -1,0 +1,1 @@
+"""Weights that load elsewhere: written for others, and brought in from others."""
