@@ -1,0 +1,274 @@
+"""Every block of shell commands in README and docs runs as it is written, page by page, or says above it why it does not.
+
+A page is run in a folder with phantoms under the names that the docs use, its blocks one after the other, by a real shell. Three
+things differ from a user's: commands start warm, what takes a device and names none gets the CPU, and every preset is cut down to a
+network and a number of steps that take a second.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import warm_processes
+
+from nnunet_csm.cli import build_parser
+from nnunet_csm.phantom import PhantomSpec, write_task
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# the reason why a block is not run stands in the line above it
+BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]*\S) -->\n)?^```bash\n(?P<commands>.*?)^```", re.DOTALL | re.MULTILINE)
+MARK = re.compile(r"<!-- *not run", re.IGNORECASE)
+# commands in a fence of another kind would be run by nobody
+HIDDEN = re.compile(r"^```(?:sh|shell|console|zsh)\n|^```\w*\n(?:(?!```).*\n)*?\$ \w", re.MULTILINE)
+PROGRAMS = (
+    "nnunet_csm",
+    "python",
+    *(f"nnUNetv2_{name}" for name in (
+        "convert_MSD_dataset", "plan_and_preprocess", "plan_experiment", "preprocess", "train", "predict", "evaluate_folder",
+        "accumulate_crossval_results", "find_best_configuration", "export_model_to_zip", "install_pretrained_model_from_zip",
+    )),
+)  # fmt: skip
+# of stock commands; of ours the parser tells
+TAKES_DEVICE = {("nnUNetv2_train",), ("nnUNetv2_predict",)}
+SECONDS = 300
+SHAPE, SPACING = (16, 32, 32), (8.0, 5.0, 5.0)
+SCHEDULE = {"passes": None, "min_steps": 0, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "batch_size": 2}
+CUT_DOWN: dict[str, Any] = {
+    "network": {"width": 24, "depth": 2, "num_heads": 2, "features": 4},
+    "token_edge": 4,
+    "max_patch_voxels": 4096,
+    "pretext": {"reconstruction": {"width": 24, "depth": 1, "num_heads": 2}},
+    "pretraining": {**SCHEDULE, "num_crops": 4},
+    "finetuning": {**SCHEDULE, "num_crops": 2},
+    "classification": {"schedule": {**SCHEDULE, "num_crops": 2}},
+    "mirroring": False,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Commands of a page; `why` says why they are not run, and is empty where they are."""
+
+    line: int
+    commands: str
+    why: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [
+        Block(text.count("\n", 0, found.start("commands")) + 1, found["commands"], found["why"] or "")
+        for found in BLOCK.finditer(text)
+    ]
+
+
+# --- what is run, and what is not --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_blocks_that_are_run_or_say_why_not(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not (hidden := HIDDEN.search(text)), f"commands in a block that is not ```bash:\n{hidden and hidden[0]}"
+    marked = [block for block in blocks_of(text) if block.why]
+    assert len(MARK.findall(text)) == len(marked), "a mark without a reason, or not in the line above a block"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_scripts_that_are_shown_exist(page: Path) -> None:
+    scripts = re.findall(r"python3? ((?:benchmarks|examples|tests)/[\w/]+\.py)", page.read_text(encoding="utf-8"))
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+def test_a_mark_and_its_reason_are_told_from_a_block_that_runs() -> None:
+    text = "<!-- not run: needs a GPU -->\n```bash\na\n```\nwords\n```bash\nb\nc\n```\n"
+    assert blocks_of(text) == [Block(3, "a\n", "needs a GPU"), Block(7, "b\nc\n", "")]
+    assert HIDDEN.search("```text\nresult\n$ nnunet_csm plan -d 1\n```\n") and not HIDDEN.search(text)
+    assert MARK.search("<!-- not run -->\n```bash\na\n```") and not blocks_of("<!-- not run -->\n```bash\na\n```")[0].why
+
+
+# --- a folder with everything that pages name --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nnU-Net's folders with datasets 1, 21 and 502, the first two preprocessed, and beside them what pages take as given."""
+    root = tmp_path_factory.mktemp("world")
+    environment = environment_of(root)
+    common = {"shape": SHAPE, "spacing_mm": SPACING}
+    glioma = write_task(PhantomSpec(series=("FLAIR", "T1w", "T1ce"), missing_share=0.2, **common), root, 10, 2, 21, "GliomaLGG")
+    tumours = write_task(PhantomSpec(**common), root, 5, 2, 1, "BrainTumour")
+    shutil.copytree(glioma, root / "Task30_MyoPS")
+    for task in (glioma, tumours):
+        check(warm("nnUNetv2_convert_MSD_dataset", ["-i", str(task), "-np", "1"], root, environment))
+    check(warm("nnunet_csm", ["plan_and_preprocess", "-d", "21", "1", "-np", "1"], root, environment))
+    raw = root / "nnUNet_raw"
+    shutil.copytree(raw / "Dataset021_GliomaLGG" / "imagesTs", root / "imagesTs")
+    shutil.copytree(glioma / "labelsTs", root / "labelsTs")
+    unlabelled = raw / "Dataset502_Unlabelled"
+    shutil.copytree(raw / "Dataset021_GliomaLGG" / "imagesTr", unlabelled / "imagesTr")
+    described = json.loads((raw / "Dataset021_GliomaLGG" / "dataset.json").read_text())
+    (unlabelled / "dataset.json").write_text(json.dumps(described | {"labels": {}}))
+    predictions = root / "predictions"
+    shutil.copytree(tumours / "labelsTs", predictions)
+    shutil.copy(raw / "Dataset001_BrainTumour" / "dataset.json", predictions)
+    write_table(root, raw / "Dataset001_BrainTumour", tumours)
+    (root / "FILE").write_text('{"inherits_from": "demo"}')
+    (root / "small.json").write_text('{"inherits_from": "demo", "classification": {"patch_size": [8, 8, 8]}}')
+    for folder in ("benchmarks", "examples", "tests", "plans"):
+        (root / folder).symlink_to(ROOT / folder)
+    return root
+
+
+def write_table(root: Path, dataset: Path, task: Path) -> None:
+    """series.csv and prostate.csv, with T2w, ADC and DWI, a mask and a class of every subject; images and masks to classify."""
+    rows = []
+    for folder in ("images", "masks", "files"):
+        (root / folder).mkdir()
+    for number in range(12):
+        source = sorted((dataset / "labelsTr").glob("*.nii.gz"))[number % 5]
+        mask = sitk.ReadImage(str(source)) > 0
+        name, case = f"S{number:02d}", source.name.removesuffix(".nii.gz")
+        sitk.WriteImage(mask, str(root / "files" / f"{name}_mask.nii.gz"))
+        for channel, series in enumerate(("T2w", "ADC", "DWI")):
+            image = dataset / "imagesTr" / f"{case}_{channel:04d}.nii.gz"
+            voxels = sitk.ReadImage(str(image)) + number
+            sitk.WriteImage(voxels, str(root / "files" / f"{name}_{series}.nii.gz"))
+            row = {"subject": name, "series": series, "path": f"files/{name}_{series}.nii.gz"}
+            rows.append(row | {"mask": f"files/{name}_mask.nii.gz", "class": ("benign", "malignant")[number % 2]})
+            if number < 2:
+                shutil.copy(root / row["path"], root / "images" / f"{name}_{channel:04d}.nii.gz")
+                shutil.copy(root / "files" / f"{name}_mask.nii.gz", root / "masks" / f"{name}.nii.gz")
+    for table in ("series.csv", "prostate.csv"):
+        pd.DataFrame(rows).to_csv(root / table, index=False)
+
+
+def environment_of(root: Path) -> dict[str, str]:
+    folders = {name: str(root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    for folder in folders.values():
+        Path(folder).mkdir(exist_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
+    quiet = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_npp": "1", "nnUNet_nps": "1", "PYTHONWARNINGS": "ignore"}
+    return inherited | folders | quiet
+
+
+# --- programs that start warm ------------------------------------------------------------------------------------------------
+
+
+def act(program: str, arguments: list[str], folder: str) -> int | None:
+    """A console command, or a script by `python`, in a folder."""
+    from nnunet_csm.planning import presets
+
+    os.chdir(folder)
+    read = presets.read_inherited
+
+    def read_cut_down(*given: Any, **named: Any) -> dict[str, Any]:
+        content = read(*given, **named)
+        return presets.merged(content, CUT_DOWN) if named.get("root", True) else content
+
+    presets.read_inherited = read_cut_down
+    if program != "python":
+        return warm_processes.console_command(program, *arguments)
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+    return 0
+
+
+def warm(program: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> tuple[int | None, str, str]:
+    said, errors = (folder / f".{kind}_{threading.get_ident()}" for kind in ("stdout", "stderr"))
+    process = warm_processes.start(act, (program, with_device(program, arguments), str(folder)), environment, said, errors)
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+    told = [path.read_text("utf-8") if path.exists() else "" for path in (said, errors)]
+    for path in (said, errors):
+        path.unlink(missing_ok=True)
+    return process.exitcode, *told
+
+
+def check(done: tuple[int | None, str, str]) -> None:
+    assert done[0] == 0, "".join(done[1:])[-3000:]
+
+
+def with_device(program: str, arguments: list[str]) -> list[str]:
+    """The arguments, with the CPU where a device may be named and none is."""
+    takes = (program,) in TAKES_DEVICE
+    if program == "nnunet_csm":
+        actions = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+        takes = bool(arguments) and arguments[0] in actions and "-device" in actions[arguments[0]]._option_string_actions
+    return [*arguments, "-device", "cpu"] if takes and "-device" not in arguments and "--help" not in arguments else arguments
+
+
+SHIM = """#!{python} -IS
+import os, sys
+from multiprocessing.connection import Client
+with Client({address!r}) as server:
+    server.send((os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ)))
+    code, said, errors = server.recv()
+sys.stdout.write(said)
+sys.stderr.write(errors)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the programs that pages call; each asks this process for a warm one."""
+    folder = tmp_path_factory.mktemp("bin")
+    listener = Listener(str(folder / "socket"))
+
+    def serve(connection: Connection) -> None:
+        program, arguments, where, environment = connection.recv()
+        connection.send(warm(program, arguments, Path(where), environment))
+
+    def accept() -> None:
+        # until the listener is closed
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept(),), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    for program in PROGRAMS:
+        shim = folder / program
+        shim.write_text(SHIM.format(python=sys.executable, address=str(folder / "socket")))
+        shim.chmod(0o755)
+    yield folder
+    listener.close()
+
+
+RUN = [page for page in PAGES if any(not block.why for block in blocks_of(page.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("docs")
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_commands_run_as_they_are_written(page: Path, world: Path, programs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "user"
+    shutil.copytree(world, folder, symlinks=True)
+    environment = environment_of(folder)
+    environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    for block in blocks_of(page.read_text(encoding="utf-8")):
+        if block.why:
+            continue
+        script = f"set -euo pipefail\n{block.commands}"
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+        assert done.returncode == 0, (
+            f"{page.name} line {block.line}:\n{block.commands}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
