@@ -73,7 +73,7 @@ if __name__ == "__main__":
         python_requires=">=3.11,<3.14",
         packages=[*packages, "nnunet_csm.presets", "nnunet_csm.dataset_conversion"],
         package_dir={"nnunet_csm.presets": "plans", "nnunet_csm.dataset_conversion": "dataset_conversion"},
-        package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html"]},
+        package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html", "**/*.bib"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
         extras_require={"test": [*TEST_REQUIRES, SLURM], "slurm": [SLURM]},

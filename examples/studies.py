@@ -3,8 +3,8 @@
     python examples/studies.py -o studies                    # twelve labelled ones, two of them for the test: series.csv
     python examples/studies.py -o studies -unlabelled 24     # and unlabelled.csv
 
-Every study is a folder with a file for each series that it has, on a grid of its own, and a mask drawn on FLAIR. One series in ten
-is missing, and its row with it.
+Every study is a folder with a file for each series that it has, on a grid of its own, and a mask of the tumour, drawn on
+FLAIR. One series in ten is missing, and its row with it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def write_study(folder: Path, index: int, labelled: bool) -> list[dict[str, str]
     subject = draw_subject(SPEC, index)
     folder.mkdir(parents=True)
     if labelled:
-        sitk.WriteImage(as_image(subject.labels), str(folder / "mask.nii.gz"))
+        sitk.WriteImage(as_image((subject.labels > 0).astype(np.uint8)), str(folder / "mask.nii.gz"))
     rows = []
     for file, (series, spacing) in FILES.items():
         if not subject.present[series]:

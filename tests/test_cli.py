@@ -42,6 +42,7 @@ ON_A_DATASET = {
     "fill missing only": ["predict", "--fill_missing_only", "-d", "1", "-i", "in", "-o", "out"],
     "study": ["study", "quick", "-d", "1", "-device", "cpu"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
+    "cite": ["cite", "-d", "1"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,10 @@ def test_commands_and_flags_in_messages_and_docstrings_exist() -> None:
 def test_it_would_notice() -> None:
     assert TYPED.findall(in_code("say `nnunet_csm gone -d 1 --lost`")) == [("gone", " -d 1 --lost")]
     assert "plan" in commands() and "-preset" in commands()["plan"]
+
+
+def test_the_tables_of_preset_keys_are_what_the_code_reads() -> None:
+    """Else run `python docs/preset_keys.py`."""
+    script = runpy.run_path(str(ROOT / "docs" / "preset_keys.py"))
+    start, written = script["START"], script["PAGE"].read_text(encoding="utf-8")
+    assert written[written.index(start) + len(start) :].strip() == script["written"]().strip()
