@@ -46,6 +46,11 @@ TEST_REQUIRES = [
 ]
 
 
+DOCS_REQUIRES = [
+    "mkdocs>=1.6,<2",  # the pages as a site, see mkdocs.yml
+    "mkdocs-material>=9.6,<10",  # its looks, its search
+]
+
 SLURM = "submitit>=1.5,<2"  # runs of a study as jobs of a cluster
 
 
@@ -76,6 +81,6 @@ if __name__ == "__main__":
         package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html", "**/*.bib"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
-        extras_require={"test": [*TEST_REQUIRES, SLURM], "slurm": [SLURM]},
+        extras_require={"test": [*TEST_REQUIRES, SLURM], "slurm": [SLURM], "docs": DOCS_REQUIRES},
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},
     )

@@ -267,8 +267,10 @@ def test_commands_run_as_they_are_written(page: Path, world: Path, programs: Pat
     environment = environment_of(folder)
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
     blocks = [block for block in blocks_of(page.read_text(encoding="utf-8")) if not block.why]
-    for number in re.findall(r"nnUNetv2_convert_MSD_dataset -i Task(\d+)", "".join(block.commands for block in blocks)):
-        # nnU-Net replaces none, and the page makes it
+    for number in re.findall(
+        r"(?:convert_MSD_dataset -i Task|convert \w+ .*-d )(\d+)", "".join(block.commands for block in blocks)
+    ):
+        # what a page makes is not there before: no converter replaces it
         for there in folder.glob(f"nnUNet_*/Dataset{int(number):03d}_*"):
             shutil.rmtree(there)
     for block in blocks:

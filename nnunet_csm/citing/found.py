@@ -54,7 +54,7 @@ def read_stage(folder: Path) -> Stage:
     Raises:
         UserError: a checkpoint that is none.
     """
-    saved, gpus = {}, set()
+    saved, gpus = dict[str, Mapping[str, Any]](), set[str]()
     for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
         content = checkpoint.load(path)
         weights = {"network_weights", "optimizer_state", "learning_weights"}
