@@ -71,6 +71,16 @@ def test_what_checkpoints_tell_is_said(cited, planned_dataset, tmp_path) -> None
     assert "[@csm]" in text and "@misc{csm," in text and "@inproceedings{mae3d," not in text
 
 
+def test_of_an_encoder_that_is_not_here_nothing_is_told(cited, planned_dataset, tmp_path) -> None:
+    train(planned_dataset, tmp_path / "results", PRETRAINER, training_cases=["a", "b", "c"])
+    elsewhere = f"/gone/{planned_dataset.name}/{PRETRAINER}__Others__3d_fullres/fold_0/checkpoint_final.pth"
+    folder = train(planned_dataset, tmp_path / "results", FINETUNER, encoder_source=elsewhere)
+    assert "images of [number] training cases" in cited()
+    moved = elsewhere.replace("Others", PLANS)
+    checkpoint.save(checkpoint.load(folder / "checkpoint_final.pth") | {"encoder_source": moved}, folder / "checkpoint_final.pth")
+    assert "images of 3 training cases" in cited()
+
+
 def test_a_run_from_scratch_cites_no_pretraining(cited, planned_dataset, tmp_path) -> None:
     train(planned_dataset, tmp_path / "results", PRETRAINER, training_cases=["a"])
     train(planned_dataset, tmp_path / "results", FINETUNER, encoder_source="scratch")

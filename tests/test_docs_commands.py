@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ PROGRAMS = (
 )  # fmt: skip
 # of stock commands; of ours the parser tells
 TAKES_DEVICE = {("nnUNetv2_train",), ("nnUNetv2_predict",)}
-SECONDS = 300
-SHAPE, SPACING = (16, 32, 32), (8.0, 5.0, 5.0)
+SECONDS = 1800
+SMALL = PhantomSpec(shape=(16, 32, 32), spacing_mm=(8.0, 5.0, 5.0))
 SCHEDULE = {"passes": None, "min_steps": 0, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "batch_size": 2}
 CUT_DOWN: dict[str, Any] = {
     "network": {"width": 24, "depth": 2, "num_heads": 2, "features": 4},
@@ -84,7 +84,8 @@ def blocks_of(text: str) -> list[Block]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_stand_in_blocks_that_are_run_or_say_why_not(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert not (hidden := HIDDEN.search(text)), f"commands in a block that is not ```bash:\n{hidden and hidden[0]}"
+    hidden = [found[0] for found in HIDDEN.finditer(text)]
+    assert not hidden, "commands in a block that is not ```bash"
     marked = [block for block in blocks_of(text) if block.why]
     assert len(MARK.findall(text)) == len(marked), "a mark without a reason, or not in the line above a block"
 
@@ -110,9 +111,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nnU-Net's folders with datasets 1, 21 and 502, the first two preprocessed, and beside them what pages take as given."""
     root = tmp_path_factory.mktemp("world")
     environment = environment_of(root)
-    common = {"shape": SHAPE, "spacing_mm": SPACING}
-    glioma = write_task(PhantomSpec(series=("FLAIR", "T1w", "T1ce"), missing_share=0.2, **common), root, 10, 2, 21, "GliomaLGG")
-    tumours = write_task(PhantomSpec(**common), root, 10, 1, 1, "BrainTumour")
+    glioma = write_task(replace(SMALL, series=("FLAIR", "T1w", "T1ce"), missing_share=0.2), root, 10, 2, 21, "GliomaLGG")
+    tumours = write_task(SMALL, root, 10, 1, 1, "BrainTumour")
     shutil.copytree(glioma, root / "Task30_MyoPS")
     for task in (glioma, tumours):
         check(warm("nnUNetv2_convert_MSD_dataset", ["-i", str(task), "-np", "1"], root, environment))

@@ -83,7 +83,7 @@ class Run:
 
     @cached_property
     def plans(self) -> dict[str, Any]:
-        """Those that the newest training was done with; where nothing is trained, those that are there now."""
+        """Those of the fine-tuning, else of the pretraining; where nothing is trained, those that are there now."""
         for stage in (self.finetuning, self.pretraining):
             for saved in stage.saved.values():
                 plans: dict[str, Any] = saved["init_args"]["plans"]
@@ -107,13 +107,14 @@ class Run:
 
     @cached_property
     def pretraining(self) -> Stage:
-        """That of the dataset which owns it, by joint plans another one."""
-        encoders = {str(one.get("encoder_source", "")) for one in self.finetuning.saved.values()}
-        if encoders and all(one == "scratch" for one in encoders):
-            return Stage({}, ())
-        folders = {Path(one).parent.parent for one in encoders if one.endswith(".pth")}
-        there = [folder for folder in sorted(folders) if folder.is_dir()]
-        return read_stage(there[0] if there else self.results(PRETRAINER, self.dataset))
+        """The one that fine-tuning started from, also where results have moved; none where that is not here."""
+        if not self.finetuning.saved:
+            return read_stage(self.results(PRETRAINER, self.dataset))
+        encoders = sorted({Path(str(one.get("encoder_source", ""))) for one in self.finetuning.saved.values()})
+        folders = [path.parent.parent for path in encoders if path.suffix == ".pth"]
+        moved = [nnunet.folder("nnUNet_results") / folder.parent.name / folder.name for folder in folders]
+        there = next((folder for folder in (*folders, *moved) if folder.is_dir()), None)
+        return Stage({}, ()) if there is None else read_stage(there)
 
     @property
     def from_scratch(self) -> bool:
