@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nnunet_folders import NUM_TRAINING, PlannedDataset
+from nnunet_folders import NUM_TEST, NUM_TRAINING, PlannedDataset
 
 from nnunet_csm import __version__, checkpoint, cli
 from nnunet_csm.citing.command import DECODER_PAPERS, FUSION_PAPERS, PRESET_PAPERS, PRETEXT_PAPERS, claim_items, references
@@ -53,7 +53,7 @@ def train(dataset: PlannedDataset, results: Path, trainer: str, fold: str = "0",
 
 def test_before_any_training_it_says_what_is_planned_and_marks_the_rest(cited, planned_dataset) -> None:
     text = cited()
-    assert f"{NUM_TRAINING} labelled cases" in text and "FLAIR, T1w, T1ce" in text
+    assert f"{NUM_TRAINING} labelled cases" in text and f"and {NUM_TEST} in imagesTs" in text and "FLAIR, T1w, T1ce" in text
     assert "[which folds: no training is finished]" in text and "[hours]" in text and "[device]" in text
     assert "preset" in text and PLANS in text and f"nnunet_csm {__version__}" in text
 

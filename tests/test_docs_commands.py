@@ -1,6 +1,6 @@
 """Every block of shell commands in README and docs runs as it is written, page by page, or says above it why it does not.
 
-A page is run in a folder with phantoms under the names that the docs use, its blocks one after the other, by a real shell. Three
+A page is run in a folder with phantoms under the names that the docs use, its blocks one after the other, in one shell. Three
 things differ from a user's: commands start warm, what takes a device and names none gets the CPU, and every preset is cut down
 to a network and a number of steps that take a second.
 """
@@ -50,7 +50,7 @@ SECONDS = 1800
 SMALL = PhantomSpec(shape=(16, 32, 32), spacing_mm=(8.0, 5.0, 5.0))
 SCHEDULE = {"passes": None, "min_steps": 0, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "batch_size": 2}
 CUT_DOWN: dict[str, Any] = {
-    "network": {"width": 24, "depth": 2, "num_heads": 2, "features": 4},
+    "network": {"width": 24, "depth": 4, "num_heads": 2, "features": 4},
     "token_edge": 4,
     "max_patch_voxels": 4096,
     "pretraining": {**SCHEDULE, "num_crops": 4},
@@ -116,7 +116,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(glioma, root / "Task30_MyoPS")
     for task in (glioma, tumours):
         check(warm("nnUNetv2_convert_MSD_dataset", ["-i", str(task), "-np", "1"], root, environment))
-    check(warm("nnunet_csm", ["plan_and_preprocess", "-d", "21", "1", "-np", "1"], root, environment))
+    planned = ["-d", "21", "1", "-c", "3d_fullres", "-np", "1", "-npfp", "1"]
+    check(warm("nnUNetv2_plan_and_preprocess", planned, root, environment))
     raw = root / "nnUNet_raw"
     shutil.copytree(raw / "Dataset021_GliomaLGG" / "imagesTs", root / "imagesTs")
     shutil.copytree(glioma / "labelsTs", root / "labelsTs")
@@ -267,17 +268,18 @@ def test_commands_run_as_they_are_written(page: Path, world: Path, programs: Pat
     environment = environment_of(folder)
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
     blocks = [block for block in blocks_of(page.read_text(encoding="utf-8")) if not block.why]
-    for number in re.findall(
-        r"(?:convert_MSD_dataset -i Task|convert \w+ .*-d )(\d+)", "".join(block.commands for block in blocks)
-    ):
-        # what a page makes is not there before: no converter replaces it
-        for there in folder.glob(f"nnUNet_*/Dataset{int(number):03d}_*"):
-            shutil.rmtree(there)
-    for block in blocks:
-        script = f"set -euo pipefail\n{block.commands}"
-        done = subprocess.run(
-            ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-        )
-        assert done.returncode == 0, (
-            f"{page.name} line {block.line}:\n{block.commands}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        )
+    for there in made_by("".join(block.commands for block in blocks), folder):
+        shutil.rmtree(there)
+    # one shell, as one terminal; what is printed last tells the block that failed
+    script = "".join(f"echo '--- line {block.line}'\n{block.commands}" for block in blocks)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, f"{page.name}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def made_by(commands: str, folder: Path) -> list[Path]:
+    """Datasets and folders that commands make, and that are there from other pages: no converter replaces any."""
+    numbers = re.findall(r"(?:convert_MSD_dataset -i Task|convert \w+ .*-d )(\d+)", commands)
+    datasets = [path for number in numbers for path in folder.glob(f"nnUNet_*/Dataset{int(number):03d}_*")]
+    return [*datasets, *(folder / name for name in set(re.findall(r"-o (\w+)", commands)) if (folder / name).is_dir())]

@@ -76,9 +76,10 @@ def data_said(run: Run) -> str:
     cases = f"{len(run.cases)}" if run.cases else "[number]"
     patients = "[number]" if run.num_patients is None else f"{run.num_patients}"
     lacking = "[number]" if run.num_incomplete is None else f"{run.num_incomplete}"
+    test = f", and {run.num_test} in imagesTs," if run.num_test else ""
     spacing = run.stock.get("spacing")
     return (
-        f"The data are {cases} labelled cases of {patients} patients [a case of unknown patient counts as one: check] from "
+        f"The data are {cases} labelled cases of {patients} patients [a case of unknown patient counts as one: check]{test} from "
         f"[source, dates, scanners, inclusion and exclusion, ethics], with the series {', '.join(series)}; {lacking} lack one or "
         f"more of them, which count as absent. Labels were drawn by [who, how]. nnU-Net's preprocessing ({run.configuration}) "
         f"resampled all series of a case to {' x '.join(f'{one:.3g}' for one in spacing) if spacing else '[spacing]'} mm and "

@@ -12,7 +12,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
 from nnunet_csm.data.diagnoses import read_class_table
 from nnunet_csm.fingerprint import record
-from nnunet_csm.planning.classification import training_cases
+from nnunet_csm.planning.classification import test_cases, training_cases
 from nnunet_csm.plans import Configuration, Schedule, read_configuration
 from nnunet_csm.raw.manifest import patients_of
 
@@ -147,6 +147,12 @@ class Run:
         """Labelled cases; none where the raw dataset is not there."""
         raw = nnunet.folder("nnUNet_raw") / self.dataset
         return training_cases(self.dataset) if (raw / "dataset.json").is_file() else []
+
+    @cached_property
+    def num_test(self) -> int:
+        """Cases in imagesTs; none where the raw dataset is not there."""
+        raw = nnunet.folder("nnUNet_raw") / self.dataset
+        return len(test_cases(self.dataset)) if (raw / "imagesTs").is_dir() else 0
 
     @cached_property
     def num_patients(self) -> int | None:
