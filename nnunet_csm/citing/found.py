@@ -1,6 +1,5 @@
 """What plans, checkpoints and the files beside them tell of a run."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ class Stage:
 
     @property
     def epochs(self) -> set[int]:
-        return {one["current_epoch"] for one in self.saved.values()}
+        return {epoch for one in self.saved.values() if isinstance(epoch := one.get("current_epoch"), int)}
 
     @property
     def devices(self) -> list[str]:
@@ -60,8 +59,8 @@ def read_stage(folder: Path) -> Stage:
         weights = {"network_weights", "optimizer_state", "learning_weights"}
         saved[path.parent.name.removeprefix("fold_")] = {key: value for key, value in content.items() if key not in weights}
         if content["init_args"].get("device") != "cpu" and (path.parent / "debug.json").is_file():
-            told = json.loads((path.parent / "debug.json").read_text(encoding="utf-8"))
-            gpus |= {told["gpu_name"]} if told.get("gpu_name") else set()
+            told = nnunet.read_json(path.parent / "debug.json", "nnU-Net wrote it at the start; move it away")
+            gpus |= {str(told["gpu_name"])} if told.get("gpu_name") else set()
     return Stage(saved, tuple(sorted(gpus)))
 
 
