@@ -47,6 +47,11 @@ TEST_REQUIRES = [
 ]
 
 
+DOCS_REQUIRES = [
+    "mkdocs>=1.6,<2",  # the pages as a site, see mkdocs.yml
+    "mkdocs-material>=9.6,<10",  # its looks, its search
+]
+
 SLURM = "submitit>=1.5,<2"  # runs of a study as jobs of a cluster
 HUB = "huggingface_hub>=0.30,<3"  # the local cache of Hugging Face's hub; timm brings it along
 ONNX = [
@@ -80,9 +85,15 @@ if __name__ == "__main__":
         python_requires=">=3.11,<3.14",
         packages=[*packages, "nnunet_csm.presets", "nnunet_csm.dataset_conversion"],
         package_dir={"nnunet_csm.presets": "plans", "nnunet_csm.dataset_conversion": "dataset_conversion"},
-        package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html"]},
+        package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html", "**/*.bib"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
-        extras_require={"test": [*TEST_REQUIRES, SLURM, HUB, *ONNX], "slurm": [SLURM], "hub": [HUB], "onnx": ONNX},
+        extras_require={
+            "test": [*TEST_REQUIRES, SLURM, HUB, *ONNX],
+            "slurm": [SLURM],
+            "hub": [HUB],
+            "onnx": ONNX,
+            "docs": DOCS_REQUIRES,
+        },
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},
     )

@@ -369,6 +369,19 @@ def _parameters(given: Sequence[str]) -> dict[str, str | int]:
     return {name: int(value) if value.isdigit() else value for name, _, value in pairs}
 
 
+def cite(args: argparse.Namespace) -> int:
+    from nnunet_csm.citing.command import cite as told
+    from nnunet_csm.files import write_text
+
+    text = told(args.d, args.p, args.c, args.tr)
+    if args.o is None:
+        print(text)
+        return 0
+    write_text(Path(args.o), text)
+    print(f"written to {args.o}; what stands in [...] is for the authors")
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     from nnunet_csm.demo import run_demo
 

@@ -300,6 +300,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--dry_run", "-dry_run", action="store_true", help="print the runs and what they will cost")
     p.add_argument("--report_only", "-report_only", action="store_true", help="tables and report of the runs that are done")
+
+    p = add(
+        "cite",
+        "A methods section, BibTeX and the CLAIM checklist, from plans and checkpoints; [...] marks what authors must say.",
+        "nnunet_csm cite -d 21 -o methods.md",
+    )
+    p.add_argument("-d", required=True, help="dataset name or ID")
+    p.add_argument("-c", default="3d_fullres", help="configuration")
+    p.add_argument("-p", default=PLANS_NAME, help="plans")
+    p.add_argument("-tr", default=FINETUNER, help=f"trainer; {CLASSIFIER} for a classifier")
+    p.add_argument("-o", help="Markdown file to write; default: print it")
     return parser
 
 

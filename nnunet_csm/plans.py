@@ -89,7 +89,7 @@ class Architecture:
 
     `channels`: where each of the series stands in nnU-Net's tensor; channels of the dataset that are not named are not used.
     `width`, `depth`: of a ViT; of a convolutional encoder the most channels, and the blocks at each of its levels.
-    `num_heads`: of a ViT, and of the classifier's pooling.
+    `num_heads`: of a ViT, and of the classifier's pooling. `features`: channels of the decoder at its end. `drop_path`: of a ViT.
     `decoder`: of the segmenter; for a ViT UNETR's, or a light one to which nothing comes but the encoder's features; for a
     convolutional encoder a U-Net's, or a linear or non-linear head; for a U-Net by series the adaptive one.
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,

@@ -43,6 +43,7 @@ ON_A_DATASET = {
     "export_weights": ["export_weights", "-d", "1", "-o", "out"],
     "study": ["study", "quick", "-d", "1", "-device", "cpu"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
+    "cite": ["cite", "-d", "1"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_commands_and_flags_in_messages_and_docstrings_exist() -> None:
     assert len(quoted) > 20 and not unknown("\n".join(quoted))
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    """As GitHub shows them; `mkdocs build --strict` looks at the site."""
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.is_file(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
 def test_it_would_notice() -> None:
     assert TYPED.findall(in_code("say `nnunet_csm gone -d 1 --lost`")) == [("gone", " -d 1 --lost")]
     assert "plan" in commands() and "-preset" in commands()["plan"]
+
+
+def test_the_tables_of_preset_keys_are_what_the_code_reads() -> None:
+    """Else run `python docs/preset_keys.py`."""
+    script = runpy.run_path(str(ROOT / "docs" / "preset_keys.py"))
+    start, written = script["START"], script["PAGE"].read_text(encoding="utf-8")
+    assert written[written.index(start) + len(start) :].strip() == script["written"]().strip()

@@ -109,7 +109,7 @@ class UNETRDecoder(nn.Module):
 
 
 class LightDecoder(nn.Module):
-    """A linear layer over the features of all taps, and transposed convolutions from tokens to voxels (Primus, arXiv 2410.23132).
+    """A linear layer over the features of all taps, and transposed convolutions from tokens to voxels (Primus, arXiv 2503.01835).
 
     No token meets another here and no voxel comes past the encoder: all context is the encoder's, and so is all that
     pretraining brought. `seg_layers` as in `UNETRDecoder`.

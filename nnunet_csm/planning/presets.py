@@ -17,7 +17,21 @@ FOLDER = files("nnunet_csm.presets")
 
 @dataclass(frozen=True)
 class PresetSchedule(Optimization):
-    """An optimisation whose length follows from the data: see `schedules.num_crops`; null is no limit."""
+    """An optimisation whose length follows from the data: see `schedules.num_crops`; null is no limit.
+
+    Attributes:
+        iterations_per_epoch: steps between two validations.
+        val_iterations_per_epoch: batches of a validation.
+        batch_size: of all ranks together.
+        learning_rate: the highest, for a batch of this size.
+        warmup: share of the steps in which the learning rate rises, before its cosine to 0.
+        weight_decay: AdamW's; never on biases, norms and embeddings of series.
+        betas: AdamW's.
+        layer_decay: factor on the learning rate from a block of the encoder to the one before it; 1: all alike.
+        num_crops: the most patches to learn from; of a classifier, cases or lesions.
+        passes: over the training cases; null: as many as num_crops makes.
+        min_steps: the fewest steps, whatever the passes.
+    """
 
     num_crops: Count | None
     passes: Count | None
@@ -26,7 +40,13 @@ class PresetSchedule(Optimization):
 
 @dataclass(frozen=True, kw_only=True)
 class PresetClassification(ClassifierSettings):
-    """A classifier; a patch size that is null is left to the planner, and so is the factor that `scale` "one" asks for."""
+    """A classifier; a patch size that is null is left to the planner, and so is the factor that `scale` "one" asks for.
+
+    Attributes:
+        patch_size: around the mask, a multiple of the token size.
+        schedule: in samples (cases or lesions) for crops.
+        scale: a mask that is too large for the patch is made smaller by a factor of its own, or all masks by one.
+    """
 
     patch_size: Size | None
     schedule: PresetSchedule
@@ -38,11 +58,18 @@ class Preset(Finetuning):
     """What the planner starts from, beside the fields of `plans.Finetuning`; sizes that are null are left to it.
 
     Attributes:
+        description: a line about it.
         series: those of the dataset this preset was made for, or null.
         network: fields of `plans.Architecture`, without those that follow from the dataset.
-        token_edge: of a token where spacing is finest.
+        token_edge: of a token where spacing is finest, in voxels.
+        patch_size: of fine-tuning, in voxels along (z, y, x).
+        token_size: in voxels along (z, y, x).
+        max_patch_voxels: the most voxels of a planned patch.
         pretraining_grid: tokens of a patch in pretraining, when it is not to be the patch of fine-tuning.
         pretext: what pretraining learns from, by name, with its settings.
+        pretraining: its schedule.
+        finetuning: schedule of a segmenter.
+        classification: a classifier and its schedule.
     """
 
     description: str

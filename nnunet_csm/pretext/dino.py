@@ -31,7 +31,13 @@ LEAST_ENTROPY, MOST_ENTROPY = 0.001, 0.999
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Sizes of the projection that is thrown away afterwards: two hidden layers, what is normalised, and the prototypes."""
+    """Sizes of the projection that is thrown away afterwards.
+
+    Attributes:
+        hidden: width of its two hidden layers.
+        bottleneck: of what is normalised.
+        num_prototypes: that views are told apart by.
+    """
 
     hidden: Width = 2048
     bottleneck: Width = 256

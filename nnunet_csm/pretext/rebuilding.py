@@ -24,6 +24,9 @@ class Reconstruction:
     """The decoder of pretraining, thrown away afterwards, and its targets.
 
     Attributes:
+        width: of its blocks.
+        depth: number of them.
+        num_heads: of their attention.
         normalize_targets: rebuild every token normalised by its own mean and deviation (MAE's), not the voxels as they are.
         rebuilt_share: of the hidden tokens, those that a training step asks for, drawn anew in every step; validation asks for
             all.
