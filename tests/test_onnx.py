@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from factories import DATASET_JSON, PATCH_SIZE, SERIES, checkpoint_of, csm_plans
+from jaxtyping import config
 
 from nnunet_csm import weights_folder
 from nnunet_csm.model.classifier import build_classifier
@@ -21,6 +23,14 @@ for package in onnx_model.PACKAGES:
     pytest.importorskip(package, reason="the extra [onnx] is not installed")
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_not_checked() -> Iterator[None]:
+    """While torch traces, a batch of any size is a symbol, which is no int."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def subsets() -> list[list[int]]:
