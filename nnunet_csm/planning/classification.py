@@ -20,6 +20,7 @@ from nnunet_csm.data.diagnoses import (
     repeated_splits,
     split_problems,
     stratified_folds,
+    told_order,
     write_class_table,
 )
 from nnunet_csm.data.lesions import box_of, sample_mask
@@ -148,7 +149,7 @@ def check_classification(name: str) -> tuple[list[str], list[str]]:
     counts = Counter(table.classes[sample.class_index] for sample in table.samples)
     patients = {sample.patient for sample in table.samples}
     listed = ", ".join(f"{counts[one]} {one}" for one in table.classes)
-    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {listed} ({table.classes[-1]} counts as positive)"]
+    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {listed}", told_order(table.classes)]
     strangers = {sample.case: None for sample in everything.samples if sample.case not in known | test}
     wrong = [f"{case} has a class, but no mask in {raw / 'labelsTr'}" for case in strangers]
     both = patients & {sample.patient for sample in everything.of(test - known)}
