@@ -109,12 +109,8 @@ def look_at(name: str, names: Sequence[str], request: PlanRequest) -> Found:
         assert fingerprint is not None
         plan_without_labels(name, dataset_json, fingerprint)
         print(f"{raw}: no labels; {path} was made from the images alone")
-    copied, plans = nnunet.read_dataset_json(folder / "dataset.json", remedy), nnunet.read_plans(path, remedy)
-    if "classes" in dataset_json and copied.get("classes") != dataset_json["classes"]:
-        # chosen after nnU-Net made its copy
-        copied["classes"] = dataset_json["classes"]
-        nnunet.save_json(copied, folder / "dataset.json")
-    return Found(name, copied, plans, channels, labelled, fingerprint)
+    dataset_json, plans = nnunet.read_dataset_json(folder / "dataset.json", remedy), nnunet.read_plans(path, remedy)
+    return Found(name, dataset_json, plans, channels, labelled, fingerprint)
 
 
 def print_series(dataset: str, matches: Sequence[SeriesMatch]) -> None:
