@@ -114,12 +114,11 @@ def test_a_series_without_a_file_is_drawn_as_one_that_is_absent(study, tmp_path,
         write(tmp_path / "images" / f"a_{number:04d}.nii.gz", series)
     write(tmp_path / "labels" / "a.nii.gz", reference.astype(np.uint8))
     write(tmp_path / "predicted" / "a.nii.gz", prediction.astype(np.uint8))
-    pictures = []
-    for out in ("whole", "lacking"):
-        folders = (tmp_path / name for name in ("images", "labels", "predicted"))
-        pictures += save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / out, 1, ".nii.gz")
-        (tmp_path / "images" / f"a_{channel:04d}.nii.gz").unlink(missing_ok=True)
-    np.testing.assert_array_equal(*(np.asarray(Image.open(picture)) for picture in pictures))
+    folders = (tmp_path / "images", tmp_path / "labels", tmp_path / "predicted")
+    (whole,) = save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "whole", 1, ".nii.gz")
+    (tmp_path / "images" / f"a_{channel:04d}.nii.gz").unlink()
+    (lacking,) = save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "lacking", 1, ".nii.gz")
+    np.testing.assert_array_equal(np.asarray(Image.open(lacking)), np.asarray(Image.open(whole)))
 
 
 def test_reconstruction_shows_hidden_and_absent(tmp_path):

@@ -38,7 +38,7 @@ from nnunet_csm.schema import Size, to_dict
 AUTOMATIC = ("B", "S")
 # docs/experiments.md, E10 and E15
 WHY_CPU = (
-    "no CUDA device was found. Its pretraining gained, with 4 labelled patients, 4.4 points of Dice on gliomas (in larger "
+    "no CUDA device was found. Its recipe gained, with 4 labelled patients, 4.4 points of Dice on gliomas (in larger "
     "patches) and 6.4 on hearts; -preset B, or -gpu_memory_target, plans for a GPU elsewhere"
 )
 CLASSES_FILE = "classification.csv"

@@ -140,7 +140,8 @@ def check_device(device: torch.device, settings: Configuration, schedule: Schedu
         return
     cpu = torch.device("cpu")
     taken = training_cost(settings, schedule, num_classes).time_on(cpu)
+    smaller = "" if settings.csm.preset == CPU_PRESET else f" (`nnunet_csm plan -preset {CPU_PRESET}` makes plans for CPU cores)"
     raise UserError(
-        f"no CUDA device found; train on the CPU with -device cpu, which takes {taken} by these plans on {device_name(cpu)} "
-        f"(`nnunet_csm plan -preset {CPU_PRESET}` makes plans for CPU cores), or check the driver with nvidia-smi"
+        f"no CUDA device found; train on the CPU with -device cpu, which takes {taken} by these plans on {device_name(cpu)}"
+        f"{smaller}, or check the driver with nvidia-smi"
     )

@@ -170,6 +170,7 @@ class CSMTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
+        self.print_to_log_file(f"{self.schedule.num_iterations:,} steps in all; what they need is read and prepared first")
         if self.current_epoch == 0:
             with exit_on_user_error():
                 self.on_fresh_start()
