@@ -140,6 +140,13 @@ def test_the_readmes_commands_in_their_order_where_a_test_case_lacks_a_series(
     assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == NUM_TEST
 
 
+def test_a_gpu_that_is_not_there_is_told_with_the_time_on_the_cpu(planned_dataset: PlannedDataset) -> None:
+    without = replace(planned_dataset, environment={**planned_dataset.environment, "CUDA_VISIBLE_DEVICES": ""})
+    done = without.run("nnunet_csm", "pretrain", "-d", "900")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "-device cpu, which takes about 1 minute" in done.stderr and "-preset cpu" in done.stderr
+
+
 def test_validation_alone_export_and_installation_elsewhere(trained: PlannedDataset, tmp_path: Path) -> None:
     model = ["-d", "900", "-c", "3d_fullres", "-tr", FINETUNER, "-p", PLANS]
     trained.check("nnUNetv2_train", "900", "3d_fullres", "0", "-tr", FINETUNER, "-p", PLANS, "-device", "cpu", "--val", "--npz")
