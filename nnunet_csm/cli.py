@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(given)
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                # a terminal that cannot show a sign must not end what took hours
-                stream.reconfigure(errors="replace")
+                # a terminal that cannot show a sign must not end what took hours, and a file shows each line when it is said
+                stream.reconfigure(errors="replace", line_buffering=True)
         for text in [*given, *(os.environ.get(variable, "") for variable in nnunet.FOLDER_VARIABLES)]:
             if problem := argument_problem(text):
                 raise UserError(problem)

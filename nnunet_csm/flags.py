@@ -286,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-p", default=STOCK_PLANS_NAME, help="nnU-Net's plans that all arms build on")
     p.add_argument("-o", help="folder of the study; default: study_NAME below the dataset's results")
     p.add_argument(
-        "-preset", help="preset of all arms, instead of the study's: demo, S, B, L, few_labels, or the path of a preset file"
+        "-preset", help="preset of all arms, instead of the study's: demo, cpu, S, B, L, few_labels, or the path of a preset file"
     )
     p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
     p.add_argument("-num_gpus", type=int, default=1, help="GPUs of this machine")
@@ -347,7 +347,8 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "-preset",
         default="auto",
-        help="auto (B, or S where memory asks for it), demo, S, B, L, few_labels, paper (chosen by the series), for comparison "
+        help="auto (B, S where memory asks for it, cpu where there is no CUDA device), demo, cpu, S, B, L, few_labels, paper "
+        "(chosen by the series), for comparison "
         "mae3d, dino, pcrlv2, vox2vec, ae, vae, vqvae, maesil, nemesis, unime, bm_mae, a2fseg, or the path of a preset file",
     )
     p.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory both trainings have to fit into")

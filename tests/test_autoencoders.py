@@ -24,8 +24,8 @@ from nnunet_csm.planning.planner import plan
 from nnunet_csm.plans import Architecture, EncoderSettings, read_configuration
 from nnunet_csm.pretext.autoencoders import VAE, VQVAE, Autoencoder, Candidates, kl_from_standard_normal, nearest, perplexity
 from nnunet_csm.pretext.base import NOTHING_HIDDEN, Batch, Setup, pretext_class, setup_of
+from nnunet_csm.pretext.cost import pretraining_cost
 from nnunet_csm.pretext.memory import pretraining_memory
-from nnunet_csm.study.cost import pretraining_cost
 
 NAMES = ("ae", "vae", "vqvae")
 NETWORK: dict[str, Any] = {"width": 16, "depth": 1, "decoder": "unet", "encoder": {"kind": "residual_unet", "base": 4}}

@@ -1,6 +1,7 @@
 """The chain a user runs, by stock commands, on a tiny phantom."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnunet_folders import NUM_TEST, PlannedDataset
+from nnunet_folders import NUM_TEST, TINY_PRESET, NnunetFolders, PlannedDataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chain")]
 
@@ -101,6 +102,49 @@ def test_what_our_trainers_refuse_ends_in_exit_code_2(trained: PlannedDataset, t
     assert done.returncode == 2
     assert complaint in done.stderr and "Traceback" not in done.stderr
     assert "checkpoint" not in " ".join(f.name for f in trained.folders.results.rglob("*") if "Broken" in str(f))
+
+
+FLAGS = {
+    "plan_and_preprocess": ["-preset", str(TINY_PRESET), "-np", "1"],
+    "pretrain": ["-device", "cpu"],
+    "finetune": ["-device", "cpu"],
+    "predict": ["-device", "cpu", "-npp", "0", "-nps", "0"],
+    "evaluate": [],
+}
+
+
+def test_the_readmes_commands_in_their_order_where_a_test_case_lacks_a_series(
+    planned_dataset: PlannedDataset, tmp_path: Path
+) -> None:
+    folders = NnunetFolders(*(tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")))
+    raw, task = folders.raw / planned_dataset.name, planned_dataset.task
+    shutil.copytree(planned_dataset.folders.raw / planned_dataset.name, raw)
+    victim = sorted((raw / "imagesTs").glob("*_0000.nii.gz"))[0]
+    victim.unlink()
+    environment = planned_dataset.environment | {name.name: str(name) for name in vars(folders).values()}
+    dataset = replace(planned_dataset, folders=folders, environment=environment)
+    places = {"21": "900", "imagesTs": str(raw / "imagesTs"), "labelsTs": str(task / "labelsTs"), "out": str(tmp_path / "out")}
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    commands = readme.split("<!-- chain -->\n```bash\n")[1].split("```")[0].splitlines()
+    printed = {}
+    for line in commands:
+        program, command, *flags = (places.get(word, word) for word in shlex.split(line, comments=True))
+        assert program == "nnunet_csm"
+        printed[command] = dataset.check(program, command, *flags, *FLAGS[command])
+    assert list(printed) == list(FLAGS)
+    assert "expected on" in printed["plan_and_preprocess"] and "-preset cpu" in printed["plan_and_preprocess"]
+    for stage in ("pretrain", "finetune"):
+        assert "step 0 of" in printed[stage] and "crops/s" in printed[stage]
+    assert "zeros for FLAIR (no file)" in printed["predict"]
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == NUM_TEST
+
+
+def test_a_gpu_that_is_not_there_is_told_with_the_time_on_the_cpu(planned_dataset: PlannedDataset) -> None:
+    without = replace(planned_dataset, environment={**planned_dataset.environment, "CUDA_VISIBLE_DEVICES": ""})
+    done = without.run("nnunet_csm", "pretrain", "-d", "900")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "-device cpu, which takes about 1 minute" in done.stderr and "-preset cpu" in done.stderr
 
 
 def test_validation_alone_export_and_installation_elsewhere(trained: PlannedDataset, tmp_path: Path) -> None:

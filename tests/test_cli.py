@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -258,6 +259,29 @@ def test_plan_writes_plans_beside_nnunets_and_prints_every_decision(dataset, cap
     assert "series T1w -> T1ce" in printed
     assert all(name in printed for name in settings.csm.reasons)
     assert (dataset / "nnUNetPlans.json").read_text() == before
+
+
+@pytest.mark.parametrize("preset, cuda", [("S", False), ("cpu", False), ("S", True)])
+def test_plan_says_how_long_it_takes_here_and_what_to_do_about_it(dataset, monkeypatch, capsys, preset, cuda):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr("nnunet_csm.pretext.cost.measured_speed", lambda _: 1e13 if cuda else 1e11)
+    assert cli.main(["plan", "-d", "1", "-preset", preset]) == 0
+    printed = capsys.readouterr().out
+    place = "a GPU" if cuda else "1 core of this machine"
+    assert re.search(rf"expected on {place}: pretraining [\d a-z]+, fine-tuning [\d a-z]+ \(", printed)
+    assert ("no CUDA device was found: train with -device cpu" in printed) != cuda
+    assert ("`nnunet_csm plan -preset cpu`" in printed) == (preset == "S" and not cuda)
+
+
+@pytest.mark.parametrize("num_cases, splits, warned", [(4, False, True), (5, False, False), (4, True, False)])
+def test_plan_says_at_once_what_a_training_will_refuse(dataset, capsys, num_cases, splits, warned):
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON | {"numTraining": num_cases}))
+    if splits:
+        (dataset / "splits_final.json").write_text("[]")
+    assert cli.main(["plan", "-d", "1", "-preset", "demo"]) == 0
+    said = f"{dataset}: {num_cases} cases cannot be split into 5 folds; use all of them with fold all"
+    assert (said in capsys.readouterr().out) == warned
 
 
 def test_plan_never_overwrites_nnunets_plans(dataset, capsys):

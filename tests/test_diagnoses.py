@@ -21,6 +21,7 @@ from nnunet_csm.data.diagnoses import (
     repeated_splits,
     split_problems,
     stratified_folds,
+    told_order,
     write_class_table,
 )
 from nnunet_csm.doctor import of_classes
@@ -328,6 +329,24 @@ def test_training_takes_the_rows_of_its_cases_and_folds_by_class(raw: Path, nnun
     assert "stranger" in (folder / "classification.csv").read_text()
 
 
+def test_the_order_of_classes_is_chosen_in_the_raw_dataset_json(raw: Path, nnunet_folders: NnunetFolders) -> None:
+    copy = nnunet_folders.preprocessed / NAME / "dataset.json"
+    table = take_class_table(NAME, DATASET_JSON)
+    assert table is not None and table.classes == ("x", "y") and not copy.exists()
+    (raw / "dataset.json").write_text(json.dumps({**DATASET_JSON, "classes": ["y", "x"]}))
+    turned = take_class_table(NAME, DATASET_JSON)
+    assert turned is not None and turned.classes == ("y", "x")
+    # where the trainer takes it from
+    assert json.loads(copy.read_text()) == {**DATASET_JSON, "classes": ["y", "x"]}
+    assert [1 - sample.class_index for sample in turned.samples] == [sample.class_index for sample in table.samples]
+
+
+def test_which_class_is_positive_is_told_with_the_way_to_change_it() -> None:
+    said = told_order(("benign", "malignant"))
+    assert said.startswith("malignant counts as positive") and '"classes" in the raw dataset.json' in said
+    assert told_order(("a", "b", "c")).startswith("none of 3 classes")
+
+
 @pytest.mark.parametrize(
     ("num_repeats", "seed", "message"),
     [(-1, 0, "-repeats -1"), (0, 0, "-repeats 0"), (None, -1, "-seed -1"), (3, -1, "-seed -1")],
@@ -391,7 +410,8 @@ def share_patient(raw: Path) -> str:
 @pytest.mark.parametrize("spoil", [truncate_mask, empty_mask, add_stranger, share_patient])
 def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
     counted, wrong = check_classification(NAME)
-    assert not wrong and re.fullmatch(r"\d+ samples of \d+ patients: .* counts as positive\)", counted[0])
+    assert not wrong and re.fullmatch(r"\d+ samples of \d+ patients: \d+ x, \d+ y", counted[0])
+    assert counted[1] == told_order(("x", "y"))
     message = spoil(raw)
     _, (problem,) = check_classification(NAME)
     assert re.match(message, problem)

@@ -18,10 +18,10 @@ from nnunet_csm.judging.probe import LOGGED_PRECISION, Probe
 from nnunet_csm.model.encoder import Features
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.base import Batch, setup_of
+from nnunet_csm.pretext.cost import pretraining_cost
 from nnunet_csm.pretext.dino import DINO, Head, HeadSettings, agreement, collapsed, deviation, mean_token
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views, cut_views
-from nnunet_csm.study.cost import pretraining_cost
 
 HEAD = {"hidden": 16, "bottleneck": 8, "num_prototypes": 12}
 BLOCK: dict[str, Any] = {"name": "dino", "views": {"num_local": 3}, "head": HEAD, "drop_path": 0.2}

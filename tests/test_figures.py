@@ -98,11 +98,27 @@ def test_overlays_of_a_folder(study, tmp_path):
     write(tmp_path / "labels" / "a.nii.gz", reference[:, 1:].astype(np.uint8))
     with pytest.raises(UserError, match=r"labels/a\.nii\.gz.*images/a_0000"):
         save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "out", 1, ".nii.gz")
-    (tmp_path / "images" / "a_0002.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"a_0002\.nii\.gz: no such file"):
+    for file in (tmp_path / "images").glob("a_*.nii.gz"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"a_0000\.nii\.gz: no such file"):
         save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "out", 1, ".nii.gz")
     with pytest.raises(UserError, match="no prediction"):
         save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "out", 1, ".nrrd")
+
+
+@pytest.mark.parametrize("channel", [0, 2])
+def test_a_series_without_a_file_is_drawn_as_one_that_is_absent(study, tmp_path, channel):
+    volume, reference, prediction = study
+    volume[channel] = 0
+    for number, series in enumerate(volume):
+        write(tmp_path / "images" / f"a_{number:04d}.nii.gz", series)
+    write(tmp_path / "labels" / "a.nii.gz", reference.astype(np.uint8))
+    write(tmp_path / "predicted" / "a.nii.gz", prediction.astype(np.uint8))
+    folders = (tmp_path / "images", tmp_path / "labels", tmp_path / "predicted")
+    (whole,) = save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "whole", 1, ".nii.gz")
+    (tmp_path / "images" / f"a_{channel:04d}.nii.gz").unlink()
+    (lacking,) = save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "lacking", 1, ".nii.gz")
+    np.testing.assert_array_equal(np.asarray(Image.open(lacking)), np.asarray(Image.open(whole)))
 
 
 def test_reconstruction_shows_hidden_and_absent(tmp_path):

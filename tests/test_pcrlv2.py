@@ -21,11 +21,11 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.plans import Architecture, EncoderSettings, read_configuration
 from nnunet_csm.pretext import pcrlv2
 from nnunet_csm.pretext.base import Batch, Setup, setup_of
+from nnunet_csm.pretext.cost import pretraining_cost
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.pairs import NUM_CANDIDATES, Pairs, PairSettings, overlap, places, swap, trade_places
 from nnunet_csm.pretext.pcrlv2 import PCRLv2, Told, grey_levels, to_globals, unlikeness
 from nnunet_csm.pretext.views import NUM_GLOBAL, Views
-from nnunet_csm.study.cost import pretraining_cost
 
 BLOCK: dict[str, Any] = {"name": "pcrlv2", "views": {"num_local": 3}}
 NETWORK = {"width": 24, "depth": 2, "decoder": "unet", "encoder": {"kind": "plain_unet", "base": 8}}

@@ -122,6 +122,18 @@ def test_the_plan_of_a_fingerprint(name):
     assert csm.pretraining.num_iterations >= reference.min_steps > 0
 
 
+def test_auto_plans_for_cpus_where_there_is_no_cuda_device_unless_told_of_a_gpu_elsewhere():
+    chosen = {}
+    for device, target in (("cpu", None), ("cpu", 24), ("cuda", None)):
+        settings, _, decisions = planned(preset="auto", device=device, gpu_memory_target=target)
+        (why,) = (d.reason for d in decisions if d.name == "network")
+        chosen[device, target] = settings.csm.preset
+        assert ("no CUDA device was found" in why and "-preset B" in why) == (settings.csm.preset == "cpu")
+    assert chosen == {("cpu", None): "cpu", ("cpu", 24): "B", ("cuda", None): "B"}
+    # a preset that was asked for is taken on any machine
+    assert planned(preset="S", device="cpu")[0].csm.preset == "S"
+
+
 def test_more_than_the_memory_there_is_is_said():
     _, _, decisions = planned(preset="B", gpu_memory_target=1.5)
     assert any("MORE THAN the target's 0.5 GiB" in d.reason for d in decisions)

@@ -23,6 +23,9 @@ PAPER = {
 }
 
 
+HEARTS = "studies/few_labels_hearts.json"
+
+
 def pretext_of(preset: Preset) -> tuple[type[Pretext], Any]:
     """Its pretext's class and settings."""
     return read_pretext(preset.pretext, preset.architecture(("T1w",), (0,), (16, 16, 16)), "preset")
@@ -76,6 +79,12 @@ def test_a_paper_preset_holds_what_docs_paper_md_says_of_the_open_points(name: s
 
 def test_the_papers_datasets_are_found_by_their_series_in_any_order() -> None:
     assert {paper_preset(series[::-1]) for series, _, _ in PAPER.values()} == set(PAPER)
+
+
+def test_the_preset_for_cpus_is_what_gained_on_hearts_but_for_the_patch_of_pretraining() -> None:
+    shipped, study = (json.loads((files("nnunet_csm.presets") / name).read_text()) for name in ("cpu.json", HEARTS))
+    del shipped["description"], study["changes"]["pretraining_grid"]
+    assert shipped == {"inherits_from": study["preset"], **study["changes"]}
 
 
 @pytest.mark.parametrize("name", preset_names())

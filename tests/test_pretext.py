@@ -89,7 +89,7 @@ def test_its_teacher_is_what_fine_tuning_starts_from(make_trainer: Callable[...,
 def test_a_study_has_it_beside_ours_with_its_cost(
     planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nnunet_csm.study.cost import pretraining_cost
+    from nnunet_csm.pretext.cost import pretraining_cost
     from nnunet_csm.study.dataset import Dataset
     from nnunet_csm.study.runs import Expansion
     from nnunet_csm.study.spec import parse_study

@@ -28,11 +28,11 @@ from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import method_of, read_preset
+from nnunet_csm.pretext.cost import counted, finetuning_cost, pretraining_cost
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study import execution, measured
 from nnunet_csm.study.collection import with_classes
 from nnunet_csm.study.command import StudyRequest, run_study, study_name
-from nnunet_csm.study.cost import counted, finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.divisions import divide, everybody, labelled, taken_away
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus

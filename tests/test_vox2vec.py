@@ -15,11 +15,11 @@ from nnunet_csm.data.draws import Draws, What
 from nnunet_csm.errors import UserError
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.base import Batch, setup_of
+from nnunet_csm.pretext.cost import pretraining_cost
 from nnunet_csm.pretext.info_nce import contrast
 from nnunet_csm.pretext.memory import pretraining_memory
 from nnunet_csm.pretext.vox2vec import Vox2Vec, VoxelPairs, boxes_around, chosen, cut_boxes, foreground, overlap, voxel_features
 from nnunet_csm.schema import Size
-from nnunet_csm.study.cost import pretraining_cost
 
 NETWORK: dict[str, Any] = {"encoder": {"kind": "fpn", "base": 4}, "depth": 1, "decoder": "linear"}
 BLOCK: dict[str, Any] = {"name": "vox2vec", "num_voxels": 16, "num_outputs": 8}

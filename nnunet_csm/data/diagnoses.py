@@ -68,6 +68,14 @@ class ClassTable:
         return ClassTable(self.classes, self.of(cases))
 
 
+def told_order(classes: Sequence[str]) -> str:
+    """Which class counts as positive, why, and how to choose another."""
+    how = f'their order ({", ".join(classes)}) is that of "classes" in the raw dataset.json, else of their names'
+    if len(classes) > 2:
+        return f"none of {len(classes)} classes counts as positive; {how}"
+    return f"{classes[-1]} counts as positive, being last: {how}; to choose, list them there, plan and train again"
+
+
 def is_no_value(text: str) -> bool:
     """Whether a table says with this that it knows no value; such a word is never a class."""
     return unicodedata.normalize("NFKC", _visible(text)).strip().casefold() in NO_VALUE

@@ -130,16 +130,19 @@ def split(folder: Path, names: Sequence[str], fold: int, splits_file: str = SPLI
         if splits_file != SPLITS:
             raise UserError(f"{path}: no such file, and the plans take their folds from it; start their study again")
         if len(names) < NUM_FOLDS:
-            raise UserError(
-                f"{folder}: {len(names)} cases cannot be split into {NUM_FOLDS} folds; "
-                f"use all of them with fold all, or write {path}"
-            )
+            raise UserError(too_few_cases(folder, len(names)))
         save_json(generate_crossval_split([str(name) for name in np.sort(names)], SPLIT_SEED, NUM_FOLDS), path)
     splits = read_splits(path)
     if not fold < len(splits):
         raise UserError(f"{path}: has {len(splits)} folds, fold {fold} is not among them; choose another with -f")
     check_known(splits[fold], names, f"{path}: fold {fold}")
     return [str(name) for name in splits[fold]["train"]], [str(name) for name in splits[fold]["val"]]
+
+
+def too_few_cases(folder: Path, num_cases: int) -> str:
+    """What is said where there are fewer cases than folds."""
+    what = f"{num_cases} case{'s' if num_cases > 1 else ''} cannot be split into {NUM_FOLDS} folds"
+    return f"{folder}: {what}; use all of them with fold all (-f all), or write {folder / SPLITS}"
 
 
 def case_file(source: Source, name: str, series: Sequence[str], preprocessed: Path) -> CaseFile:

@@ -25,8 +25,9 @@ def save_overlays_of_folder(
 ) -> list[Path]:
     """Draw the first `num_cases` predictions by name over nnU-Net's raw images, as out_folder/{case}.png; returns these paths.
 
-    `series_names` are in the order of the channels. Images are turned to LPS, so that a picture shows the patient's right on
-    its left whatever the file's orientation. Raises UserError when a file is missing or its grid is not that of the image.
+    `series_names` are in the order of the channels; one that a case has no file of is drawn as absent. Images are turned to LPS,
+    so that a picture shows the patient's right on its left whatever the file's orientation. Raises UserError when a case has no
+    image or no segmentation, or when its files are not on one grid.
     """
     prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
     predictions = files_in(prediction_folder, file_ending)
@@ -36,12 +37,14 @@ def save_overlays_of_folder(
     for prediction_file in predictions[:num_cases]:
         case = prediction_file.name.removesuffix(file_ending)
         channels = [raw_image_folder / f"{case}_{channel:04d}{file_ending}" for channel in range(len(series_names))]
-        images = [_read_upright(file) for file in channels]
-        prediction = _read_on_grid(prediction_file, images[0], channels[0])
+        grid_file = next((file for file in channels if file.is_file()), channels[0])
+        grid = _read_upright(grid_file)
+        prediction = _read_on_grid(prediction_file, grid, grid_file)
         reference_file = None if reference_folder is None else Path(reference_folder) / prediction_file.name
-        reference = None if reference_file is None else _read_on_grid(reference_file, images[0], channels[0])
-        volume = [_read_on_grid(file, images[0], channels[0], image) for file, image in zip(channels, images, strict=True)]
-        x, y, z = images[0].GetSpacing()
+        reference = None if reference_file is None else _read_on_grid(reference_file, grid, grid_file)
+        # a series that `predict` did without
+        volume = [_read_on_grid(file, grid, grid_file) if file.is_file() else np.zeros_like(prediction) for file in channels]
+        x, y, z = grid.GetSpacing()
         out_file = Path(out_folder) / f"{case}.png"
         save_overlay(out_file, np.stack(volume), series_names, reference, prediction, label_names, case, (z, y, x))
         drawn.append(out_file)
@@ -75,9 +78,9 @@ def _read_upright(file: Path) -> sitk.Image:
     return sitk.DICOMOrient(read_volume(Volume(file)), "LPS")
 
 
-def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path, image: sitk.Image | None = None) -> np.ndarray:
-    """The (z, y, x) array of `file` (read already where `image` is given), which must have the shape of `grid`."""
-    image = _read_upright(file) if image is None else image
+def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path) -> np.ndarray:
+    """The (z, y, x) array of `file`, which must have the shape of `grid`."""
+    image = grid if file == grid_file else _read_upright(file)
     if image.GetSize() != grid.GetSize():
         raise UserError(f"{file} has size (x, y, z) {image.GetSize()}, {grid_file} has {grid.GetSize()}; give files on one grid")
     return sitk.GetArrayFromImage(image)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_csm import checkpoint, nnunet
+from nnunet_csm.data.diagnoses import told_order
 from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.activation import save_activation
@@ -111,6 +112,7 @@ def classify(request: ClassifyRequest) -> list[str]:
     counts = {one: sum(ensemble.classes[d.class_index] == one for d in decisions) for one in ensemble.classes}
     listed = ", ".join(f"{count} {one}" for one, count in counts.items())
     lines.append(f"{len(decisions)} samples in {request.output}: {listed}; {len(left_out)} left out")
+    lines.append(told_order(ensemble.classes))
     return [*lines, f"maps are in {request.map_folder}"] if request.maps else lines
 
 

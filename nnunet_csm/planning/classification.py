@@ -20,6 +20,7 @@ from nnunet_csm.data.diagnoses import (
     repeated_splits,
     split_problems,
     stratified_folds,
+    told_order,
     write_class_table,
 )
 from nnunet_csm.data.lesions import box_of, sample_mask
@@ -43,17 +44,22 @@ SHARE_AT_ONE_SCALE = 95
 def take_class_table(name: str, dataset_json: Mapping[str, Any]) -> ClassTable | None:
     """Copy the class table from the raw dataset to the preprocessed one and read it; None when there is none.
 
-    Test cases, which have no preprocessed images to train on, are left out of the copy.
+    Test cases, which have no preprocessed images to train on, are left out of the copy. What the raw dataset.json says of the
+    order of the classes goes into the preprocessed one, `dataset_json`, which trainers read.
     Writes folds by patient and class where the dataset has no folds yet: they then serve all trainers.
     """
     raw, folder = nnunet.folder("nnUNet_raw") / name, nnunet.folder("nnUNet_preprocessed") / name
+    classes = dataset_json.get("classes")
     if (raw / FILE_NAME).is_file():
-        everything = read_class_table(raw / FILE_NAME, dataset_json.get("classes"))
+        if (raw / "dataset.json").is_file() and (chosen := load_dataset_json(raw).get("classes", classes)) != classes:
+            classes = chosen
+            nnunet.save_json({**dataset_json, "classes": classes}, folder / "dataset.json")
+        everything = read_class_table(raw / FILE_NAME, classes)
         test = set(test_cases(name)) - set(training_cases(name)) if (raw / "dataset.json").is_file() else set()
         write_class_table(everything.only({sample.case for sample in everything.samples} - test), folder / FILE_NAME)
     if not (folder / FILE_NAME).is_file():
         return None
-    table = read_class_table(folder / FILE_NAME, dataset_json.get("classes"))
+    table = read_class_table(folder / FILE_NAME, classes)
     if not (raw / "dataset.json").is_file():
         return table
     table = table.only(training_cases(name))
@@ -148,7 +154,7 @@ def check_classification(name: str) -> tuple[list[str], list[str]]:
     counts = Counter(table.classes[sample.class_index] for sample in table.samples)
     patients = {sample.patient for sample in table.samples}
     listed = ", ".join(f"{counts[one]} {one}" for one in table.classes)
-    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {listed} ({table.classes[-1]} counts as positive)"]
+    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {listed}", told_order(table.classes)]
     strangers = {sample.case: None for sample in everything.samples if sample.case not in known | test}
     wrong = [f"{case} has a class, but no mask in {raw / 'labelsTr'}" for case in strangers]
     both = patients & {sample.patient for sample in everything.of(test - known)}

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm import nnunet
+from nnunet_csm.data.sources import too_few_cases
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.command import findings, take_fingerprint
 from nnunet_csm.fingerprint.record import ALL_ZERO, Fingerprint, Subset, absent_series, num_with_series
@@ -20,7 +22,9 @@ from nnunet_csm.planning.planner import base_configuration, plan
 from nnunet_csm.planning.preprocessing import is_preprocessed
 from nnunet_csm.planning.request import PlanRequest, check_request, described, series_of
 from nnunet_csm.planning.unlabelled import image_files, plan_without_labels
-from nnunet_csm.plans import STOCK_PLANS_NAME, Source, read_configuration
+from nnunet_csm.plans import SPLITS, STOCK_PLANS_NAME, Configuration, Source, read_configuration
+from nnunet_csm.pretext.base import setup_of
+from nnunet_csm.pretext.cost import CPU_PRESET, EXTREMES, device_name, training_cost
 from nnunet_csm.raw.check import has_labels
 from nnunet_csm.raw.series import SeriesMatch
 
@@ -40,6 +44,13 @@ class Found:
     def folder(self) -> Path:
         return nnunet.folder("nnUNet_preprocessed") / self.name
 
+    @property
+    def num_cases(self) -> int:
+        """Training cases."""
+        if self.fingerprint is not None:
+            return sum(case.subset == "imagesTr" for case in self.fingerprint.cases.values())
+        return self.dataset_json.get("numTraining") or len(list((self.folder / "gt_segmentations").iterdir()))
+
 
 def plan_datasets(datasets: Sequence[str], request: PlanRequest, wishes: Wishes) -> None:
     """Write `<plans_name>.json` beside nnU-Net's plans of every dataset and print every decision with its reason.
@@ -47,6 +58,7 @@ def plan_datasets(datasets: Sequence[str], request: PlanRequest, wishes: Wishes)
     Nothing is written for any of them unless all can be planned.
     """
     names = check_request(datasets, request, wishes)
+    wishes = replace(wishes, device="cuda" if torch.cuda.is_available() else "cpu")
     found = [look_at(name, names, request) for name in names]
     for one, plans, decisions in list(
         planned_jointly(found, request, wishes) if request.joint else planned(found, request, wishes)
@@ -176,22 +188,22 @@ def facts_of(one: Found, request: PlanRequest, sources: Sequence[Source], base_p
     )
     fingerprint = one.fingerprint
     if fingerprint is None:
-        num_cases = one.dataset_json.get("numTraining") or len(list((one.folder / "gt_segmentations").iterdir()))
-        counts, present = dict.fromkeys(one.channels, num_cases), {len(one.channels): num_cases}
+        counts, present = dict.fromkeys(one.channels, one.num_cases), {len(one.channels): one.num_cases}
     else:
         training = [case for case in fingerprint.cases.values() if case.subset == "imagesTr"]
-        num_cases, counts = len(training), num_with_series(fingerprint)
+        counts = num_with_series(fingerprint)
         seen = {series for source in sources if source.dataset == one.name for series in source.channels}
         present = dict(Counter(sum(r.absent is None for n, r in case.series.items() if n in seen) for case in training))
     return Facts(
         channels=one.channels,
-        num_cases=num_cases,
+        num_cases=one.num_cases,
         num_classes=labels.num_segmentation_heads,
         num_with_series=counts,
         num_present=present,
         sources=tuple(sources),
-        num_pretraining_cases=num_cases + num_test,
+        num_pretraining_cases=one.num_cases + num_test,
         num_samples=len(table.samples) if table is not None else 0,
+        classes=table.classes if table is not None else (),
         mask_extent_mm=extent_to_hold(measured.values(), base_plans),
         large_mask_mm=extent_to_hold(measured.values(), base_plans, SHARE_AT_ONE_SCALE),
     )
@@ -241,13 +253,37 @@ def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Se
     plans["configurations"] = {**earlier, **plans["configurations"]}
     nnunet.save_json(plans, path)
     print(f"\n{one.name}\n{as_table(decisions)}\n\nwritten to {path}")
-    missing = [
-        s for s in read_configuration(plans, configuration, str(path)).csm.sources if not is_preprocessed(s, plans, configuration)
-    ]
+    settings = read_configuration(plans, configuration, str(path))
+    print(time_told(one, settings))
+    if one.num_cases < nnunet.NUM_FOLDS and not (one.folder / SPLITS).is_file():
+        print(f"WARNING: {too_few_cases(one.folder, one.num_cases)}")
+    missing = [s for s in settings.csm.sources if not is_preprocessed(s, plans, configuration)]
     if missing:
         ids = " ".join(dict.fromkeys(s.dataset for s in missing))
         flags = f"-d {ids} -c {configuration} -preprocess_only {request.plans_name}"
         print(f"not preprocessed yet: nnunet_csm plan_and_preprocess {flags}")
+
+
+def time_told(one: Found, settings: Configuration) -> str:
+    """How long both trainings take on this machine, and what to do where that is too long."""
+    csm, times = settings.csm, []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for stage, schedule, is_one in (
+        ("pretraining", csm.pretraining, setup_of(settings)[0].learns),
+        ("fine-tuning", csm.finetuning_schedule, one.labelled),
+    ):
+        if is_one:
+            times.append(f"{stage} {training_cost(settings, schedule, len(one.dataset_json['labels'])).time_on(device)}")
+    told = (
+        f"expected on {device_name(device)}: {', '.join(times)} (operations counted, at {EXTREMES[1]:.0%} to {EXTREMES[0]:.0%} "
+        f"of the speed of a large matrix product; reading and validation come on top)"
+    )
+    if device.type == "cuda":
+        return told
+    told += "\nno CUDA device was found: train with -device cpu"
+    if csm.preset == CPU_PRESET:
+        return told
+    return f"{told}; where that takes too long, `nnunet_csm plan -preset {CPU_PRESET}` makes plans for CPU cores"
 
 
 def trained_by(dataset: str, request: PlanRequest) -> str:

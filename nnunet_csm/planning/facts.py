@@ -1,6 +1,7 @@
 """What a plan is made from: what is known of the dataset, what the user wishes, and what is decided for which reason."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nnunet_csm.plans import Source
 from nnunet_csm.schema import Size
@@ -20,6 +21,7 @@ class Facts:
         num_pretraining_cases: cases of all sources.
         data_note: said of the preprocessed data.
         num_samples: cases or lesions with a class; 0 when there is no class.
+        classes: their classes in order.
         mask_extent_mm: (z, y, x) that three quarters of their masks do not exceed; None when there is none.
         large_mask_mm: (z, y, x) that all but the largest masks do not exceed.
     """
@@ -33,6 +35,7 @@ class Facts:
     num_pretraining_cases: int
     data_note: str = "as nnU-Net preprocesses it"
     num_samples: int = 0
+    classes: tuple[str, ...] = ()
     mask_extent_mm: tuple[float, float, float] | None = None
     large_mask_mm: tuple[float, float, float] | None = None
 
@@ -48,6 +51,7 @@ class Wishes:
         series: a part of the dataset's.
         gpu_memory_target: GiB that both trainings have to fit into.
         why: said of the sizes given here.
+        device: cuda, or cpu where the machine has no CUDA device; "auto" then chooses for it, without `gpu_memory_target`.
     """
 
     preset: str = "auto"
@@ -56,6 +60,7 @@ class Wishes:
     series: tuple[str, ...] | None = None
     gpu_memory_target: float | None = None
     why: str = "by hand"
+    device: Literal["cuda", "cpu"] = "cuda"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.command import names_to_draw
 from nnunet_csm.files import write_text
+from nnunet_csm.pretext.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
 from nnunet_csm.schema import to_dict
 from nnunet_csm.study.collection import collect_costs, collect_predictions, collect_results
-from nnunet_csm.study.cost import Cost, finetuning_cost, measured_speed, pretraining_cost
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.execution import cluster, local, perform, read_records
 from nnunet_csm.study.forest import forest_predictions

@@ -15,8 +15,8 @@ from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import merged, method_of
 from nnunet_csm.plans import PLANS_NAME
 from nnunet_csm.pretext.base import Pretext, setup_of
+from nnunet_csm.pretext.cost import mean_seen_tokens
 from nnunet_csm.schema import Size
-from nnunet_csm.study.cost import mean_seen_tokens
 from nnunet_csm.study.dataset import Dataset, common_patch, hashed
 from nnunet_csm.study.divisions import SEED, divide, labelled, sides, taken_away
 from nnunet_csm.study.spec import Arm, Study, pretraining_changes

@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table, split_problems
+from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table, split_problems, told_order
 from nnunet_csm.data.draws import Purpose, batches, generator, key
 from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, measure_names, measured_labels, vary
 from nnunet_csm.data.sources import case_names, check_preprocessed, run_name, split
@@ -190,6 +190,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             self.bare_network.measures.fit(training.measures)
 
     def on_fresh_start(self) -> None:
+        self.print_to_log_file(f"Classes: {told_order(self.table.classes)}")
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
 
     def held_out_cases(self) -> list[str]:

@@ -177,6 +177,7 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
     def start_probe(self) -> Probe:
         """Fit what the run is compared with; on rank 0, on the patches of all ranks."""
         started = time.monotonic()
+        self.print_to_log_file("Preparing the probe: linear maps and features that the run is compared with")
         self.compared, errors = self.comparison(), None
         if self.compared is not None:
             of_all = self.batches(self.val_batches.bank, Purpose.VALIDATION, range(self.schedule.batch_size))

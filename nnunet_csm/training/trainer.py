@@ -36,6 +36,7 @@ from nnunet_csm.model.compilation import compile_parts
 from nnunet_csm.model.encoder import Encoder, check_encoder
 from nnunet_csm.plans import Recipe, Schedule, read_configuration
 from nnunet_csm.pretext.base import setup_of
+from nnunet_csm.pretext.cost import check_device
 from nnunet_csm.processes import stoppable
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.earlier import EarlierRun
@@ -74,8 +75,7 @@ class CSMTrainer(nnUNetTrainer):
             self.ranks = running()
             self.samples = self.ranks.samples_of(self.schedule.batch_size)
             self.num_parts = accumulation(len(self.samples))
-            if device.type == "cuda" and not torch.cuda.is_available():
-                raise UserError("no CUDA device found; train on the CPU with -device cpu, or check the driver with nvidia-smi")
+            check_device(device, self.settings, self.schedule, len(dataset_json["labels"]))
             if device.type == "cuda" and os.environ.get("nnUNet_compile", "t").lower() in ("true", "1", "t"):
                 check_compiler_cache()
         if device.type == "cpu":
@@ -170,6 +170,7 @@ class CSMTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         if not self.was_initialized:
             self.initialize()
+        self.print_to_log_file(f"{self.schedule.num_iterations:,} steps in all; what they need is read and prepared first")
         if self.current_epoch == 0:
             with exit_on_user_error():
                 self.on_fresh_start()
