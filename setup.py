@@ -47,6 +47,8 @@ TEST_REQUIRES = [
 
 
 SLURM = "submitit>=1.5,<2"  # runs of a study as jobs of a cluster
+PARQUET = "pyarrow>=15,<27"  # embeddings as .parquet
+UMAP = "umap-learn>=0.5.6,<0.6"  # a second picture of embeddings
 
 
 def version() -> str:
@@ -76,6 +78,6 @@ if __name__ == "__main__":
         package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html"]},
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
-        extras_require={"test": [*TEST_REQUIRES, SLURM], "slurm": [SLURM]},
+        extras_require={"test": [*TEST_REQUIRES, SLURM, PARQUET], "slurm": [SLURM], "parquet": [PARQUET], "umap": [UMAP]},
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},
     )

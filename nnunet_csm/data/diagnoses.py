@@ -200,9 +200,7 @@ def split_problems(table: ClassTable, split: Mapping[str, Collection[str]]) -> l
     return problems
 
 
-def named_rows(
-    path: Path, required: Collection[str] = REQUIRED, expected: str = EXPECTED
-) -> list[tuple[int, dict[str, str]]]:
+def named_rows(path: Path, required: Collection[str] = REQUIRED, expected: str = EXPECTED) -> list[tuple[int, dict[str, str]]]:
     """Line number and named values of every row that is not blank; names of columns are in lower case.
 
     Raises:

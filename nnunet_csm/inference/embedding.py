@@ -77,7 +77,9 @@ class EmbedRequest(ModelRequest):
         if bool(self.dataset) == bool(self.encoder):
             raise UserError("which encoder? give -d with -p, -tr and -f, or the path of a checkpoint with -encoder, one of both")
         if not 0 < self.step_size <= 1:
-            raise UserError(f"a step size of {self.step_size}; expected a share of the tile, above 0 and up to 1, with -step_size")
+            raise UserError(
+                f"a step size of {self.step_size}; expected a share of the tile, above 0 and up to 1, with -step_size"
+            )
 
     @property
     def record(self) -> Path:
@@ -202,7 +204,9 @@ def embed(request: EmbedRequest) -> list[str]:
     # the record first: where there is a table, there is what it rests on
     request.record.parent.mkdir(parents=True, exist_ok=True)
     seen = {one.split("/")[-1] for one in origin.training_cases}
-    nnunet.save_json(_record(request, origin, {name: series for name, (series, _) in found.items()}, left_out, seen), request.record)
+    nnunet.save_json(
+        _record(request, origin, {name: series for name, (series, _) in found.items()}, left_out, seen), request.record
+    )
     table = embeddings_of({name: (JOIN.join(series), vector) for name, (series, vector) in found.items()})
     write_embeddings(table, request.output)
     lines = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
