@@ -260,10 +260,10 @@ def test_channels_of_other_images_are_named(model, tmp_path):
     for series in (("PET", "-", "-"), ("-", "-", "-"), (SERIES[0], SERIES[0], "-")):
         with pytest.raises(UserError, match="expected for each channel"):
             others.embed(series=series)
-    with pytest.raises(UserError, match="two_0002.nii.gz is of channel 2"):
+    with pytest.raises(UserError, match=r"two_0002\.nii\.gz is of channel 2"):
         others.embed(series=(SERIES[0], "-"))
     save(others.images / "two_0000.nii.gz", np.ones((3, 3, 3), np.float32))
-    with pytest.raises(UserError, match="others/two_000. *"):
+    with pytest.raises(UserError, match="others/two_000"):
         others.embed(series=(SERIES[2], "-", SERIES[0]))
 
 
