@@ -1,6 +1,6 @@
 """Simple models on embeddings: linear (logistic or ridge regression) and nearest neighbours, in folds that keep patients whole.
 
-What a model can be set by (regularisation, number of neighbours) is chosen within the training side of each fold, also by patient.
+What a model can be set by (regularisation, number of neighbours) is chosen within the training side of a fold, also by patient.
 """
 
 from collections.abc import Sequence

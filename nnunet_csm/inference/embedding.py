@@ -232,11 +232,9 @@ def prepare(case: CaseToClassify, origin: Origin, with_mask: bool) -> Prepared |
 
     Foreground is where nnU-Net sees an image: any series other than 0, holes filled.
     """
-    reason, mask_file = "", None
-    if with_mask:
-        reason, _, mask_file = look_at_mask(case)
-        if reason:
-            return reason
+    reason, _, mask_file = look_at_mask(case) if with_mask else ("", [], None)
+    if reason:
+        return reason
     manager = PlansManager(origin.plans)
     volume, segmentation, properties = DefaultPreprocessor(verbose=False).run_case(
         [str(file) for file in case.images],
