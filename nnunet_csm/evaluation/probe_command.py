@@ -1,8 +1,8 @@
 """`nnunet_csm probe`: tables, predictions and a picture of what embeddings tell, several of them beside each other."""
 
-import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,8 +150,8 @@ def projections(features: Float[np.ndarray, "n e"]) -> dict[str, Float[np.ndarra
     """Two coordinates for every case: principal components and, where umap-learn is installed, UMAP."""
     scaled = StandardScaler().fit_transform(features)
     found = {"PCA": PCA(min(2, *scaled.shape)).fit_transform(scaled)}
-    if importlib.util.find_spec("umap") is not None and len(scaled) > 3:
-        with warnings.catch_warnings():
+    if len(scaled) > 3:
+        with suppress(ImportError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a seed means one thread
             from umap import UMAP
 

@@ -182,7 +182,7 @@ def embed(request: EmbedRequest) -> list[str]:
     left_out: dict[str, str] = {}
     with (
         in_its_channels(request, origin) as arranged,
-        complete_cases(arranged, origin.dataset_json, origin.settings) as images,
+        complete_cases(arranged, origin.dataset_json, origin.settings, request.images) as images,
         whole_folder(request.dense_folder, request.overwrite) if request.dense else nullcontext() as maps,
     ):
         cases = cases_in(images, request.masks or images, origin.dataset_json)
