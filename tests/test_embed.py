@@ -12,7 +12,6 @@ import pytest
 import SimpleITK as sitk
 import torch
 from factories import DATASET_JSON, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, checkpoint_of, csm_plans
-from test_classify import DIRECTION, ORIGIN
 
 import nnunet_csm
 from nnunet_csm import checkpoint
@@ -28,6 +27,9 @@ from nnunet_csm.raw.geometry import Grid
 PRETRAINER = "nnUNetTrainerCSMPretrain"
 # larger than a patch, and no whole number of tokens
 SHAPE = (7, 17, 13)
+# neither axes nor corner are those of the patient
+ORIGIN = (-20.0, 35.0, 12.0)
+DIRECTION = tuple(sitk.Euler3DTransform((0, 0, 0), 0.3, -0.2, 0.4, (0, 0, 0)).GetMatrix())
 
 
 def save(path: Path, voxels: np.ndarray) -> None:
@@ -175,7 +177,7 @@ def test_tiles_weigh_less_towards_their_edges():
         (found,) = levels(*given)
         return [Features(torch.full_like(found.tokens, len(means.seen)), found.present, found.grid, found.series)]
 
-    means.levels = numbered  # type: ignore[method-assign]
+    means.levels = numbered  # type: ignore[assignment, method-assign]
     found = encoder.features({SERIES[0]: np.ones((4, 12, 14))}, normalize=False)
     weight = np.exp(-0.5 * ((np.arange(5) - 2) / (5 / 8)) ** 2)
     second = np.concatenate([np.zeros(2), weight])

@@ -37,12 +37,12 @@ def save_embeddings(
         for column, (projection, xy) in enumerate(projections.items()):
             axes = figure.add_subplot(len(panels), num_columns, row * num_columns + column + 1)
             if labels is None:
-                points = axes.scatter(*xy.T, c=values, s=18, cmap="viridis")
+                points = axes.scatter(xy[:, 0], xy[:, 1], c=values, s=18, cmap="viridis")
                 figure.colorbar(points, ax=axes, label=what)
             for place, (name, colour) in enumerate(zip(names, line_colours(len(names)), strict=True)):
                 chosen = np.array(labels) == name
                 marker = MARKERS[place % len(MARKERS)]
-                axes.scatter(*xy[chosen].T, s=18, color=colour, marker=marker, label=name)
+                axes.scatter(xy[chosen, 0], xy[chosen, 1], s=18, color=colour, marker=marker, label=name)
             dress(axes, title, f"{projection} 1", f"{projection} 2")
             if labels is not None and row == column == 0:
                 axes.legend(frameon=False, fontsize=8, title=what, title_fontsize=8)

@@ -1,5 +1,6 @@
 """`nnunet_csm embed`: what a trained encoder, frozen, makes of raw images: a vector a case, and maps on the images' grid."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.lesions import Placement
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.embeddings import check_format, embeddings_of, write_embeddings
-from nnunet_csm.files import whole_folder
+from nnunet_csm.files import whole, whole_folder
 from nnunet_csm.host_files import check_dataset_json
 from nnunet_csm.inference.classification import (
     MAP_ENDING,
@@ -201,14 +202,14 @@ def embed(request: EmbedRequest) -> list[str]:
                     write_dense(maps / f"{case.name}{MAP_ENDING}", features, made.frame, origin)
         if not found:
             raise UserError(f"no case of {request.images} can be embedded: {first_of(left_out)}")
-    # the record first: where there is a table, there is what it rests on
-    request.record.parent.mkdir(parents=True, exist_ok=True)
     seen = {one.split("/")[-1] for one in origin.training_cases}
-    nnunet.save_json(
-        _record(request, origin, {name: series for name, (series, _) in found.items()}, left_out, seen), request.record
-    )
+    record = _record(request, origin, {name: series for name, (series, _) in found.items()}, left_out, seen)
     table = embeddings_of({name: (JOIN.join(series), vector) for name, (series, vector) in found.items()})
-    write_embeddings(table, request.output)
+    request.record.parent.mkdir(parents=True, exist_ok=True)
+    with whole(request.record) as temporary:
+        # where the table cannot be written, the record stays as it was, too
+        temporary.write_text(json.dumps(record, indent=4), encoding="utf-8")
+        write_embeddings(table, request.output)
     lines = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     if request.masks is not None:
         lines += masks_without_images(request.masks, cases)
