@@ -128,7 +128,7 @@ class Fold:
 
     training: Int[np.ndarray, " a"]
     test: Int[np.ndarray, " b"]
-    inner: list[tuple[Int[np.ndarray, " c"], Int[np.ndarray, " d"]]]
+    inner: list[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]]
 
 
 def folds_of(targets: Targets, num_folds: int, num_repeats: int, seed: int) -> list[Fold]:
