@@ -59,6 +59,8 @@ ONNX = [
     "onnxscript>=0.2,<1",  # torch's exporter is written with it
     "onnxruntime>=1.20,<2",  # every exported model is run and compared
 ]
+PARQUET = "pyarrow>=15,<27"  # embeddings as .parquet
+UMAP = "umap-learn>=0.5.6,<0.6"  # a second picture of embeddings
 
 
 def version() -> str:
@@ -89,10 +91,12 @@ if __name__ == "__main__":
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
         extras_require={
-            "test": [*TEST_REQUIRES, SLURM, HUB, *ONNX],
+            "test": [*TEST_REQUIRES, SLURM, HUB, PARQUET, *ONNX],
             "slurm": [SLURM],
             "hub": [HUB],
             "onnx": ONNX,
+            "parquet": [PARQUET],
+            "umap": [UMAP],
             "docs": DOCS_REQUIRES,
         },
         entry_points={"console_scripts": ["nnunet_csm = nnunet_csm.cli:main"]},

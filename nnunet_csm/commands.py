@@ -259,10 +259,50 @@ def classify(args: argparse.Namespace) -> int:
     return 0
 
 
+def embed(args: argparse.Namespace) -> int:
+    from nnunet_csm.inference.embedding import EmbedRequest
+    from nnunet_csm.inference.embedding import embed as run_encoder
+
+    request = EmbedRequest(
+        **_model_flags(args),
+        images=Path(args.i),
+        output=Path(args.o),
+        encoder=Path(args.encoder) if args.encoder else None,
+        series=tuple(args.series) if args.series else None,
+        masks=Path(args.m) if args.m else None,
+        dense=args.dense,
+        untrained=args.untrained,
+        step_size=args.step_size,
+        overwrite=args.overwrite,
+    )
+    for line in run_encoder(request):
+        print(line)
+    return 0
+
+
+def probe(args: argparse.Namespace) -> int:
+    from nnunet_csm.evaluation.probe_command import ProbeRequest, probe_embeddings
+
+    request = ProbeRequest(
+        embeddings=tuple(Path(path) for path in args.i),
+        targets=Path(args.targets),
+        output=Path(args.o),
+        class_column=args.class_column,
+        value_column=args.value_column,
+        group_column=args.group,
+        num_folds=args.folds,
+        num_repeats=args.repeats,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    print(probe_embeddings(request))
+    return 0
+
+
 def _model_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that name a trained model, and its device."""
     return {
-        "dataset": args.d,
+        "dataset": args.d or "",
         "trainer": args.tr,
         "plans": args.p,
         "configuration": args.c,

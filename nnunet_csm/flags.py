@@ -222,6 +222,44 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     p = add(
+        "embed",
+        "Features of raw images from a frozen encoder of any of our trainings: a vector a case, with --dense also maps.",
+        "nnunet_csm embed -d 21 -f 0 -i images -o features.parquet",
+    )
+    p.add_argument("-i", required=True, help="folder with CASE_0000.nii.gz, CASE_0001.nii.gz ..., as far as a case has them")
+    p.add_argument("-o", required=True, help="table to write: .parquet, .csv or .npz; a JSON beside it tells what it rests on")
+    _add_model(p, PRETRAINER, required=False, folds="fold of the encoder; default: the one that is trained")
+    p.add_argument("-encoder", metavar="PATH", help="a checkpoint or exported weights, instead of -d, -f, -tr, -c, -p and -chk")
+    p.add_argument(
+        "-series",
+        nargs="+",
+        metavar="NAME",
+        help="of channels 0, 1, ... of the images, as the encoder names them; - leaves a channel out; default: the channels of "
+        "the dataset it was trained on",
+    )
+    p.add_argument("-m", help="folder with CASE.nii.gz: masks to pool features over; default: over the images' foreground")
+    p.add_argument("--dense", action="store_true", help="also NIfTI with the features of all places, a voxel a token")
+    p.add_argument("--untrained", action="store_true", help="random weights of the same plans, for comparison")
+    p.add_argument("-step_size", type=float, default=0.5, help="from tile to tile, as a share of the tile")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    p = add(
+        "probe",
+        "What linear probes and nearest neighbours tell from embeddings: classes or numbers, patients whole, with intervals.",
+        "nnunet_csm probe -i trained.parquet untrained.parquet -targets classification.csv -o probed",
+    )
+    p.add_argument("-i", nargs="+", required=True, help="tables of nnunet_csm embed; all others are compared with the first")
+    p.add_argument("-targets", required=True, help="CSV with case, a class or a value, optionally patient and a group")
+    p.add_argument("-o", required=True, help="folder to write: tables, predictions, a picture")
+    p.add_argument("-class_column", help="column of the classes; default: class or label, where there is one")
+    p.add_argument("-value_column", help="column of numbers; default: value, where there is one and no class")
+    p.add_argument("-group", metavar="COLUMN", help="also score by what this column says, such as site")
+    p.add_argument("-folds", type=int, default=5, help="parts of the patients, each predicted by a probe of the others")
+    p.add_argument("-repeats", type=int, default=5, help="divisions into folds")
+    p.add_argument("-seed", type=int, default=12345, help="seed of the divisions")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder -o")
+
+    p = add(
         "evaluate",
         "Score segmentations by label and region, with overlay pictures; or a classifier's tables, with intervals over patients.",
         "nnunet_csm evaluate -d 21 -ref labelsTs -pred out -images imagesTs",
@@ -370,10 +408,15 @@ def _add_planning(p: argparse.ArgumentParser) -> None:
     _add_reading(p)
 
 
-def _add_model(p: argparse.ArgumentParser, trainer: str) -> None:
+def _add_model(
+    p: argparse.ArgumentParser,
+    trainer: str,
+    required: bool = True,
+    folds: str = "folds whose predictions are averaged; default: those of 0 to 4 that are trained",
+) -> None:
     """A trained model, and where it is to run."""
-    p.add_argument("-d", required=True, help="dataset name or ID")
-    p.add_argument("-f", nargs="+", help="folds whose predictions are averaged; default: those of 0 to 4 that are trained")
+    p.add_argument("-d", required=required, help="dataset name or ID")
+    p.add_argument("-f", nargs="+", help=folds)
     p.add_argument("-tr", default=trainer, help="trainer")
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-p", default=PLANS_NAME, help="plans")

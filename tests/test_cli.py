@@ -40,6 +40,7 @@ ON_A_DATASET = {
     "finetune": ["finetune", "-d", "1", "-device", "cpu"],
     "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
     "classify": ["classify", "-d", "1", "-i", "in", "-m", "masks", "-o", "out.csv"],
+    "embed": ["embed", "-d", "1", "-i", "in", "-o", "out.csv"],
     "fill missing only": ["predict", "--fill_missing_only", "-d", "1", "-i", "in", "-o", "out"],
     "export_weights": ["export_weights", "-d", "1", "-o", "out"],
     "study": ["study", "quick", "-d", "1", "-device", "cpu"],
@@ -99,7 +100,7 @@ def test_the_help_of_the_program_names_every_command(capsys):
 
 def test_every_command_that_needs_a_dataset_is_tested_here():
     others = {command.split()[0] for command in COMMANDS} - {line[0] for line in ON_A_DATASET.values()}
-    assert others == {"convert", "demo", "doctor", "env", "import_weights"}
+    assert others == {"convert", "demo", "doctor", "env", "import_weights", "probe"}
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -121,7 +121,7 @@ def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> 
     """
     path = Path(path)
     samples: list[tuple[int, str, str, int | None, str]] = []
-    for line, row in _rows(path):
+    for line, row in named_rows(path):
         case, name, label = row["case"], row["class"], row.get("mask_label", "")
         patient = row.get("patient", case)
         if name and is_no_value(name) and name not in (classes or ()):
@@ -208,33 +208,37 @@ def split_problems(table: ClassTable, split: Mapping[str, Collection[str]]) -> l
     return problems
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line number and named values of every row that is not blank."""
+def named_rows(path: Path, required: Collection[str] = REQUIRED, expected: str = EXPECTED) -> list[tuple[int, dict[str, str]]]:
+    """Line number and named values of every row that is not blank; names of columns are in lower case.
+
+    Raises:
+        UserError: the file cannot be read as such a table, or lacks a required column; `expected` says what it is to have.
+    """
     if path.exists() and (problem := file_problem(path)):
         raise UserError(problem)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {EXPECTED}, a row a case or a lesion") from None
+        raise UserError(f"{path}: no such file; {expected}, a row a case or a lesion") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as CSV (UTF-8), {EXPECTED}") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as CSV (UTF-8), {expected}") from None
     first = text.lstrip().split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=first.count)
     try:
         lines = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
         rows = [(lines.line_num, [value.strip() for value in row]) for row in lines]
     except csv.Error as error:
-        raise UserError(f"{path}: not CSV ({error}); {EXPECTED}") from None
+        raise UserError(f"{path}: not CSV ({error}); {expected}") from None
     rows = [(line, row) for line, row in rows if any(row)]
     if not rows:
-        raise UserError(f"{path}: empty; {EXPECTED}")
+        raise UserError(f"{path}: empty; {expected}")
     header = [name.casefold() for name in rows[0][1]]
-    missing = [name for name in REQUIRED if name not in header]
+    missing = [name for name in required if name not in header]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)} among {', '.join(rows[0][1])}; {EXPECTED}")
-    twice = [name for name in COLUMNS if header.count(name) > 1]
+        raise UserError(f"{path}: no column {', '.join(missing)} among {', '.join(rows[0][1])}; {expected}")
+    twice = [name for name in {*COLUMNS, *required} if header.count(name) > 1]
     if twice:
-        raise UserError(f"{path}: column {twice[0]} twice; {EXPECTED}")
+        raise UserError(f"{path}: column {twice[0]} twice; {expected}")
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise UserError(f"{path}: line {line} has {len(row)} values, the header {len(header)}; give each row one per column")

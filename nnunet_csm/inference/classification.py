@@ -1,6 +1,5 @@
 """`nnunet_csm classify`: raw images and masks to class probabilities, and maps of what every series adds to the decision."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,23 +91,23 @@ def classify(request: ClassifyRequest) -> list[str]:
         complete_cases(request.images, ensemble.dataset_json, ensemble.settings) as images,
         whole_folder(request.map_folder, request.overwrite) if request.maps else nullcontext() as maps,
     ):
-        cases = _cases(images, request.masks, ensemble.dataset_json)
+        cases = cases_in(images, request.masks, ensemble.dataset_json)
         with closing(made_ahead(lambda case: prepare(case, ensemble), cases, NUM_AHEAD)) as prepared:
             for case, (patches, unusable) in zip(tqdm(cases, "classifying", unit="case", disable=None), prepared, strict=True):
                 left_out |= unusable
                 if request.strict and left_out:
-                    raise UserError(f"{_first(left_out)}; leave out --strict to classify the other samples")
+                    raise UserError(f"{first_of(left_out)}; leave out --strict to classify the other samples")
                 for patch in patches:
                     decision, added = decide(patch, ensemble, with_maps=request.maps)
                     decisions.append(decision)
                     if maps is not None:
                         write_maps(maps, decision, added, patch.frame, case, ensemble)
         if not decisions:
-            raise UserError(f"no sample of {request.images} can be classified: {_first(left_out)}")
+            raise UserError(f"no sample of {request.images} can be classified: {first_of(left_out)}")
     _write_table(request.output, decisions, ensemble.classes)
     nnunet.save_json(_record(request, ensemble, decisions, left_out), request.record)
     lines = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
-    lines += _masks_without_images(request.masks, cases)
+    lines += masks_without_images(request.masks, cases)
     counts = {one: sum(ensemble.classes[d.class_index] == one for d in decisions) for one in ensemble.classes}
     listed = ", ".join(f"{count} {one}" for one, count in counts.items())
     lines.append(f"{len(decisions)} samples in {request.output}: {listed}; {len(left_out)} left out")
@@ -179,20 +178,14 @@ def _check_output(request: ClassifyRequest) -> None:
     nnunet.dataset_name(request.dataset)
     if request.output.suffix != ".csv":
         raise UserError(f"{request.output} is to be a table; give -o a name that ends in .csv")
-    for path in (request.output, request.record):
-        if path.exists() and not request.overwrite:
-            raise UserError(f"{path} exists and is kept; give --overwrite to replace it, or another name")
+    request.check_output(request.output, request.record, overwrite=request.overwrite)
     if request.map_folder.is_dir() and any(request.map_folder.iterdir()) and not request.maps:
         raise UserError(f"{request.map_folder} has maps of other predictions; give --maps --overwrite, or move it away")
-    folder = next(folder for folder in request.output.absolute().parents if folder.exists())
-    if request.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        wrong = request.output if request.output.is_dir() else folder
-        raise UserError(f"{request.output} cannot be written because of {wrong}; give -o a file in a folder you may write to")
     if not request.masks.is_dir():
         raise UserError(f"the folder of masks {request.masks} does not exist; give -m a folder with a mask for every case")
 
 
-def _first(left_out: Mapping[str, str]) -> str:
+def first_of(left_out: Mapping[str, str]) -> str:
     name, reason = next(iter(left_out.items()))
     return f"{name}: {reason}" + (f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else "")
 
@@ -200,7 +193,7 @@ def _first(left_out: Mapping[str, str]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
-def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseToClassify]:
+def cases_in(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[CaseToClassify]:
     """All cases of a folder in which none lacks a channel."""
     ending, num_channels = dataset_json["file_ending"], len(nnunet.channel_names(dataset_json))
     first = f"_0000{ending}"
@@ -209,7 +202,7 @@ def _cases(images: Path, masks: Path, dataset_json: Mapping[str, Any]) -> list[C
     return [CaseToClassify(name, tuple(images / f"{name}{one}" for one in channels), masks / f"{name}{ending}") for name in names]
 
 
-def _masks_without_images(folder: Path, cases: Sequence[CaseToClassify]) -> list[str]:
+def masks_without_images(folder: Path, cases: Sequence[CaseToClassify]) -> list[str]:
     """A line that says so: images may have another ending, or lie elsewhere."""
     files = {f.name for f in folder.iterdir() if f.name.endswith(READABLE_ENDINGS) and not is_hidden(f)}
     others = sorted(files - {case.mask.name for case in cases})

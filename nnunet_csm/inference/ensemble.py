@@ -165,7 +165,7 @@ def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict
     Returns:
         The patches, and why other samples (or the case) cannot be cut, by name.
     """
-    reason, labels, mask_file = _look_at_mask(case)
+    reason, labels, mask_file = look_at_mask(case)
     if reason:
         return [], {case.name: reason}
     volume, segmentation, properties = DefaultPreprocessor(verbose=False).run_case(
@@ -260,7 +260,7 @@ def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configurat
             raise UserError(f"{path}: {what} is {one}, plans.json of the model says {other}; train again, or restore the plans")
 
 
-def _look_at_mask(case: CaseToClassify) -> tuple[str, list[int], Path]:
+def look_at_mask(case: CaseToClassify) -> tuple[str, list[int], Path]:
     """Why a mask cannot be used (empty when it can), the labels in it, and the file that has it on the grid of the images."""
     if not case.mask.is_file():
         return f"{case.mask}: no such mask", [], case.mask

@@ -49,17 +49,21 @@ class Frame:
         size = [int(properties["shape_before_cropping"][axis]) for axis in axes]
         return cls(_triple(first), _triple(step), _triple(axes), _grid_of_array(properties, size))
 
-    def on_grid(self, maps: Float[np.ndarray, "gz gy gx"], token_size: Size, grid: Grid) -> sitk.Image:
-        """A map of tokens as an image on `grid`: linear between the tokens' centres, 0 outside the patch."""
+    def image(self, maps: Float[np.ndarray, "gz gy gx *e"], token_size: Size) -> sitk.Image:
+        """A map of tokens as an image with a voxel a token, in its place; of vectors where a token has several values."""
         edges = [token_size[axis] for axis in self.axes]
-        image = sitk.GetImageFromArray(maps.transpose(self.axes).astype(np.float32))
+        image = sitk.GetImageFromArray(maps.transpose(*self.axes, *range(3, maps.ndim)).astype(np.float32), maps.ndim == 4)
         centre = [f + s * (e - 1) / 2 for f, s, e in zip(self.first, self.step, edges, strict=True)]
         array = self.grid.zeros()
         image.SetOrigin(array.TransformContinuousIndexToPhysicalPoint(centre[::-1]))
         lengths = zip(self.grid.spacing, self.step[::-1], edges[::-1], strict=True)
         image.SetSpacing([spacing * step * edge for spacing, step, edge in lengths])
         image.SetDirection(self.grid.direction)
-        return resampled(image, grid)
+        return image
+
+    def on_grid(self, maps: Float[np.ndarray, "gz gy gx"], token_size: Size, grid: Grid) -> sitk.Image:
+        """A map of tokens as an image on `grid`: linear between the tokens' centres, 0 outside the patch."""
+        return resampled(self.image(maps, token_size), grid)
 
 
 def _grid_of_array(properties: Mapping[str, Any], size: Sequence[int]) -> Grid:

@@ -1,5 +1,6 @@
 """What names a trained model on the command line, as in nnU-Net."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -50,6 +51,21 @@ class ModelRequest:
         if found:
             print(f"Folds {', '.join(folds)}: those that are trained; -f chooses others")
         return replace(self, folds=folds)
+
+    @staticmethod
+    def check_output(*files: Path, overwrite: bool) -> None:
+        """Say before the work that files cannot be written.
+
+        Raises:
+            UserError: one is there, without `overwrite`, or its folder may not be written to.
+        """
+        for path in files:
+            if path.exists() and not overwrite:
+                raise UserError(f"{path} exists and is kept; give --overwrite to replace it, or another name")
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+                wrong = path if path.is_dir() else folder
+                raise UserError(f"{path} cannot be written because of {wrong}; give -o a file in a folder you may write to")
 
     def torch_device(self) -> torch.device:
         """The device asked for.

@@ -216,8 +216,12 @@ def build_predictor(request: PredictRequest, model: Model) -> BatchedPredictor:
 
 
 @contextmanager
-def complete_cases(inputs: Path, dataset_json: Mapping[str, Any], settings: Configuration) -> Iterator[Path]:
+def complete_cases(
+    inputs: Path, dataset_json: Mapping[str, Any], settings: Configuration, called: Path | None = None
+) -> Iterator[Path]:
     """A temporary folder with the images of all cases, zeros for series that a case lacks or has a copy of another in place of.
+
+    What is printed of `inputs` is said of the folder `called`, where it is a temporary one itself.
 
     Raises:
         UserError: no case, a channel the model does not have, or series of different shapes.
@@ -233,7 +237,7 @@ def complete_cases(inputs: Path, dataset_json: Mapping[str, Any], settings: Conf
             for line in fill_missing(inputs, folder, canonical, ending, num_copies=copies_in_training(settings), needed=needed):
                 print(line.replace(str(folder), "the folder that is read"))
         for line in check_inputs(folder, names, ending):
-            print(line.replace(str(folder), str(inputs)))
+            print(line.replace(str(folder), str(called or inputs)))
         yield folder
 
 

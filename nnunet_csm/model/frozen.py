@@ -2,37 +2,46 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.signal.windows import gaussian
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.hub import find_weights
-from nnunet_csm.model.encoder import Encoder, Features, build_encoder
-from nnunet_csm.model.fusion import mean_over_present
-from nnunet_csm.model.tokens import to_map
-from nnunet_csm.model.transfer import read_encoder
+from nnunet_csm.model.encoder import build_encoder
+from nnunet_csm.model.tokens import Size, grid_size, to_map, to_tokens
+from nnunet_csm.model.transfer import encoder_in
+from nnunet_csm.plans import Architecture, Configuration, configuration_of, read_configuration
+
+# deviation of a tile's weights, as a share of the tile: nnU-Net's in prediction
+DEVIATION = 1 / 8
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What an encoder makes of one image."""
+    """What an encoder makes of one image. Places where no tile shows anything have features of 0."""
 
     series: tuple[str, ...]
     """Names, in the order of `tokens`; one for all where the encoder does not keep them apart."""
     tokens: Float[Tensor, "m l e"]
     map: Float[Tensor, "e gz gy gx"]
-    """Mean over the series, on the token grid."""
+    """Mean over the series, on the token grid, which begins at the image's first voxel."""
+    share: Float[Tensor, "gz gy gx"]
+    """Of each token's voxels, those that count for `vector`."""
 
     @property
     def vector(self) -> Float[Tensor, " e"]:
-        """Mean over all places."""
-        return self.map.flatten(1).mean(1)
+        """Mean over all places, each by its share."""
+        return (self.map * self.share).flatten(1).sum(1) / self.share.sum()
 
 
 class FrozenEncoder:
@@ -42,11 +51,13 @@ class FrozenEncoder:
         series: names it knows.
         spacing: (z, y, x) in mm that images are to be resampled to, as nnU-Net's preprocessing does.
         token_size: voxels of a token along (z, y, x).
+        patch_size: voxels of a tile, those that its training saw at once.
     """
 
-    def __init__(self, encoder: Encoder, token_size: tuple[int, int, int], spacing: Sequence[float]) -> None:
-        self.encoder, self.token_size, self.spacing = encoder.eval(), token_size, tuple(spacing)
-        self.series = encoder.series
+    def __init__(self, architecture: Architecture, patch_size: Size, spacing: Sequence[float]) -> None:
+        self.encoder = build_encoder(architecture).eval()
+        self.token_size, self.patch_size, self.spacing = architecture.token_size, patch_size, tuple(spacing)
+        self.series = architecture.series
 
     def to(self, device: torch.device | str) -> "FrozenEncoder":
         """The same on a device."""
@@ -54,17 +65,26 @@ class FrozenEncoder:
         return self
 
     @torch.no_grad()
-    def features(self, images: Mapping[str, np.ndarray | Tensor], normalize: bool = True) -> ImageFeatures:
-        """Encode an image, padded with zeros to whole tokens.
+    def features(
+        self,
+        images: Mapping[str, np.ndarray | Tensor],
+        normalize: bool = True,
+        where: Bool[np.ndarray, "z y x"] | None = None,
+        step_size: float = 0.5,
+    ) -> ImageFeatures:
+        """Encode an image tile by tile, as large as the patches of training, padded with zeros as they were.
 
-        All tokens of all series make one sequence, so a large image is better given in patches.
+        Tiles begin at whole tokens and overlap; where they do, features are means by weights that fall from the middle of a tile.
 
         Args:
             images: volume (z, y, x) of each series that there is, on one grid with the encoder's spacing.
             normalize: z-score every series over its voxels other than 0, as nnU-Net does for MRI; False when that is done.
+            where: voxels that count for the vector of the image; those other than 0 in any series by default.
+            step_size: from tile to tile, as a share of the tile; at least a token.
 
         Raises:
-            UserError: no series, one that the encoder does not know or that is empty, or volumes of different shapes.
+            UserError: no series, one that the encoder does not know or that is empty, volumes of different shapes, or no
+                voxel to count.
         """
         unknown = [name for name in images if name not in self.series]
         shapes = {name: tuple(image.shape) for name, image in images.items()}
@@ -73,25 +93,80 @@ class FrozenEncoder:
                 f"images are {shapes or 'none'}; expected volumes (z, y, x) of one shape, of {', '.join(self.series)}"
             )
         device = next(self.encoder.parameters()).device
-        volume = torch.zeros(1, len(self.series), *next(iter(shapes.values())), device=device)
+        shape = next(iter(shapes.values()))
+        volume = torch.zeros(len(self.series), *shape, device=device)
+        inside = torch.zeros(shape, dtype=torch.bool, device=device)
         for name, image in images.items():
             voxels = torch.as_tensor(image, dtype=torch.float32, device=device)
-            inside = voxels != 0
-            if not (inside.any() and torch.isfinite(voxels).all()):
+            there = voxels != 0
+            if not (there.any() and torch.isfinite(voxels).all()):
                 raise UserError(
                     f"{name} is zero everywhere or holds voxels that are no numbers; leave a series out that is missing"
                 )
             if normalize:
-                voxels = torch.where(inside, (voxels - voxels[inside].mean()) / voxels[inside].std().clamp(min=1e-8), 0.0)
-            volume[0, self.series.index(name)] = voxels
-        missing = [-length % edge for length, edge in zip(volume.shape[2:], self.token_size, strict=True)]
-        volume = pad(volume, [n for after in reversed(missing) for n in (0, after)])
-        shown = [number for number, name in enumerate(self.series) if name in images]
-        present = torch.tensor([[name in images for name in self.series]], device=device)
-        found: Features = self.encoder.levels(volume, present, 1, shown)[-1]
-        names = tuple(self.series[number] for number in shown) if self.encoder.keeps_series_apart else ("all",)
-        fused = to_map(mean_over_present(found.tokens, found.present), found.grid)
-        return ImageFeatures(names, found.tokens[0], fused[0])
+                voxels = torch.where(there, (voxels - voxels[there].mean()) / voxels[there].std().clamp(min=1e-8), 0.0)
+            volume[self.series.index(name)], inside = voxels, inside | there
+        counted = inside if where is None else torch.as_tensor(where, device=device)
+        if counted.shape != inside.shape or not counted.any():
+            raise UserError(
+                f"the mask has shape {tuple(counted.shape)} and {int(counted.sum())} voxels, images have shape {shape}; give a "
+                f"mask on their grid that is not empty"
+            )
+        return self._features(volume, counted, [name in images for name in self.series], step_size)
+
+    def _features(
+        self, volume: Float[Tensor, "s z y x"], counted: Bool[Tensor, "z y x"], given: Sequence[bool], step_size: float
+    ) -> ImageFeatures:
+        grid = _triple(-(-n // t) for n, t in zip(counted.shape, self.token_size, strict=True))
+        tile = grid_size(self.patch_size, self.token_size)
+        # tokens of zeros before the image, which is in the middle where it is smaller than a tile, as training had it
+        before = [max(0, t - g) // 2 for g, t in zip(grid, tile, strict=True)]
+        padded = _triple(max(g, t) for g, t in zip(grid, tile, strict=True))
+        image = self._padded(volume, before, padded)
+        present = torch.tensor([given], device=volume.device)
+        shown = [number for number, is_there in enumerate(given) if is_there]
+        weight = torch.ones((), device=volume.device)
+        for n in tile:
+            weight = weight[..., None] * gaussian(n, std=n * DEVIATION, device=volume.device)
+        total: Tensor | None = None
+        total_weight = torch.zeros(padded, device=volume.device)
+        for place in _tiles(padded, tile, step_size):
+            voxels = tuple(slice(p.start * t, p.stop * t) for p, t in zip(place, self.token_size, strict=True))
+            patch = image[:, *voxels]
+            if not patch.any():
+                continue
+            found = self.encoder.levels(patch[None], present, 1, shown)[-1]
+            maps = to_map(found.tokens[0], found.grid)
+            if total is None:
+                total = torch.zeros(*maps.shape[:2], *padded, device=volume.device)
+            total[:, :, *place] += maps * weight
+            total_weight[place] += weight
+        assert total is not None
+        within = tuple(slice(b, b + g) for b, g in zip(before, grid, strict=True))
+        maps = (total / total_weight.clamp(min=torch.finfo(torch.float32).tiny))[:, :, *within]
+        share = to_tokens(self._padded(counted[None].float(), [0, 0, 0], grid)[None], self.token_size).mean(-1)
+        shown_names = tuple(self.series[number] for number in shown)
+        names = shown_names if self.encoder.keeps_series_apart else ("all",)
+        return ImageFeatures(names, maps.flatten(2).transpose(1, 2), maps.mean(0), share.view(grid))
+
+    def _padded(self, volume: Float[Tensor, "s z y x"], before: Sequence[int], grid: Size) -> Float[Tensor, "s pz py px"]:
+        """Zeros around a volume, so that it makes `grid` tokens, the first `before` of them empty."""
+        widths: list[int] = []
+        for length, num_before, num_tokens, edge in zip(volume.shape[1:], before, grid, self.token_size, strict=True):
+            # the last axis comes first
+            widths = [num_before * edge, (num_tokens - num_before) * edge - length, *widths]
+        return pad(volume, widths)
+
+
+def _tiles(grid: Size, tile: Size, step_size: float) -> list[tuple[slice, ...]]:
+    """Tokens of each tile along (z, y, x); where a step would be less than a token, there is no tile twice."""
+    steps = [sorted(set(of_axis)) for of_axis in compute_steps_for_sliding_window(grid, tile, step_size)]
+    return [tuple(slice(s, s + n) for s, n in zip(start, tile, strict=True)) for start in product(*steps)]
+
+
+def _triple(values: Any) -> Size:
+    z, y, x = values
+    return z, y, x
 
 
 def load_encoder(path: str | Path) -> FrozenEncoder:
@@ -104,9 +179,28 @@ def load_encoder(path: str | Path) -> FrozenEncoder:
         UserError: nothing of the kind.
     """
     path = find_weights(str(path))
-    pretrained = read_encoder(str(path))
-    encoder = build_encoder(pretrained.architecture)
-    checkpoint.load_weights(encoder, pretrained.weights, str(path))
-    init_args = checkpoint.load(str(path))["init_args"]
-    spacing = init_args["plans"]["configurations"][init_args["configuration"]]["spacing"]
-    return FrozenEncoder(encoder, pretrained.architecture.token_size, spacing)
+    return frozen_encoder(checkpoint.load(path), str(path))
+
+
+def frozen_encoder(saved: Mapping[str, Any], source: str, trained: bool = True) -> FrozenEncoder:
+    """The encoder in what `checkpoint.load` has read; `source` is the path that errors name.
+
+    With `trained` False, its weights are random.
+    """
+    pretrained = encoder_in(saved, source)
+    plans, name = saved["init_args"]["plans"], saved["init_args"]["configuration"]
+    settings = read_configuration(plans, name, source)
+    patch_size = settings.patch_size
+    if "classes" in saved:
+        patch_size = settings.csm.classification.patch_size
+    elif "series" in saved:  # of pretraining
+        patch_size = settings.csm.pretraining_patch_size
+    encoder = FrozenEncoder(pretrained.architecture, patch_size, configuration_of(plans, name, source)["spacing"])
+    if trained:
+        checkpoint.load_weights(encoder.encoder, pretrained.weights, source)
+    return encoder
+
+
+def untrained_encoder(settings: Configuration, spacing: Sequence[float]) -> FrozenEncoder:
+    """The encoder that plans would pretrain, with random weights."""
+    return FrozenEncoder(settings.pretraining_architecture, settings.csm.pretraining_patch_size, spacing)

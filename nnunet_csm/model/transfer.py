@@ -34,7 +34,11 @@ def read_encoder(path: str) -> PretrainedEncoder:
     Raises:
         UserError: not a checkpoint, or one without an encoder of ours.
     """
-    saved = checkpoint.load(path)
+    return encoder_in(checkpoint.load(path), path)
+
+
+def encoder_in(saved: Mapping[str, Any], path: str) -> PretrainedEncoder:
+    """Do as `read_encoder`, for what `checkpoint.load` has read."""
     weights = {k.removeprefix("encoder."): v for k, v in saved["network_weights"].items() if k.startswith("encoder.")}
     init_args: dict[str, Any] = saved["init_args"]
     without = f"{path}: a {saved['trainer_name']} network without an encoder of ours"
