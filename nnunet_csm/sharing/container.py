@@ -109,9 +109,7 @@ def write_container(request: ContainerRequest) -> list[str]:
             text = source.joinpath(template).read_text(encoding="utf-8")
             write_text(folder / name, environment.from_string(text).render({"dataset": dataset} | values))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
-    lines = [
-        f"{request.output}: folds {', '.join(request.folds)} of {request.model}, {size:.1f} MiB; its README.md says how it is built"
-    ]
+    lines = [f"{request.output}: folds {', '.join(request.folds)} of {request.model}, {size:.1f} MiB; README.md there goes on"]
     if request.interface == "grand-challenge":
         lines.append(f"Before it is built: put the sockets of your algorithm into {request.output / INTERFACE}")
     if request.trainer == CLASSIFIER and interface.mask is None:

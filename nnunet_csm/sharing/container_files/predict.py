@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 
@@ -15,6 +16,8 @@ def run() -> int:
         os.environ[name] = str(folder / "model")
     for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "HOME"):
         os.environ[name] = tempfile.gettempdir()
+    # what libraries say of each other
+    warnings.simplefilter("ignore", FutureWarning)
     from nnunet_csm.sharing.contained import main
 
     return main(folder)
