@@ -28,6 +28,8 @@ from nnunet_csm.schema import to_dict
 from nnunet_csm.sharing import contained
 
 NAME, SECRET = "Dataset001_Tiny", "smith_john"
+# no processes beside this one
+ALONE = ("-npp", "0", "-nps", "0")
 SEGMENTER, CLASSIFIER = "nnUNetTrainerCSM", "nnUNetTrainerCSMClassifier"
 
 
@@ -125,7 +127,7 @@ def voxels_of(path: Path) -> np.ndarray:
 
 def test_the_entry_point_segments_as_predict_does_and_writes_nothing_else(contain, images, tmp_path) -> None:
     folder = contain(SEGMENTER, "plain", "-f", "0", "1")
-    main(["predict", "-d", "1", "-f", "0", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu"])
+    main(["predict", "-d", "1", "-f", "0", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu", *ALONE])
     out = tmp_path / "out"
     done = contained_run(folder, tmp_path / "tmp", "-i", images, "-o", out, "-seconds_per_case", "0.0001")
     assert done.returncode == 0, done.stderr
@@ -174,7 +176,7 @@ def test_the_folder_is_complete_and_tells_nothing_of_patients(contain, tmp_path,
 def test_fomo26_gives_a_flag_for_each_series_and_one_for_the_output(contain, images, tmp_path, monkeypatch) -> None:
     folder = contain(SEGMENTER, "fomo26")
     assert json.loads((folder / "interface.json").read_text())["inputs"] == {"flair": "FLAIR", "t1": "T1w", "t2": "T2w"}
-    main(["predict", "-d", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu"])
+    main(["predict", "-d", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu", *ALONE])
     out = tmp_path / "out" / "sub_1.nii.gz"
     given = [one for channel, flag in ((1, "--t1"), (2, "--t2")) for one in (flag, images / f"b_{channel:04d}.nii.gz")]
     # python /app/predict.py, as the challenge calls it; DWI is none of the model's series
@@ -198,7 +200,7 @@ def test_grand_challenge_gives_a_socket_for_each_series(contain, images, tmp_pat
     assert "interface.json" in capsys.readouterr().out
     interface = json.loads((folder / "interface.json").read_text())
     assert interface["inputs"] == {"images/flair": "FLAIR", "images/t1w": "T1w", "images/t2w": "T2w"}
-    main(["predict", "-d", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu"])
+    main(["predict", "-d", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu", *ALONE])
     given = tmp_path / "given"
     for socket, channel in (("flair", 0), ("t1w", 1), ("t2w", 2)):
         (given / "images" / socket).mkdir(parents=True)

@@ -103,7 +103,7 @@ def _parser(interface: Interface) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, allow_abbrev=False)
     if interface.interface == "fomo26":
         for flag in sorted({*FOMO26, *interface.inputs, *([interface.mask] if interface.mask else [])}):
-            parser.add_argument(f"--{flag}", type=Path, help=f"image: {interface.inputs.get(flag, 'not used')}")
+            parser.add_argument(f"--{flag}", dest=flag, type=Path, help=f"image: {interface.inputs.get(flag, 'not used')}")
         parser.add_argument("--output", type=Path, required=True, help="file to write")
     else:
         parser.add_argument("-i", type=Path, default=Path("/input"), help="folder with what is given")
@@ -122,7 +122,7 @@ def _predict(interface: Interface, images: Path, masks: Path, output: Path, limi
     named = (*model, interface.folds, CHECKPOINT, interface.device, images)
     if interface.trainer == CLASSIFIER:
         request = ClassifyRequest(*named, masks, output, overwrite=True)
-        with _timed("all cases", None):
+        with _timed("all cases", limit):
             print(*classify(request), sep="\n")
         return
     _segment(PredictRequest(*named, output, progress_bar=False), limit)
