@@ -189,13 +189,15 @@ def frozen_encoder(saved: Mapping[str, Any], source: str, trained: bool = True) 
     """
     pretrained = encoder_in(saved, source)
     plans, name = saved["init_args"]["plans"], saved["init_args"]["configuration"]
-    settings = read_configuration(plans, name, source)
-    patch_size = settings.patch_size
-    if "classes" in saved:
-        patch_size = settings.csm.classification.patch_size
-    elif "series" in saved:  # of pretraining
-        patch_size = settings.csm.pretraining_patch_size
-    encoder = FrozenEncoder(pretrained.architecture, patch_size, configuration_of(plans, name, source)["spacing"])
+    entry = configuration_of(plans, name, source)
+    patch_size = _triple(entry["patch_size"])
+    if "csm" in entry:  # not in encoders of others
+        csm = read_configuration(plans, name, source).csm
+        if "classes" in saved:
+            patch_size = csm.classification.patch_size
+        elif "series" in saved:  # of pretraining
+            patch_size = csm.pretraining_patch_size
+    encoder = FrozenEncoder(pretrained.architecture, patch_size, entry["spacing"])
     if trained:
         checkpoint.load_weights(encoder.encoder, pretrained.weights, source)
     return encoder
