@@ -43,6 +43,7 @@ ON_A_DATASET = {
     "embed": ["embed", "-d", "1", "-i", "in", "-o", "out.csv"],
     "fill missing only": ["predict", "--fill_missing_only", "-d", "1", "-i", "in", "-o", "out"],
     "export_weights": ["export_weights", "-d", "1", "-o", "out"],
+    "container": ["container", "-d", "1", "-o", "out"],
     "study": ["study", "quick", "-d", "1", "-device", "cpu"],
     "evaluate": ["evaluate", "-d", "1", "-ref", "ref", "-pred", "pred"],
     "cite": ["cite", "-d", "1"],
