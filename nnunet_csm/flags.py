@@ -262,7 +262,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="rebuild from N draws of visible tokens as in training: their mean, and CASE_NAME_disagreement.nii.gz; 0: from all tokens",
+        help="the mean of N draws of visible tokens, as in training, and CASE_NAME_disagreement.nii.gz; "
+        "0: all tokens visible, once",
     )
     p.add_argument("--score", action="store_true", help="PSNR and SSIM where a case has what -series names, beside linear maps")
     p.add_argument("--for_prediction", action="store_true", help="also images_with_imputed, a folder of whole cases for predict")

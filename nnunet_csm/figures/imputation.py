@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from nnunet_csm.figures.canvas import GAP, draw_grey, grey_window, panel_grid, save_figure, write_above
 
@@ -21,27 +21,29 @@ def save_imputation(
     truth: Float[np.ndarray, "z y x"] | None,
     imputed: Float[np.ndarray, "z y x"],
     deviation: Float[np.ndarray, "z y x"] | None,
+    inside: Bool[np.ndarray, "z y x"],
     spacing: tuple[float, float, float],
     series: str,
     title: str,
 ) -> None:
-    """One slice, the fullest: each series given, the truth where it is known, what was made up, and where draws disagree.
+    """The middle slice of the foreground: series given, the truth where it is known, what was made up, where draws disagree.
 
     Args:
         path: of the picture.
         given: raw, by name.
-        truth, imputed: z-scores, which share a grey window; background of `imputed` is 0.
+        truth, imputed: z-scores, which share a grey window.
         deviation: z-scores; black is 0 and white is 1.
+        inside: foreground.
         spacing: (x, y, z) in mm.
         series: name of what is imputed.
         title: of the picture.
     """
-    z = int(np.argmax([np.count_nonzero(plane) for plane in imputed]))
+    z = int(np.median(np.nonzero(inside)[0]))
     panels = [(name, image, grey_window(image)) for name, image in given.items()]
     window = grey_window(imputed if truth is None else truth)
     if truth is not None:
         panels.append((f"{series}, scanned", truth, window))
-    panels.append((f"{series}, IMPUTED", imputed, window))
+    panels.append((f"{series}, IMPUTED", np.where(inside, imputed, window[0]), window))
     if deviation is not None:
         panels.append((f"disagreement, 0 to {WHITE:g} SD", deviation, (0.0, WHITE)))
     aspect = spacing[1] / spacing[0]

@@ -150,7 +150,7 @@ def load_origin(request: EmbedRequest) -> Origin:
 
 
 def origin_of(saved: Mapping[str, Any], file: Path, trained: bool = True) -> Origin:
-    """The encoder in what `checkpoint.load` has read of `file`; with random weights, if not `trained`. Raises as `load_origin`."""
+    """The encoder in what `checkpoint.load` has read of `file`; random weights, if not `trained`. Raises as `load_origin`."""
     plans, configuration = saved["init_args"]["plans"], saved["init_args"]["configuration"]
     dataset_json = saved["init_args"].get("dataset_json") or {}
     check_dataset_json(dataset_json, f"{file}: dataset.json")

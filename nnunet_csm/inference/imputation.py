@@ -55,8 +55,8 @@ class ImputeRequest(ModelRequest):
     Attributes:
         images: folder with CASE_0000.nii.gz ..., as far as a case has the series.
         output: folder to write.
-        series: names of those to be made up in every case; a case that has one is treated as if it had not. None: those that a case
-            lacks.
+        series: names of those to be made up in every case; a case that has one is treated as if it had not. None: those that
+            a case lacks.
         num_draws: how often visible tokens are drawn as in training; 0: all are visible, once.
         z_scores: write z-scores, no intensities.
         score: compare with the scanned series where a case has it.
@@ -104,7 +104,7 @@ def impute(request: ImputeRequest) -> list[str]:
         Lines to print.
 
     Raises:
-        UserError: no such checkpoint, or one without a decoder; images that cannot be used, output that is there, or nothing to do.
+        UserError: no such checkpoint, or one without a decoder; images that cannot be used, output that is there, nothing to do.
     """
     device = request.torch_device()
     file = request.of_one_fold("one network makes up one image")
@@ -135,7 +135,7 @@ def impute(request: ImputeRequest) -> list[str]:
                 written[case.name] = maker.make(case, made, wanted, files[case.name])
         if not any(one.imputed for one in written.values()):
             raise UserError(
-                f"{request.images}: no case lacks a series of {', '.join(known)}; name one with -series, to make it up all the same"
+                f"{request.images}: no case lacks a series of {', '.join(known)}; name one with -series, to make it up anyway"
             )
         record = _record(request, origin, scans, written)
         (folder / RECORD).write_text(json.dumps(record, indent=4), encoding="utf-8")
@@ -211,7 +211,8 @@ class Maker:
                 flags = _masked(self.origin)
                 scored, _ = z_scored(stack, [flags[one] for one in (*done.given, *([] if truth is None else [name]))])
                 true = None if truth is None else scored[-1]
-                self._draw(case.name, name, dict(zip(done.given, given, strict=True)), true, images[name], deviations, grid)
+                shown = dict(zip(done.given, given, strict=True))
+                self._draw(case.name, name, shown, true, images[name], deviations.get(name), inside, grid)
                 if self.request.score and true is not None:
                     done.scores += self._scores(name, dict(zip(done.given, scored, strict=False)), true, images[name], inside)
         if self.request.for_prediction:
@@ -226,9 +227,7 @@ class Maker:
         volume = torch.zeros(len(self.imputer.series), *shape)
         for name, voxels in made.volumes.items():
             volume[self.imputer.series.index(name)] = torch.from_numpy(voxels)
-        of = self.imputer.impute(
-            volume.to(device), tuple(made.volumes), wanted, self.request.num_draws, self.request.step_size
-        )
+        of = self.imputer.impute(volume.to(device), tuple(made.volumes), wanted, self.request.num_draws, self.request.step_size)
         if not of.image.isfinite().all():
             raise UserError("the decoder gives NaN; its training diverged, take another checkpoint")
 
@@ -236,9 +235,7 @@ class Maker:
             if maps is None:
                 return {}
             images = [made.frame.on_grid(one.cpu().numpy(), (1, 1, 1), grid) for one in maps]
-            return {
-                name: sitk.GetArrayFromImage(image) * inside for name, image in zip(wanted, images, strict=True)
-            }
+            return {name: sitk.GetArrayFromImage(image) * inside for name, image in zip(wanted, images, strict=True)}
 
         return on_grid(of.image), on_grid(of.deviation)
 
@@ -278,12 +275,13 @@ class Maker:
         given: Mapping[str, np.ndarray],
         true: np.ndarray | None,
         image: np.ndarray,
-        deviations: Mapping[str, np.ndarray],
+        deviation: np.ndarray | None,
+        inside: np.ndarray,
         grid: Grid,
     ) -> None:
         title = f"{case}: {name} is imputed, not acquired. Not for diagnosis."
         path = self.folder / f"{case}_{name}_imputed.png"
-        save_imputation(path, given, true, image, deviations.get(name), grid.spacing, name, title)
+        save_imputation(path, given, true, image, deviation, inside, grid.spacing, name, title)
 
     def _scores(
         self,

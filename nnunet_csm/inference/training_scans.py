@@ -32,8 +32,8 @@ def z_scored(
 
     Args:
         volumes: raw; a series that is 0 everywhere stays so.
-        masked: whether mean and deviation of each are those of that foreground, and the rest stays 0, or those of the box around it
-            (nnU-Net's `use_mask_for_norm`).
+        masked: whether mean and deviation of each are those of that foreground, and the rest stays 0, or those of the box around
+            it (nnU-Net's `use_mask_for_norm`).
     """
     inside = create_nonzero_mask(volumes)
     box = tuple(slice(where.min(), where.max() + 1) for where in np.nonzero(inside))
@@ -89,7 +89,9 @@ class TrainingScans:
     def as_scanned(self, series: str, z_scores: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Intensities as a scan of the series has them: linear between the measured ones, and none beyond them."""
         if series not in self.z_scores:
-            raise UserError(f"no training case shows {series}, so its intensities are not known; give --z_scores to write z-scores")
+            raise UserError(
+                f"no training case shows {series}, so its intensities are not known; give --z_scores to write z-scores"
+            )
         # where several shares have one z-score, as in background, the lowest intensity stands for it
         knots, first = np.unique(self.z_scores[series], return_index=True)
         return np.interp(z_scores, knots, self.intensities[series][first]).astype(np.float32)
@@ -118,8 +120,8 @@ def training_scans(
                 found.append(files)
     if not found:
         raise UserError(
-            f"{folder}: holds no images of the training cases, which tell what intensities are; set nnUNet_raw to where they are, or "
-            f"give --z_scores, without --score, to write z-scores"
+            f"{folder}: holds no images of the training cases, which tell what intensities are; set nnUNet_raw to where they are, "
+            f"or give --z_scores, without --score, to write z-scores"
         )
     chosen = np.unique(np.linspace(0, len(found) - 1, min(NUM_CASES, len(found))).round().astype(int))
     return TrainingScans.measured((voxels_of(found[number]) for number in chosen), tuple(channels), masked)

@@ -57,8 +57,8 @@ class Imputer:
             volume: preprocessed; series that are not given may hold anything, which is not looked at.
             given: names of series that are there.
             wanted: names of others.
-            num_draws: how often tokens of each tile are drawn as in training, to rebuild from them and take the mean; with 0, it is
-                rebuilt once from all tokens of the series given.
+            num_draws: how often visible tokens of each tile are drawn as in training; results are means over draws. With 0, a tile
+                is rebuilt once, from all tokens of the series given.
             step_size: from tile to tile, as a share of the tile.
         """
         setup = self.pretext.setup
@@ -128,8 +128,8 @@ def imputer_in(saved: Mapping[str, Any], settings: Configuration, source: str) -
         )
     if setup.settings.reconstruction.normalize_targets:
         raise UserError(
-            f"{source}: its decoder gives no mean and deviation of a token (csm.pretext.reconstruction.normalize_targets is true), "
-            f"so it makes no image; {remedy}"
+            f"{source}: its decoder gives no mean and deviation of a token (csm.pretext.reconstruction.normalize_targets is true) "
+            f"and makes no image; {remedy}"
         )
     pretext = cls(setup)
     checkpoint.load_weights(pretext, saved["network_weights"], source)
