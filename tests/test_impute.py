@@ -1,6 +1,7 @@
 """`nnunet_csm impute`: a series made up from the others, which is that of the network by hand, is marked, and knows no truth."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def test_draws_show_as_many_tokens_as_training_and_are_always_the_same():
     _, setup = setup_of(read_configuration(plans_of(), "3d_fullres", "plans"))
     imputer, volume = Imputer(Repeats(setup)), torch.ones(len(SERIES), *PATCH_SIZE)
     first, again = (imputer.impute(volume, ("FLAIR", "T1w"), ("T2w",), 400, 1.0) for _ in range(2))
+    assert first.deviation is not None and again.deviation is not None
     assert torch.equal(first.image, again.image) and torch.equal(first.deviation, again.deviation)
     # Bernoulli's: one in eight is visible
     share = float(first.image.mean())
@@ -250,8 +252,8 @@ def test_scores_of_cases_that_have_the_series_beside_linear_maps(model):
 def test_scores_know_the_better_image():
     rng = np.random.default_rng(0)
     true, inside = rng.normal(size=(12, 13, 14)).astype(np.float32), np.ones((12, 13, 14), bool)
-    near, far = (true + rng.normal(size=true.shape).astype(np.float32) * noise for noise in (0.1, 1.0))
-    same, near, far = score_image(true, {"same": true, "near": near, "far": far}, inside)
+    noisy = [true + rng.normal(size=true.shape).astype(np.float32) * noise for noise in (0.1, 1.0)]
+    same, near, far = score_image(true, {"same": true, "near": noisy[0], "far": noisy[1]}, inside)
     assert np.isnan(same["psnr"]) and same["ssim"] == pytest.approx(1)
     assert near["psnr"] > far["psnr"] + 6 and near["ssim_foreground"] > far["ssim_foreground"]
 
@@ -315,9 +317,9 @@ def test_images_that_cannot_be(model):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (JOINT, "pretrained by MAE3D"),
+        (JOINT, "pretrained by 'mae3d'"),
         ({"masking": {"hidden_series": "none"}}, "rebuilt no series that was hidden whole.*'none'"),
-        ({"reconstruction": {"normalize_targets": True}}, "no mean and deviation of a token"),
+        ({"reconstruction": {"normalize_targets": True}}, "no mean or deviation of tokens"),
     ],
 )
 def test_pretrainings_that_rebuild_no_series(changes, said):
@@ -325,6 +327,15 @@ def test_pretrainings_that_rebuild_no_series(changes, said):
     settings = read_configuration(plans, "3d_fullres", "plans")
     with pytest.raises(UserError, match=f"a.pth: .*{said}"):
         imputer_in(saved_of(plans), settings, "a.pth")
+
+
+def test_a_checkpoint_imports_no_class_that_it_names():
+    plans = plans_of()
+    saved = saved_of(plans)
+    plans["configurations"]["3d_fullres"]["csm"]["pretext"]["name"] = "antigravity.Pretext"
+    with pytest.raises(UserError, match=r"a.pth: was pretrained by 'antigravity.Pretext'"):
+        imputer_in(saved, read_configuration(plans, "3d_fullres", "plans"), "a.pth")
+    assert "antigravity" not in sys.modules
 
 
 def test_a_checkpoint_without_a_decoder(model):

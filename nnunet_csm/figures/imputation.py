@@ -1,6 +1,6 @@
 """A made up series beside what it was made from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ def save_imputation(
     imputed: Float[np.ndarray, "z y x"],
     deviation: Float[np.ndarray, "z y x"] | None,
     inside: Bool[np.ndarray, "z y x"],
-    spacing: tuple[float, float, float],
+    spacing: Sequence[float],
     series: str,
     title: str,
 ) -> None:

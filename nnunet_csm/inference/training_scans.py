@@ -120,7 +120,7 @@ def training_scans(
                 found.append(files)
     if not found:
         raise UserError(
-            f"{folder}: holds no images of the training cases, which tell what intensities are; set nnUNet_raw to where they are, "
+            f"{folder}: holds no images of the training cases, which tell what intensities are; set nnUNet_raw to their place, "
             f"or give --z_scores, without --score, to write z-scores"
         )
     chosen = np.unique(np.linspace(0, len(found) - 1, min(NUM_CASES, len(found))).round().astype(int))

@@ -57,8 +57,8 @@ class Imputer:
             volume: preprocessed; series that are not given may hold anything, which is not looked at.
             given: names of series that are there.
             wanted: names of others.
-            num_draws: how often visible tokens of each tile are drawn as in training; results are means over draws. With 0, a tile
-                is rebuilt once, from all tokens of the series given.
+            num_draws: how often visible tokens of each tile are drawn as in training; the result is the mean. With 0, a tile is
+                rebuilt once, from all tokens of the series given.
             step_size: from tile to tile, as a share of the tile.
         """
         setup = self.pretext.setup
@@ -75,8 +75,10 @@ class Imputer:
             total[0, :, *voxels] += rebuilt.mean(0) * weight
             total[1, :, *voxels] += rebuilt.std(0, correction=0) * weight
             total_weight[voxels] += weight
-        within = tiling.voxels(tiling.within)
-        image, deviation = (total / total_weight)[:, :, *within][:, :, *map(slice, volume.shape[1:])]
+        within = tuple(
+            slice(place.start, place.start + n) for place, n in zip(tiling.voxels(tiling.within), volume.shape[1:], strict=True)
+        )
+        image, deviation = (total / total_weight)[:, :, *within]
         return Imputed(image, deviation if num_draws else None)
 
     def _rebuilt(
@@ -118,9 +120,10 @@ def imputer_in(saved: Mapping[str, Any], settings: Configuration, source: str) -
     remedy = "give the checkpoint of a pretraining by CSM (-tr nnUNetTrainerCSMPretrain), with a preset such as B or cpu"
     if not any(name.startswith("decoder.") for name in saved["network_weights"]) or "series" not in saved:
         raise UserError(f"{source}: holds no decoder of pretraining, which rebuilds series; {remedy}")
-    cls, setup = setup_of(settings, source)
-    if not issubclass(cls, CSM):
-        raise UserError(f"{source}: was pretrained by {cls.__name__}, which does not rebuild a series from the others; {remedy}")
+    # before a class of another name is imported: the checkpoint may come from anybody
+    if (name := settings.csm.pretext.get("name")) != "csm":
+        raise UserError(f"{source}: was pretrained by {name!r}, which does not rebuild a series from the others; {remedy}")
+    _, setup = setup_of(settings, source)
     if setup.settings.masking.hidden_series != "rebuilt":
         raise UserError(
             f"{source}: its training rebuilt no series that was hidden whole (csm.pretext.masking.hidden_series is "
@@ -128,9 +131,9 @@ def imputer_in(saved: Mapping[str, Any], settings: Configuration, source: str) -
         )
     if setup.settings.reconstruction.normalize_targets:
         raise UserError(
-            f"{source}: its decoder gives no mean and deviation of a token (csm.pretext.reconstruction.normalize_targets is true) "
-            f"and makes no image; {remedy}"
+            f"{source}: its decoder gives no mean or deviation of tokens (csm.pretext.reconstruction.normalize_targets is true), "
+            f"so it makes no image; {remedy}"
         )
-    pretext = cls(setup)
+    pretext = CSM(setup)
     checkpoint.load_weights(pretext, saved["network_weights"], source)
     return Imputer(pretext)
