@@ -1,6 +1,7 @@
 """`nnunet_csm impute`: a series made up from the others, which is that of the network by hand, is marked, and knows no truth."""
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +180,8 @@ def test_intensities_rise_with_z_scores_also_where_many_voxels_are_equal_and_end
     mapped = scans.as_scanned("FLAIR", np.linspace(-9, 9, 1000))
     assert (np.diff(mapped) >= 0).all() and mapped[0] == scans.intensities["FLAIR"][0] < mapped[-1]
     assert mapped[-1] == scans.intensities["FLAIR"][-1]
-    with pytest.raises(UserError, match=r"no training case shows T1w.*--z_scores"):
-        scans.as_scanned("T1w", mapped)
+    with pytest.raises(UserError, match=r"no training case in nnUNet_raw shows T1w.*--z_scores"):
+        scans.check(["FLAIR", "T1w"])
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------------
@@ -307,6 +308,13 @@ def test_images_that_cannot_be(model):
     save(model.images / "one_0001.nii.gz", np.ones(SHAPE))
     with pytest.raises(UserError, match=r"one_0001.nii.gz is on another grid"):
         model.impute(series=("T1w",))
+    image = sitk.GetArrayFromImage(sitk.ReadImage(str(model.images / "one_0000.nii.gz")))
+    save(model.images / "one_0001.nii.gz", image)
+    with pytest.raises(UserError, match=r"one_0001.nii.gz holds the voxels of FLAIR, too.*leave the copy out"):
+        model.impute(series=("T1w",))
+    # one that nobody names is no scan of its own
+    assert "one: T1w from FLAIR, T2w" in model.impute(z_scores=True)
+    shutil.rmtree(model.output)
     for file in (model.raw / "imagesTr").iterdir():
         file.unlink()
     with pytest.raises(UserError, match=r"holds no images of the training cases.*set nnUNet_raw.*--z_scores"):

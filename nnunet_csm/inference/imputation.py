@@ -117,6 +117,8 @@ def impute(request: ImputeRequest) -> list[str]:
     ending, names = origin.dataset_json["file_ending"], nnunet.channel_names(origin.dataset_json)
     files, shown = _files(request, names, ending, {known[name] for name in asked})
     scans = None if request.z_scores and not request.score else _scans(origin)
+    if scans is not None:
+        scans.check(asked or tuple(known))
     if device.type == "cpu":
         keep_freed_memory()
     written: dict[str, Written] = {}
@@ -204,17 +206,13 @@ class Maker:
             images, deviations = self._rebuilt(made, wanted, grid, inside)
             for name in wanted:
                 self._write(case.name, name, images[name], deviations.get(name), grid, inside, done)
-                truth = self._truth(files.get(channels[name]), grid)
-                if truth is not None:
-                    done.hidden_on_purpose.append(name)
-                stack = given if truth is None else np.concatenate([given, truth[None]])
-                flags = _masked(self.origin)
-                scored, _ = z_scored(stack, [flags[one] for one in (*done.given, *([] if truth is None else [name]))])
-                true = None if truth is None else scored[-1]
                 shown = dict(zip(done.given, given, strict=True))
+                true = self._true(name, files.get(channels[name]), grid, shown)
                 self._draw(case.name, name, shown, true, images[name], deviations.get(name), inside, grid)
-                if self.request.score and true is not None:
-                    done.scores += self._scores(name, dict(zip(done.given, scored, strict=False)), true, images[name], inside)
+                if true is not None:
+                    done.hidden_on_purpose.append(name)
+                    if self.request.score:
+                        done.scores += self._scores(name, shown, true, images[name], inside)
         if self.request.for_prediction:
             self._complete(case.name, done, files)
         return done
@@ -229,7 +227,7 @@ class Maker:
             volume[self.imputer.series.index(name)] = torch.from_numpy(voxels)
         of = self.imputer.impute(volume.to(device), tuple(made.volumes), wanted, self.request.num_draws, self.request.step_size)
         if not of.image.isfinite().all():
-            raise UserError("the decoder gives NaN; its training diverged, take another checkpoint")
+            raise UserError(f"{self.origin.provenance['checkpoint']}: gives NaN; its training diverged, take another checkpoint")
 
         def on_grid(maps: torch.Tensor | None) -> dict[str, np.ndarray]:
             if maps is None:
@@ -258,15 +256,23 @@ class Maker:
         if deviation is not None:
             write_image(marked(deviation, grid), self.folder / f"{case}_{name}_disagreement{ENDING}")
 
-    def _truth(self, file: Path | None, grid: Grid) -> Float[np.ndarray, "z y x"] | None:
-        """The scanned series, where the case has it."""
-        if file is None:
+    def _true(
+        self, name: str, file: Path | None, grid: Grid, given: Mapping[str, np.ndarray]
+    ) -> Float[np.ndarray, "z y x"] | None:
+        """The z-scores of a series that the case has, and that was hidden on purpose."""
+        if file is None or self.request.series is None:
             return None
         image = read_volume(Volume(file))
         if not Grid.of(image).same_as(grid):
             raise UserError(f"{file} is on another grid than the other series; resample all files of a case to one grid")
         voxels = sitk.GetArrayFromImage(image).astype(np.float32)
-        return voxels if voxels.any() else None
+        for other, one in given.items():
+            if np.array_equal(one, voxels):
+                raise UserError(f"{file} holds the voxels of {other}, too: one is a copy of the other; leave the copy out of -i")
+        if voxels.min() == voxels.max():
+            return None
+        masked = _masked(self.origin)
+        return z_scored(np.stack([*given.values(), voxels]), [masked[one] for one in (*given, name)])[0][-1]
 
     def _draw(
         self,
@@ -298,8 +304,9 @@ class Maker:
         if self.scans.linear is not None:
             numbers = tuple(series.index(one) for one in given)
             weights, intercept = self.scans.linear.coefficients(numbers, series.index(name))
-            linear = sum(weight * voxels for weight, voxels in zip(weights, given.values(), strict=True)) + intercept
-            made["linear map"] = np.asarray(linear, np.float32)
+            masked = _masked(self.origin)
+            scored, _ = z_scored(np.stack(list(given.values())), [masked[one] for one in given])
+            made["linear map"] = (np.tensordot(weights, scored, 1) + intercept).astype(np.float32)
             made["mean"] += np.float32(self.scans.linear.mean[series.index(name)])
         background = self.scans.z_scores[name][0]
         outside = {key: np.where(inside, one, background).astype(np.float32) for key, one in made.items()}

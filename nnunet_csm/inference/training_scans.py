@@ -86,12 +86,16 @@ class TrainingScans:
             RidgeBaseline().fit(complete) if complete else None,
         )
 
+    def check(self, series: Sequence[str]) -> None:
+        """Raise UserError where a series was not measured."""
+        if unknown := [name for name in series if name not in self.z_scores]:
+            raise UserError(
+                f"no training case in nnUNet_raw shows {unknown[0]}, so its intensities are not known; give --z_scores, without "
+                f"--score, to write z-scores"
+            )
+
     def as_scanned(self, series: str, z_scores: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Intensities as a scan of the series has them: linear between the measured ones, and none beyond them."""
-        if series not in self.z_scores:
-            raise UserError(
-                f"no training case shows {series}, so its intensities are not known; give --z_scores to write z-scores"
-            )
         # where several shares have one z-score, as in background, the lowest intensity stands for it
         knots, first = np.unique(self.z_scores[series], return_index=True)
         return np.interp(z_scores, knots, self.intensities[series][first]).astype(np.float32)

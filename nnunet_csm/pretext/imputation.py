@@ -72,8 +72,7 @@ class Imputer:
             voxels = tiling.voxels(place)
             patch = padded[:, *voxels]
             rebuilt = torch.cat(list(self._rebuilt(patch, there, wanted, number, num_draws)))
-            total[0, :, *voxels] += rebuilt.mean(0) * weight
-            total[1, :, *voxels] += rebuilt.std(0, correction=0) * weight
+            total[:, :, *voxels] += torch.stack([rebuilt.mean(0), rebuilt.std(0, correction=0)]) * weight
             total_weight[voxels] += weight
         within = tuple(
             slice(place.start, place.start + n) for place, n in zip(tiling.voxels(tiling.within), volume.shape[1:], strict=True)
