@@ -25,8 +25,9 @@ INSTALL_REQUIRES = [
     "pandas>=2.2,<4",  # tables of results
     "tabulate>=0.9,<1",  # pandas writes Markdown tables with it
     "matplotlib>=3.8,<4",  # pictures
+    "packaging>=23,<27",  # which requirements of packages hold here, for a container; matplotlib brings it along
     "pillow>=10,<14",  # PNG with a small palette
-    "jinja2>=3.1,<4",  # the self-contained HTML page
+    "jinja2>=3.1,<4",  # the self-contained HTML page; the files that a container is built from
     "scipy>=1.11,<2",  # tests of paired differences
     "joblib>=1.3,<2",  # cores that a container or a cluster gives
     "scikit-image>=0.22,<0.27",  # PSNR and SSIM of what pretrainings rebuild; nnunetv2 brings it along
@@ -87,7 +88,10 @@ if __name__ == "__main__":
         python_requires=">=3.11,<3.14",
         packages=[*packages, "nnunet_csm.presets", "nnunet_csm.dataset_conversion"],
         package_dir={"nnunet_csm.presets": "plans", "nnunet_csm.dataset_conversion": "dataset_conversion"},
-        package_data={"": ["*.json", "**/*.json", "*.html", "**/*.html", "**/*.bib"]},
+        package_data={
+            "": ["*.json", "**/*.json", "*.html", "**/*.html", "**/*.bib"],
+            "nnunet_csm.sharing.container_files": ["*"],
+        },
         include_package_data=False,
         install_requires=INSTALL_REQUIRES,
         extras_require={

@@ -390,6 +390,16 @@ def export_weights(args: argparse.Namespace) -> int:
     return 0
 
 
+def container(args: argparse.Namespace) -> int:
+    from nnunet_csm.sharing.container import ContainerRequest, write_container
+
+    given = argparse.Namespace(**{**vars(args), "device": "cuda" if args.gpu else "cpu"})
+    chosen = {"interface": args.interface, "output": Path(args.o), "overwrite": args.overwrite}
+    for line in write_container(ContainerRequest(**_model_flags(given), **chosen)):
+        print(line)
+    return 0
+
+
 def import_weights(args: argparse.Namespace) -> int:
     from nnunet_csm.sharing.others import import_weights as run_import
 

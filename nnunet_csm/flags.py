@@ -327,6 +327,22 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace the folder -o")
 
     p = add(
+        "container",
+        "A folder from which a container (Docker, Podman, Apptainer) with a trained model is built.",
+        "nnunet_csm container -d 21 -f 0 -o container",
+    )
+    _add_model(p, FINETUNER, device=False)
+    p.add_argument("-o", required=True, help="folder to write")
+    p.add_argument(
+        "-interface",
+        default="plain",
+        choices=("plain", "fomo26", "grand-challenge"),
+        help="what the container is given and gives: folders named as nnU-Net's, or one case as these challenges do",
+    )
+    p.add_argument("--gpu", action="store_true", help="with CUDA, for a GPU; default: without, for CPUs")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder -o")
+
+    p = add(
         "import_weights",
         "A pretrained encoder of others as such a folder, for finetune -encoder; all of its tensors, or an error.",
         "nnunet_csm import_weights -from bm_mae -i bmmae.pth -o bm_mae",
@@ -441,6 +457,7 @@ def _add_model(
     trainer: str,
     required: bool = True,
     folds: str = "folds whose predictions are averaged; default: those of 0 to 4 that are trained",
+    device: bool = True,
 ) -> None:
     """A trained model, and where it is to run."""
     p.add_argument("-d", required=required, help="dataset name or ID")
@@ -449,7 +466,8 @@ def _add_model(
     p.add_argument("-c", default="3d_fullres", help="configuration")
     p.add_argument("-p", default=PLANS_NAME, help="plans")
     p.add_argument("-chk", default="checkpoint_final.pth", help="checkpoint name")
-    p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
+    if device:
+        p.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="device")
 
 
 def _add_training(p: argparse.ArgumentParser, trainer: str) -> None:

@@ -425,7 +425,7 @@ def test_weights_that_are_or_give_no_numbers_are_refused(model):
     network = build_classifier(read_configuration(plans_of(), "3d_fullres", "plans"), len(SERIES), len(CLASSES))
     weights = network.state_dict()
     for name, value, message in (
-        ("head.bias", torch.nan, r"fold_1/checkpoint_final\.pth: head\.bias holds NaN"),
+        ("head.bias", torch.nan, r"fold_1/checkpoint_final\.pth: network_weights: head\.bias holds NaN"),
         ("head.weight", 3e38, "a: the classifier of fold 1 gives NaN"),
     ):
         model.save_fold(1, network_weights={**weights, name: torch.full_like(weights[name], value)})

@@ -278,7 +278,12 @@ def test_commands_run_as_they_are_written(page: Path, world: Path, programs: Pat
     # one shell, as one terminal; what is printed last tells the block that failed
     script = "".join(f"echo '--- line {block.line}'\n{block.commands}" for block in blocks)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",  # whatever the locale is
+        timeout=SECONDS,
     )
     assert done.returncode == 0, f"{page.name}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 

@@ -20,7 +20,7 @@ from nnunet_csm.fingerprint.reading import read_case
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.nnunet import save_json
 from nnunet_csm.raw.check import check_dataset, check_inputs
-from nnunet_csm.raw.geometry import Grid, fit
+from nnunet_csm.raw.geometry import Grid, fit, upright
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.raw.subjects import Case, CaseError, Dataset, Mask, Volume
 from nnunet_csm.raw.volumes import look_at, read_volume
@@ -447,3 +447,17 @@ def test_images_to_be_predicted_are_straightened_where_nnunet_could_not_read_the
     assert "a_0000.nii.gz is written anew with axes at right angles" in lines[0]
     assert np.array_equal(array_of(sitk.ReadImage(str(tmp_path / "out" / "a_0000.nii.gz"))), voxels())
     assert "1 case" in check_inputs(tmp_path / "out", ["T2w"], ".nii.gz")[0]
+
+
+@pytest.mark.parametrize(("slices", "code"), [("LPS", "RAS"), ("LIP", "ASR"), ("PIL", "SRP")])
+@pytest.mark.parametrize("thick", [True, False])
+def test_pictures_show_slices_as_they_were_acquired_and_the_patient_upright(slices: str, code: str, thick: bool) -> None:
+    """The file has its axes as `code` says; slices of `slices` are thick, or no axis is."""
+    image = sitk.Image((4, 5, 6), sitk.sitkInt16)
+    image.SetSpacing((1.0, 1.0, 5.0 if thick else 1.0))
+    image.SetDirection(sitk.DICOMOrientImageFilter.GetDirectionCosinesFromOrientation(slices))
+    turned = upright(sitk.DICOMOrient(image, code))
+    found = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(turned.GetDirection())
+    assert found == (slices if thick else "LPS")
+    if thick:
+        assert turned.GetSpacing() == (1.0, 1.0, 5.0) and turned.GetSize() == (4, 5, 6)

@@ -9,6 +9,7 @@ import SimpleITK as sitk
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.overlays import save_methods, save_overlay
 from nnunet_csm.listing import files_in
+from nnunet_csm.raw.geometry import upright
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import read_volume
 
@@ -25,8 +26,8 @@ def save_overlays_of_folder(
 ) -> list[Path]:
     """Draw the first `num_cases` predictions by name over nnU-Net's raw images, as out_folder/{case}.png; returns these paths.
 
-    `series_names` are in the order of the channels; one that a case has no file of is drawn as absent. Images are turned to LPS,
-    so that a picture shows the patient's right on its left whatever the file's orientation. Raises UserError when a case has no
+    `series_names` are in the order of the channels; one that a case has no file of is drawn as absent. Images are turned as
+    `raw.geometry.upright` says, whatever the file's orientation. Raises UserError when a case has no
     image or no segmentation, or when its files are not on one grid.
     """
     prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
@@ -60,7 +61,7 @@ def save_methods_of_case(
     title: str,
     notes: Mapping[str, str],
 ) -> None:
-    """One case under several methods, see `figures.overlays.save_methods`; all files are turned to LPS.
+    """One case under several methods, see `figures.overlays.save_methods`; all files are turned upright.
 
     Raises UserError when a file is missing or its grid is not that of the image.
     """
@@ -75,7 +76,7 @@ def _read_upright(file: Path) -> sitk.Image:
     if not file.is_file():
         msg = f"{file}: no such file, expected for a picture of its case; check the folders of images, references and predictions"
         raise UserError(msg)
-    return sitk.DICOMOrient(read_volume(Volume(file)), "LPS")
+    return upright(read_volume(Volume(file)))
 
 
 def _read_on_grid(file: Path, grid: sitk.Image, grid_file: Path) -> np.ndarray:

@@ -51,7 +51,7 @@ def save_activation(
 ) -> None:
     """A column per series: the image with the mask as a line, and below it what speaks for and against the class.
 
-    All show the axial slice through the mask with the strongest maps, cut to the mask and to where maps are. Full strength is
+    All show the slice through the mask with the strongest maps, cut to the mask and to where maps are. Full strength is
     that of the strongest place in any slice of any series, so that series can be compared. A series that is 0 everywhere is
     drawn as absent. `shares` stand above the columns; `spacing` is in mm as (z, y, x).
     """
@@ -67,7 +67,7 @@ def save_activation(
     aspect = spacing[1] / spacing[2]
     panel_width = min(PANEL_WIDTH_MAX, (PICTURE_WIDTH - 2 * EDGE) / len(volume) - GAP)
     panel = (panel_width, panel_width * aspect * height / width)
-    heading = f"{title}, axial slice {z + 1} of {len(mask)}"
+    heading = f"{title}, slice {z + 1} of {len(mask)}"
     least_width = 2 * EDGE + LETTER_WIDTH * len(heading)
     figure, panels = panel_grid(heading, 2, len(volume), panel, (EDGE, HEADINGS_HEIGHT), LEGEND_HEIGHT, least_width)
     for series, (upper, lower) in enumerate(zip(*panels, strict=True)):

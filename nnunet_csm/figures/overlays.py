@@ -58,7 +58,7 @@ def save_overlay(
 
     `drawn` is the heading of the predictions' column, for labels that are something else.
 
-    All show the axial slice with most foreground in the reference (in the prediction where there is none). A series that is 0
+    All show the slice with most foreground in the reference (in the prediction where there is none). A series that is 0
     everywhere is drawn as absent. `label_names` names the labels to draw (0 is never drawn); `spacing` is in mm as (z, y, x).
     """
     assert len(volume) == len(series_names)
@@ -73,7 +73,7 @@ def save_overlay(
     columns = ["image", drawn] if reference is None else ["image", "reference", drawn, "both, enlarged"]
     aspect = spacing[1] / spacing[2]
     height, width = predicted_slice.shape
-    heading = f"{title}, axial slice {z + 1} of {len(guide)}"
+    heading = f"{title}, slice {z + 1} of {len(guide)}"
     figure, panels = _grid(columns, series_names, aspect * height / width, heading)
     for series, row in zip(volume, panels, strict=True):
         if not series.any():
@@ -106,7 +106,7 @@ def save_methods(
 ) -> None:
     """One case under several methods: image, reference and every prediction by name, whole and enlarged around the labels.
 
-    The axial slice is the one with most foreground in the reference, which comes first of `segmentations`. `notes` are words
+    The slice is the one with most foreground in the reference, which comes first of `segmentations`. `notes` are words
     under a prediction, such as its Dice; `spacing` is in mm, (z, y, x).
     """
     (_, reference), *_ = segmentations.items()
@@ -117,7 +117,7 @@ def save_methods(
     shown, aspect = box_around((series[z] != 0) | anywhere), y / x
     height, width = series[z][shown].shape
     columns = ["image", *(textwrap.fill(name, METHOD_NAME_LENGTH) for name in segmentations)]
-    heading = f"{title}, axial slice {z + 1} of {len(reference)}"
+    heading = f"{title}, slice {z + 1} of {len(reference)}"
     picture_width = max(PICTURE_WIDTH, METHOD_WIDTH * len(columns))
     figure, panels = _grid(columns, ("whole", "enlarged"), aspect * height / width, heading, picture_width)
     for row in panels:

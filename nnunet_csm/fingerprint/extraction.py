@@ -39,13 +39,12 @@ from nnunet_csm.fingerprint.record import (
 )
 from nnunet_csm.listing import files_in
 from nnunet_csm.machine import in_processes
+from nnunet_csm.raw.geometry import upright
 from nnunet_csm.raw.manifest import read_manifest
 from nnunet_csm.schema import from_dict
 
 # Cases tried for one that a reader can read.
 EXAMPLES = 20
-# Times the distance along the body, from which on the axis of the slices is told by their thickness.
-THICK = 1.2
 
 
 def extract(
@@ -205,20 +204,16 @@ def example_slices(
 ) -> tuple[dict[str, Float[np.ndarray, "y x"]], float]:
     """A slice of each series of the case `name` that could be read, and the height of a voxel over its width.
 
-    The middle of what is not 0 in any series of a shape; turned to LPS where the file says how. Thick slices are shown as they
-    were acquired, whatever their direction, feet down.
+    The middle of what is not 0 in any series of a shape, turned as `raw.geometry.upright` says where the file has a direction.
     """
     case = fingerprint.cases[name]
     files = case_files(raw_folder, case.subset, dataset_json, len(fingerprint.series))
     volumes, _, _ = read_case(files[name], fingerprint.series, find_reader(dataset_json, [files[name]]))
     slices, aspect = {}, 1.0
-    upright = {series: _upright(volume) for series, volume in volumes.items()}
-    for series, (voxels, spacing) in upright.items():
-        box = nonzero_box([other for other, _ in upright.values() if other.shape == voxels.shape])
-        axis = int(np.argmax(spacing)) if max(spacing) > THICK * spacing[0] else 0
-        plane = np.nan_to_num(voxels.take((box[axis].start + box[axis].stop) // 2, axis=axis))
-        slices[series] = plane[::-1] if axis else plane
-        height, width = np.delete(spacing, axis)
+    turned = {series: _turned(volume) for series, volume in volumes.items()}
+    for series, (voxels, (_, height, width)) in turned.items():
+        along = nonzero_box([other for other, _ in turned.values() if other.shape == voxels.shape])[0]
+        slices[series] = np.nan_to_num(voxels[(along.start + along.stop) // 2])
         aspect = float(height / width)
     return slices, aspect
 
@@ -231,8 +226,8 @@ def _worth_showing(case: CaseRecord) -> tuple[float, bool, int]:
     return furthest, whole, sum(record.shape is not None for record in records)
 
 
-def _upright(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:
-    """Voxels and spacing in LPS order; as they are for readers that tell no direction."""
+def _turned(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[float, ...]]:
+    """Voxels and spacing (z, y, x), upright; as they are for readers that tell no direction."""
     if volume.affine is None:
         return volume.voxels, volume.spacing
     image = sitk.GetImageFromArray(volume.voxels)
@@ -241,5 +236,5 @@ def _upright(volume: SeriesImage) -> tuple[Float[np.ndarray, "z y x"], tuple[flo
         image.SetDirection((volume.affine[:3, :3] / volume.spacing[::-1]).ravel())
     except RuntimeError:  # not orthonormal
         return volume.voxels, volume.spacing
-    image = sitk.DICOMOrient(image, "LPS")
+    image = upright(image)
     return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]

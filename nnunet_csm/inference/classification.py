@@ -28,7 +28,7 @@ from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.segmentation import complete_cases
 from nnunet_csm.listing import files_in, is_hidden
 from nnunet_csm.raw.cases import write_image
-from nnunet_csm.raw.geometry import Grid
+from nnunet_csm.raw.geometry import Grid, upright
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
 from nnunet_csm.schema import Name, read_value
@@ -150,25 +150,20 @@ def write_maps(
     for name, image in zip(ensemble.series, on_grid, strict=True):
         if name in decision.series_present:
             write_image(image, folder / f"{name_of_sample}_{name}{MAP_ENDING}")
-    upright = [_upright(image) for image in images]
-    segmentation = sitk.GetArrayFromImage(_upright(read_volume(Volume(case.mask))))
-    x, y, z = upright[0].GetSpacing()
+    turned = [upright(image) for image in images]
+    segmentation = sitk.GetArrayFromImage(upright(read_volume(Volume(case.mask))))
+    x, y, z = turned[0].GetSpacing()
     verdict = f"{ensemble.classes[decision.class_index]}, probability {decision.probabilities.max():.2f}"
     save_activation(
         folder / f"{name_of_sample}.png",
-        np.stack([sitk.GetArrayFromImage(image) for image in upright]),
-        np.stack([sitk.GetArrayFromImage(_upright(image)) for image in on_grid]),
+        np.stack([sitk.GetArrayFromImage(image) for image in turned]),
+        np.stack([sitk.GetArrayFromImage(upright(image)) for image in on_grid]),
         sample_mask(decision.sample, segmentation),
         ensemble.series,
         [decision.shares[name] for name in ensemble.series],
         f"{name_of_sample}: {verdict}",
         (z, y, x),
     )
-
-
-def _upright(image: sitk.Image) -> sitk.Image:
-    """A picture shows the patient's right on its left, whatever the file's orientation."""
-    return sitk.DICOMOrient(image, "LPS")
 
 
 # --- what can be wrong -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.hub import find_weights
 from nnunet_csm.model.encoder import build_encoder
-from nnunet_csm.model.tiling import Tiling, weights_of, with_zeros
+from nnunet_csm.model.tiling import Tiling, triple, weights_of, with_zeros
 from nnunet_csm.model.tokens import Size, to_map, to_tokens
 from nnunet_csm.model.transfer import encoder_in
 from nnunet_csm.plans import Architecture, Configuration, configuration_of, read_configuration
@@ -157,13 +157,15 @@ def frozen_encoder(saved: Mapping[str, Any], source: str, trained: bool = True) 
     """
     pretrained = encoder_in(saved, source)
     plans, name = saved["init_args"]["plans"], saved["init_args"]["configuration"]
-    settings = read_configuration(plans, name, source)
-    patch_size = settings.patch_size
-    if "classes" in saved:
-        patch_size = settings.csm.classification.patch_size
-    elif "series" in saved:  # of pretraining
-        patch_size = settings.csm.pretraining_patch_size
-    encoder = FrozenEncoder(pretrained.architecture, patch_size, configuration_of(plans, name, source)["spacing"])
+    entry = configuration_of(plans, name, source)
+    patch_size = triple(entry["patch_size"])
+    if "csm" in entry:  # not in encoders of others
+        csm = read_configuration(plans, name, source).csm
+        if "classes" in saved:
+            patch_size = csm.classification.patch_size
+        elif "series" in saved:  # of pretraining
+            patch_size = csm.pretraining_patch_size
+    encoder = FrozenEncoder(pretrained.architecture, patch_size, entry["spacing"])
     if trained:
         checkpoint.load_weights(encoder.encoder, pretrained.weights, source)
     return encoder

@@ -35,18 +35,18 @@ class Tiling:
 
     @classmethod
     def of(cls, shape: Sequence[int], patch_size: Size, token_size: Size) -> "Tiling":
-        grid = _triple(-(-n // t) for n, t in zip(shape, token_size, strict=True))
+        grid = triple(-(-n // t) for n, t in zip(shape, token_size, strict=True))
         return cls(token_size, grid, grid_size(patch_size, token_size))
 
     @property
     def before(self) -> Size:
         """Tokens of zeros before the image, which is in the middle where it is smaller than a tile, as training had it."""
-        return _triple(max(0, t - g) // 2 for g, t in zip(self.grid, self.tile, strict=True))
+        return triple(max(0, t - g) // 2 for g, t in zip(self.grid, self.tile, strict=True))
 
     @property
     def padded(self) -> Size:
         """The image and what is around it."""
-        return _triple(max(g, t) for g, t in zip(self.grid, self.tile, strict=True))
+        return triple(max(g, t) for g, t in zip(self.grid, self.tile, strict=True))
 
     @property
     def within(self) -> Place:
@@ -86,6 +86,7 @@ def weights_of(tile: Sequence[int], device: torch.device) -> Float[Tensor, "z y 
     return weight
 
 
-def _triple(values: Any) -> Size:
+def triple(values: Any) -> Size:
+    """Three numbers as a size."""
     z, y, x = values
     return z, y, x

@@ -217,3 +217,21 @@ def described_misfit(own: Grid, grid: Grid, other: str) -> str:
 
 def _lattice(*axes: Any) -> Array:
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+# Times the distance along the body, from which on the axis of the slices is told by their thickness.
+THICK = 1.2
+# where axes x, y and z point, by the axis along which slices are thick when z runs along the body
+VIEWS = ("PIL", "LIP", "LPS")
+
+
+def upright(image: sitk.Image) -> sitk.Image:
+    """The image with its axes turned for pictures: z is along the slices.
+
+    Thick slices are those that were acquired, whatever their direction, head up; else slices are axial. The patient's right is on
+    the left of axial and coronal ones, the nose of sagittal ones.
+    """
+    image = sitk.DICOMOrient(image, "LPS")
+    spacing = image.GetSpacing()
+    thick = int(np.argmax(spacing)) if max(spacing) > THICK * spacing[2] else 2
+    return sitk.DICOMOrient(image, VIEWS[thick])

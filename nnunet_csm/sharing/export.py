@@ -121,7 +121,8 @@ def for_others(saved: Mapping[str, Any], where: str, case_names: bool = False) -
     csm = entry.get("csm", {})
     csm |= {"reasons": {}, "preset": Path(csm.get("preset", "")).name}
     for source in csm.get("sources", ()):
-        source["absent_series"] = {}
+        # without their names: prediction asks how often a series was a copy, see `inference.segmentation.copies_in_training`
+        source["absent_series"] = {str(number): absent for number, absent in enumerate(source["absent_series"].values())}
     for block in ("finetuning", "classification"):
         if csm.get(block, {}).get("encoder") not in (None, "auto", "all", "scratch"):
             csm[block]["encoder"] = "auto"
