@@ -280,6 +280,27 @@ def embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def impute(args: argparse.Namespace) -> int:
+    from nnunet_csm.inference.imputation import ImputeRequest
+    from nnunet_csm.inference.imputation import impute as run_imputation
+
+    request = ImputeRequest(
+        **_model_flags(args),
+        images=Path(args.i),
+        output=Path(args.o),
+        series=tuple(args.series) if args.series else None,
+        num_draws=args.draws,
+        z_scores=args.z_scores,
+        score=args.score,
+        for_prediction=args.for_prediction,
+        step_size=args.step_size,
+        overwrite=args.overwrite,
+    )
+    for line in run_imputation(request):
+        print(line)
+    return 0
+
+
 def probe(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.probe_command import ProbeRequest, probe_embeddings
 

@@ -244,6 +244,34 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     p = add(
+        "impute",
+        "Series that a case lacks, made up from those it has by a pretraining of ours, for experiments. Not for diagnosis.",
+        "nnunet_csm impute -d 21 -f 0 -i images -o out -series FLAIR",
+    )
+    p.add_argument("-i", required=True, help="folder with CASE_0000.nii.gz, CASE_0001.nii.gz ..., as far as a case has them")
+    p.add_argument("-o", required=True, help="folder to write: CASE_0000_imputed.nii.gz, a picture a case, imputed.json")
+    _add_model(p, PRETRAINER, folds="fold of the pretraining; default: the one that is trained")
+    p.add_argument(
+        "-series",
+        nargs="+",
+        metavar="NAME",
+        help="series to make up in every case, as if a case that has one had not; default: what each case lacks",
+    )
+    p.add_argument(
+        "-draws",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the mean of N draws of visible tokens, as in training, and CASE_NAME_disagreement.nii.gz; "
+        "0: all tokens visible, once",
+    )
+    p.add_argument("--score", action="store_true", help="PSNR and SSIM where a case has what -series names, beside linear maps")
+    p.add_argument("--for_prediction", action="store_true", help="also images_with_imputed, a folder of whole cases for predict")
+    p.add_argument("--z_scores", action="store_true", help="write z-scores; needs no raw images of training cases")
+    p.add_argument("-step_size", type=float, default=0.5, help="from tile to tile, as a share of the tile")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    p = add(
         "probe",
         "What linear probes and nearest neighbours tell from embeddings: classes or numbers, patients whole, with intervals.",
         "nnunet_csm probe -i trained.parquet untrained.parquet -targets classification.csv -o probed",

@@ -41,6 +41,7 @@ ON_A_DATASET = {
     "predict": ["predict", "-d", "1", "-i", "in", "-o", "out", "-f", "0"],
     "classify": ["classify", "-d", "1", "-i", "in", "-m", "masks", "-o", "out.csv"],
     "embed": ["embed", "-d", "1", "-i", "in", "-o", "out.csv"],
+    "impute": ["impute", "-d", "1", "-i", "in", "-o", "out"],
     "fill missing only": ["predict", "--fill_missing_only", "-d", "1", "-i", "in", "-o", "out"],
     "export_weights": ["export_weights", "-d", "1", "-o", "out"],
     "container": ["container", "-d", "1", "-o", "out"],

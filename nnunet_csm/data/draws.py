@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     NETWORK = 2
     PROBE = 4
     MASKED_LOSS = 5
+    IMPUTATION = 6
 
 
 class What(IntEnum):

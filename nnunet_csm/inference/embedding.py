@@ -101,11 +101,7 @@ class EmbedRequest(ModelRequest):
         """
         if self.encoder is not None:
             return find_weights(str(self.encoder))
-        folds = self.of_trained_folds().folds
-        if len(folds) > 1:
-            found = f"{self.model}: folds {', '.join(folds)}"
-            raise UserError(f"{found}; features of several networks have no mean, choose one fold with -f")
-        return self.model / f"fold_{folds[0]}" / self.checkpoint_name
+        return self.of_one_fold("features of several networks have no mean")
 
 
 @dataclass(frozen=True)
@@ -146,24 +142,33 @@ def load_origin(request: EmbedRequest) -> Origin:
         dataset_json = nnunet.read_dataset_json(folder / "dataset.json", remedy)
         settings = read_configuration(plans, configuration, str(file))
         encoder = untrained_encoder(settings, configuration_of(plans, configuration, str(file))["spacing"])
-        trained, provenance = frozenset[str](), {"plans_file": str(file), "sha256": sha256(file)}
+        provenance = {"plans_file": str(file), "sha256": sha256(file)}
     else:
         file = request.checkpoint
-        saved = checkpoint.load(file)
-        plans, configuration = saved["init_args"]["plans"], saved["init_args"]["configuration"]
-        dataset_json = saved["init_args"].get("dataset_json") or {}
-        check_dataset_json(dataset_json, f"{file}: dataset.json")
-        settings = read_configuration(plans, configuration, str(file))
-        encoder = frozen_encoder(saved, str(file), trained=not request.untrained)
-        trained = frozenset() if request.untrained else frozenset(saved.get("training_cases", ()))
-        # of exported weights the JSON tells the hash of the tensors
-        told = file / weights_folder.CONFIG if file.is_dir() else file
-        provenance = {"checkpoint": str(file), "sha256": sha256(told)}
-        provenance |= {key: saved[key] for key in ("trainer_name", "current_epoch", "software") if key in saved}
-    if dataset_json["file_ending"] not in READABLE_ENDINGS:
+        return origin_of(checkpoint.load(file), file, trained=not request.untrained)
+    return _readable(Origin(encoder, settings, plans, configuration, dataset_json, frozenset(), provenance), file)
+
+
+def origin_of(saved: Mapping[str, Any], file: Path, trained: bool = True) -> Origin:
+    """The encoder in what `checkpoint.load` has read of `file`; random weights, if not `trained`. Raises as `load_origin`."""
+    plans, configuration = saved["init_args"]["plans"], saved["init_args"]["configuration"]
+    dataset_json = saved["init_args"].get("dataset_json") or {}
+    check_dataset_json(dataset_json, f"{file}: dataset.json")
+    settings = read_configuration(plans, configuration, str(file))
+    encoder = frozen_encoder(saved, str(file), trained)
+    cases = frozenset(saved.get("training_cases", ())) if trained else frozenset()
+    # of exported weights the JSON tells the hash of the tensors
+    told = file / weights_folder.CONFIG if file.is_dir() else file
+    provenance = {"checkpoint": str(file), "sha256": sha256(told)}
+    provenance |= {key: saved[key] for key in ("trainer_name", "current_epoch", "software") if key in saved}
+    return _readable(Origin(encoder, settings, plans, configuration, dataset_json, cases, provenance), file)
+
+
+def _readable(origin: Origin, file: Path) -> Origin:
+    if (ending := origin.dataset_json["file_ending"]) not in READABLE_ENDINGS:
         known = ", ".join(READABLE_ENDINGS)
-        raise UserError(f"{file}: its images end in {dataset_json['file_ending']}, which embed cannot read; expected {known}")
-    return Origin(encoder, settings, plans, configuration, dataset_json, trained, provenance)
+        raise UserError(f"{file}: its images end in {ending}, which this command cannot read; expected {known}")
+    return origin
 
 
 def embed(request: EmbedRequest) -> list[str]:
@@ -283,21 +288,29 @@ def in_its_channels(request: EmbedRequest, origin: Origin) -> Iterator[Path]:
     cases, problems = files_by_case(request.images, request.series, ending)
     if problems:
         raise UserError(problems[0])
-    links: dict[Path, Path] = {}
+    files = {
+        f"{case}_{known[name]:04d}{ending}": file
+        for case, of_case in cases.items()
+        for channel, file in of_case.items()
+        if (name := request.series[channel]) != LEFT_OUT
+    }
+    with linked(files, request.images) as arranged:
+        yield arranged
+
+
+@contextmanager
+def linked(files: Mapping[str, Path], images: Path) -> Iterator[Path]:
+    """A temporary folder with links of other names to files of `images`; errors name the files."""
     with TemporaryDirectory(prefix="nnunet_csm_") as temporary:
-        for case, files in cases.items():
-            for channel, file in files.items():
-                if (name := request.series[channel]) != LEFT_OUT:
-                    link = Path(temporary) / f"{case}_{known[name]:04d}{ending}"
-                    link.symlink_to(file.resolve())
-                    links[link] = file
+        for name, file in files.items():
+            (Path(temporary) / name).symlink_to(file.resolve())
         try:
             yield Path(temporary)
         except UserError as error:
             text = str(error)
-            for link, file in links.items():
-                text = text.replace(str(link), str(file))
-            raise UserError(text.replace(temporary, str(request.images))) from None
+            for name, file in files.items():
+                text = text.replace(str(Path(temporary) / name), str(file))
+            raise UserError(text.replace(temporary, str(images))) from None
 
 
 def _record(

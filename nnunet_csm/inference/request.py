@@ -52,6 +52,17 @@ class ModelRequest:
             print(f"Folds {', '.join(folds)}: those that are trained; -f chooses others")
         return replace(self, folds=folds)
 
+    def of_one_fold(self, why: str) -> Path:
+        """The one checkpoint that is asked for.
+
+        Raises:
+            UserError: it names several folds, or several are trained; `why` says what is wrong with that.
+        """
+        folds = self.of_trained_folds().folds
+        if len(folds) > 1:
+            raise UserError(f"{self.model}: folds {', '.join(folds)}; {why}, choose one fold with -f")
+        return self.model / f"fold_{folds[0]}" / self.checkpoint_name
+
     @staticmethod
     def check_output(*files: Path, overwrite: bool) -> None:
         """Say before the work that files cannot be written.

@@ -2,28 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.signal.windows import gaussian
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.hub import find_weights
 from nnunet_csm.model.encoder import build_encoder
-from nnunet_csm.model.tokens import Size, grid_size, to_map, to_tokens
+from nnunet_csm.model.tiling import Tiling, triple, weights_of, with_zeros
+from nnunet_csm.model.tokens import Size, to_map, to_tokens
 from nnunet_csm.model.transfer import encoder_in
 from nnunet_csm.plans import Architecture, Configuration, configuration_of, read_configuration
-
-# deviation of a tile's weights, as a share of the tile: nnU-Net's in prediction
-DEVIATION = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -117,56 +111,30 @@ class FrozenEncoder:
     def _features(
         self, volume: Float[Tensor, "s z y x"], counted: Bool[Tensor, "z y x"], given: Sequence[bool], step_size: float
     ) -> ImageFeatures:
-        grid = _triple(-(-n // t) for n, t in zip(counted.shape, self.token_size, strict=True))
-        tile = grid_size(self.patch_size, self.token_size)
-        # tokens of zeros before the image, which is in the middle where it is smaller than a tile, as training had it
-        before = [max(0, t - g) // 2 for g, t in zip(grid, tile, strict=True)]
-        padded = _triple(max(g, t) for g, t in zip(grid, tile, strict=True))
-        image = self._padded(volume, before, padded)
+        tiling = Tiling.of(counted.shape, self.patch_size, self.token_size)
+        image = tiling.pad(volume)
         present = torch.tensor([given], device=volume.device)
         shown = [number for number, is_there in enumerate(given) if is_there]
-        weight = torch.ones((), device=volume.device)
-        for n in tile:
-            weight = weight[..., None] * gaussian(n, std=n * DEVIATION, device=volume.device)
+        weight = weights_of(tiling.tile, volume.device)
         total: Tensor | None = None
-        total_weight = torch.zeros(padded, device=volume.device)
-        for place in _tiles(padded, tile, step_size):
-            voxels = tuple(slice(p.start * t, p.stop * t) for p, t in zip(place, self.token_size, strict=True))
-            patch = image[:, *voxels]
+        total_weight = torch.zeros(tiling.padded, device=volume.device)
+        for place in tiling.places(step_size):
+            patch = image[:, *tiling.voxels(place)]
             if not patch.any():
                 continue
             found = self.encoder.levels(patch[None], present, 1, shown)[-1]
             maps = to_map(found.tokens[0], found.grid)
             if total is None:
-                total = torch.zeros(*maps.shape[:2], *padded, device=volume.device)
+                total = torch.zeros(*maps.shape[:2], *tiling.padded, device=volume.device)
             total[:, :, *place] += maps * weight
             total_weight[place] += weight
         assert total is not None
-        within = tuple(slice(b, b + g) for b, g in zip(before, grid, strict=True))
-        maps = (total / total_weight.clamp(min=torch.finfo(torch.float32).tiny))[:, :, *within]
-        share = to_tokens(self._padded(counted[None].float(), [0, 0, 0], grid)[None], self.token_size).mean(-1)
+        maps = (total / total_weight.clamp(min=torch.finfo(torch.float32).tiny))[:, :, *tiling.within]
+        all_voxels = with_zeros(counted[None].float(), (0, 0, 0), tiling.grid, self.token_size)
+        share = to_tokens(all_voxels[None], self.token_size).mean(-1)
         shown_names = tuple(self.series[number] for number in shown)
         names = shown_names if self.encoder.keeps_series_apart else ("all",)
-        return ImageFeatures(names, maps.flatten(2).transpose(1, 2), maps.mean(0), share.view(grid))
-
-    def _padded(self, volume: Float[Tensor, "s z y x"], before: Sequence[int], grid: Size) -> Float[Tensor, "s pz py px"]:
-        """Zeros around a volume, so that it makes `grid` tokens, the first `before` of them empty."""
-        widths: list[int] = []
-        for length, num_before, num_tokens, edge in zip(volume.shape[1:], before, grid, self.token_size, strict=True):
-            # the last axis comes first
-            widths = [num_before * edge, (num_tokens - num_before) * edge - length, *widths]
-        return pad(volume, widths)
-
-
-def _tiles(grid: Size, tile: Size, step_size: float) -> list[tuple[slice, ...]]:
-    """Tokens of each tile along (z, y, x); where a step would be less than a token, there is no tile twice."""
-    steps = [sorted(set(of_axis)) for of_axis in compute_steps_for_sliding_window(grid, tile, step_size)]
-    return [tuple(slice(s, s + n) for s, n in zip(start, tile, strict=True)) for start in product(*steps)]
-
-
-def _triple(values: Any) -> Size:
-    z, y, x = values
-    return z, y, x
+        return ImageFeatures(names, maps.flatten(2).transpose(1, 2), maps.mean(0), share.view(tiling.grid))
 
 
 def load_encoder(path: str | Path) -> FrozenEncoder:
@@ -190,7 +158,7 @@ def frozen_encoder(saved: Mapping[str, Any], source: str, trained: bool = True) 
     pretrained = encoder_in(saved, source)
     plans, name = saved["init_args"]["plans"], saved["init_args"]["configuration"]
     entry = configuration_of(plans, name, source)
-    patch_size = _triple(entry["patch_size"])
+    patch_size = triple(entry["patch_size"])
     if "csm" in entry:  # not in encoders of others
         csm = read_configuration(plans, name, source).csm
         if "classes" in saved:
