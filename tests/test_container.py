@@ -102,7 +102,7 @@ def contained_run(folder: Path, tmp: Path, *arguments: object) -> subprocess.Com
         cwd="/",
         env={"TMPDIR": str(tmp), "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
         check=False,
     )
