@@ -367,14 +367,13 @@ class nnUNetTrainerCSMPretrain(CSMTrainer):  # noqa: N801, nnU-Net's trainers ar
 
         Writes validation/summary.json and validation/reconstruction.csv.
         """
-        if not hasattr(self, "val_batches"):
-            # which ranks do together
-            self.open_banks()
-        compared = self.compared or self.comparison()
-        if self.ranks.rank > 0 or compared is None:
-            return
         with exit_on_user_error(), self.only_one():
-            self.write_comparison(compared, Path(self.output_folder) / "validation")
+            if not hasattr(self, "val_batches"):
+                # which ranks do together
+                self.open_banks()
+            compared = self.compared or self.comparison()
+            if self.ranks.rank == 0 and compared is not None:
+                self.write_comparison(compared, Path(self.output_folder) / "validation")
 
     @torch.no_grad()
     def write_comparison(self, compared: Comparison, folder: Path) -> None:
