@@ -25,7 +25,7 @@ from nnunet_csm.phantom import PhantomSpec, write_task
 from nnunet_csm.processes import run_command
 
 DATASET, NAME, CONFIGURATION, FOLD = "900", "Dataset900_Phantom", "3d_fullres", "0"
-PRESET, SPEC = "phantom", PhantomSpec(missing_share=0.1)
+PRESET, SPEC = "phantom", PhantomSpec(missing_share=0.1, snr=5.0)
 # plans of the two segmenters, which differ in where their encoder begins
 ARMS = {"pretrained": "nnUNetCSMPlans", "from scratch": "nnUNetCSMPlansScratch"}
 # of the training subjects, those that fine-tuning learns from, those that watch it, and those of which only images are used
