@@ -1,6 +1,6 @@
 """What segments are in DICOM's words: codes from a file in dcmqi's form, or from the name of a label.
 
-The file is the one of dcmqi (`itkimage2segimage`, and its web page): attributes of the series, and for each `labelID` the codes of
+The file is that of dcmqi (`itkimage2segimage`, and its web page): attributes of the series, and for each `labelID` the codes of
 what it is. Without one, names of labels are looked up in the context groups of the DICOM standard, as pydicom holds them;
 dicom_names.json has further names for some of their concepts.
 """
@@ -113,10 +113,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class Codes:
-    """What a file says: attributes of the series by keyword, and segments by their value."""
+    """What goes into segmentations beside masks.
+
+    Attributes:
+        series: attributes of the series by keyword.
+        segments: by their value, as far as a file has them.
+        algorithm: name and version where a segment has none. They are those of one folder of predictions, and so no part of the
+            file that is written to be used again.
+    """
 
     series: Mapping[str, str] = field(default_factory=lambda: DEFAULTS_OF_SERIES)
     segments: Mapping[int, Segment] = field(default_factory=dict)
+    algorithm: tuple[str, str] = ("nnU-Net", "not known")
 
 
 def read_codes(path: Path) -> Codes:

@@ -88,7 +88,7 @@ def write(request: DicomRequest) -> list[Path]:
     """
     _highdicom()
     paths, content, ending = _predictions(request)
-    codes = Codes() if request.codes is None else read_codes(request.codes)
+    codes = replace(Codes() if request.codes is None else read_codes(request.codes), algorithm=_algorithm(request.folder))
     structures = _structures(content, codes, request)
     cases = {path.name.removesuffix(ending): path for path in paths}
     series = find_series(request.dicom, list(cases))
@@ -110,7 +110,7 @@ def write(request: DicomRequest) -> list[Path]:
             raise UserError("\n  ".join(listed))
     used = request.output.with_name(f"{request.output.name}.codes.json")
     save_codes(codes, [structure.segment for structure in structures], used)
-    print(f"{request.output}: {len(cases)} segmentations, read back and found equal; their codes stand in {used}, to be edited")
+    print(f"{request.output}: {len(cases)} segmentation(s), read back and found equal; their codes stand in {used}, to be edited")
     return [request.output / f"{case}.dcm" for case in cases]
 
 
@@ -125,9 +125,9 @@ def _highdicom() -> Any:
 
 def _predictions(request: DicomRequest) -> tuple[list[Path], dict[str, Any], str]:
     """Label maps, the dataset.json that names their labels, and the ending of their names."""
-    file = labels_file(request.folder, request.labels_from)
     if not request.folder.is_dir():
         raise UserError(f"{request.predictions}: no such file or folder; give -i what nnUNetv2_predict wrote")
+    file = labels_file(request.folder, request.labels_from)
     content = nnunet.read_dataset_json(file, "give -labels_from a dataset.json, or the name or ID of an nnU-Net dataset")
     ending = str(content["file_ending"])
     paths = [request.predictions] if request.predictions.is_file() else files_in(request.folder, ending)
@@ -149,24 +149,25 @@ def _structures(content: Mapping[str, Any], codes: Codes, request: DicomRequest)
     if unknown := sorted(set(codes.segments) - set(found)):
         known = ", ".join(f"{value} {name}" for value, (name, _) in sorted(found.items()))
         raise UserError(f"{request.codes}: labelID {unknown[0]} is no label of the predictions, which have {known}; correct it")
-    plans = request.folder / "plans.json"
-    about = nnunet.read_plans(plans, "predict again") if plans.is_file() else {}
-    algorithm = f"nnU-Net {about['dataset_name']} {about['plans_name']}"[:64] if about else "nnU-Net"
-    version = f"plans {sha256(plans)[:16]}" if about else "not known"
     structures = []
     for number, (value, (name, values)) in enumerate(sorted(found.items())):
         segment, said = codes.segments.get(value), f"as {request.codes} has it"
         if segment is None:
             segment, said = default_segment(value, name, COLOURS[number % len(COLOURS)])
-        segment = replace(
-            segment,
-            SegmentLabel=segment.SegmentLabel or read_value(Long, name, f"dataset.json: labels.{name}"),
-            SegmentAlgorithmName=segment.SegmentAlgorithmName or algorithm,
-            AlgorithmVersion=segment.AlgorithmVersion or version,
-        )
+        label = segment.SegmentLabel or read_value(Long, name, f"dataset.json: labels.{name}")
+        segment = replace(segment, SegmentLabel=label)
         print(f"{segment}; {said}")
         structures.append(Structure(values, segment))
     return structures
+
+
+def _algorithm(folder: Path) -> tuple[str, str]:
+    """Name and version of what made the predictions, as far as the plans beside them tell."""
+    plans = folder / "plans.json"
+    if not plans.is_file():
+        return "nnU-Net", "not known"
+    content = nnunet.read_plans(plans, "predict again")
+    return f"nnU-Net {content['dataset_name']} {content['plans_name']}"[:64], f"plans {sha256(plans)[:16]}"
 
 
 def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], codes: Codes, file: Path) -> str:
@@ -189,7 +190,7 @@ def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], cod
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = segmentation(masks, frames, sources, [structure.segment for structure in structures], codes.series)
+            data = segmentation(masks, frames, sources, [structure.segment for structure in structures], codes)
             data.save_as(file, enforce_file_format=True)
     except OSError:
         raise
@@ -200,17 +201,18 @@ def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], cod
         raise UserError(f"{file.name} does not read as it was written; is the disk full or damaged?")
     sizes = zip(structures, masks.sum((1, 2, 3)) * grid.voxel_volume / 1000, strict=True)
     listed = ", ".join(f"{structure.segment.SegmentLabel} {ml:.2f} ml" for structure, ml in sizes)
-    return f"{listed}; {found.said} on the {len(frames)} slices of {volume.path}"
+    return f"{listed}; voxels {found.said}, on {len(frames)} slices of {volume.path}"
 
 
 def segmentation(
-    masks: np.ndarray, frames: Sequence[Frame], sources: Sequence[Dataset], segments: Sequence[Segment], series: Mapping[str, str]
+    masks: np.ndarray, frames: Sequence[Frame], sources: Sequence[Dataset], segments: Sequence[Segment], codes: Codes
 ) -> Dataset:
     """A DICOM segmentation of `masks` (segments, z, y, x), z in the order of the frames.
 
     Args:
         sources: as `source_images` gives them.
-        series: DICOM's keywords and what they are to be.
+        segments: in the order of the masks, each with a label.
+        codes: what else is to be in it.
     """
     highdicom = _highdicom()
     versions = software("highdicom", "nnunetv2")
@@ -218,33 +220,35 @@ def segmentation(
         sources,
         np.moveaxis(masks, 0, -1),
         "BINARY",
-        [_description(number, segment) for number, segment in enumerate(segments, 1)],
+        [_description(number, segment, codes.algorithm) for number, segment in enumerate(segments, 1)],
         series_instance_uid=highdicom.UID(),
-        series_number=int(series["SeriesNumber"]),
+        series_number=int(codes.series["SeriesNumber"]),
         sop_instance_uid=highdicom.UID(),
-        instance_number=int(series["InstanceNumber"]),
+        instance_number=int(codes.series["InstanceNumber"]),
         manufacturer="nnunet_csm",
         manufacturer_model_name="nnunet_csm convert to_dicom",
-        software_versions=tuple(f"{name} {versions[name]}" for name in ("nnunet_csm", "nnunetv2", "highdicom")),
+        software_versions=[f"{name} {versions[name]}" for name in ("nnunet_csm", "nnunetv2", "highdicom")],
         device_serial_number=__version__,
         specific_character_set="ISO_IR 192",  # UTF-8: labels may be in any script
     )
-    for keyword, text in series.items():
+    for keyword, text in codes.series.items():
         setattr(data, keyword, text)
     if len(sources) == 1:  # an enhanced file, of which highdicom knows the frames of this volume only
-        for group in data.PerFrameFunctionalGroupsSequence:
-            image = group.DerivationImageSequence[0].SourceImageSequence[0]
+        groups = data.PerFrameFunctionalGroupsSequence
+        images = [group.DerivationImageSequence[0].SourceImageSequence[0] for group in groups]
+        for image in {id(image): image for image in images}.values():  # segments share that of a plane
             image.ReferencedFrameNumber = frames[int(image.ReferencedFrameNumber) - 1].number + 1
     return data
 
 
-def _description(number: int, segment: Segment) -> Dataset:
-    """An item of the SegmentSequence."""
+def _description(number: int, segment: Segment, algorithm: tuple[str, str]) -> Dataset:
+    """An item of the SegmentSequence; name and version of the `algorithm` where the segment has none."""
     highdicom = _highdicom()
 
     def concept(code: Code) -> Any:
         return highdicom.sr.CodedConcept(code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning)
 
+    name, version = segment.SegmentAlgorithmName or algorithm[0], segment.AlgorithmVersion or algorithm[1]
     family = dicom_codes.cid7162.ArtificialIntelligence
     region, colour = segment.AnatomicRegionSequence, segment.recommendedDisplayRGBValue
     description: Dataset = highdicom.seg.SegmentDescription(
@@ -253,7 +257,7 @@ def _description(number: int, segment: Segment) -> Dataset:
         concept(segment.SegmentedPropertyCategoryCodeSequence),
         concept(segment.SegmentedPropertyTypeCodeSequence),
         segment.SegmentAlgorithmType,
-        highdicom.AlgorithmIdentificationSequence(segment.SegmentAlgorithmName, family, segment.AlgorithmVersion),
+        highdicom.AlgorithmIdentificationSequence(name, family, version),
         anatomic_regions=[concept(region)] if region else None,
         display_color=highdicom.color.CIELabColor.from_rgb(*colour) if colour else None,
     )
