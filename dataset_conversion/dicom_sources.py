@@ -99,7 +99,7 @@ def source_images(folder: Path, frames: Sequence[Frame], grid: Grid) -> list[Dat
             raise CaseError(
                 f"{folder} has no {keyword} in {frames[0].file.name}, which a segmentation has to take over; export it again"
             )
-    if 1 < len(headers) < len(frames):
+    if len(headers) > 1 and any("PerFrameFunctionalGroupsSequence" in header for header in headers.values()):
         raise CaseError(
             f"{folder} has a volume in {len(headers)} enhanced files, expected one; export it as one file, or by slices"
         )
@@ -115,8 +115,6 @@ def source_images(folder: Path, frames: Sequence[Frame], grid: Grid) -> list[Dat
         first.NumberOfFrames = len(frames)
         return [first]
     for frame in frames:
-        for keyword in ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-            headers[frame.file].pop(keyword, None)
         for said in (_measures(frame, grid), _turned(frames), _placed(frame)):
             headers[frame.file].update(said)
     return [headers[frame.file] for frame in frames]

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as dicom_codes
-from test_dicom import changed, enhanced, of_b_value, volume, write_dicom
+from test_dicom import changed, enhanced, of_b_value, volume, write_dicom  # type: ignore[import-not-found]
 
 from nnunet_csm.cli import main
 from nnunet_csm.dataset_conversion.dicom_codes import Codes, default_segment, read_codes, save_codes
@@ -183,18 +184,6 @@ def test_frames_of_an_enhanced_file_are_those_of_the_volume_that_was_segmented(p
         assert source.MRDiffusionSequence[0].DiffusionBValue == 800
     instances = found.ReferencedSeriesSequence[0].ReferencedInstanceSequence
     assert [one.ReferencedSOPInstanceUID for one in instances] == [data.SOPInstanceUID]
-
-
-def test_enhanced_files_of_one_frame_each_are_slices(predicted: Predicted) -> None:
-    folder, place = predicted.root / "each", iter(range(6))
-    for number in place:
-        enhanced(folder / f"{number}.dcm", np.zeros((1, 5, 4), int), [3.0 * number])
-        data = pydicom.dcmread(folder / f"{number}.dcm")
-        data.FrameOfReferenceUID = FRAME
-        data.save_as(folder / f"{number}.dcm")
-    labels = label_map(stack_in(folder)[1].zeros())
-    predicted.predict(labels)
-    assert places_in(predicted.write(dicom=str(folder))) == {value: places(labels, value) for value in (1, 2, 3)}
 
 
 def test_what_does_not_read_as_it_was_written_is_noticed(predicted: Predicted) -> None:
@@ -483,13 +472,8 @@ def test_a_prediction_that_is_not_on_the_grid_or_of_other_labels_is_refused(
 
 
 def test_a_header_that_says_no_place_is_refused(predicted: Predicted) -> None:
-    import nibabel
-
-    path = predicted.predictions / "a.nii.gz"
-    image = nibabel.load(path)
-    image.set_sform(None, 0)
-    image.set_qform(None, 0)
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+    voxels = sitk.GetArrayFromImage(predicted.labels).transpose()
+    nibabel.save(nibabel.Nifti1Image(voxels, None), predicted.predictions / "a.nii.gz")
     with pytest.raises(UserError, match="holds neither sform nor qform"):
         predicted.write()
 
@@ -518,15 +502,18 @@ def test_a_series_that_cannot_be_referred_to_is_refused(
     assert str(predicted.series) in str(error.value) and said in str(error.value)
 
 
-def test_a_volume_in_several_enhanced_files_is_refused(predicted: Predicted) -> None:
+@pytest.mark.parametrize("each", [3, 1])
+def test_a_volume_in_several_enhanced_files_is_refused(predicted: Predicted, each: int) -> None:
+    folder = predicted.root / "several"
     for number in range(2):
-        enhanced(predicted.root / "two" / f"{number}.dcm", np.zeros((3, 5, 4), int), [9.0 * number + 3 * i for i in range(3)])
-        data = pydicom.dcmread(predicted.root / "two" / f"{number}.dcm")
+        file = folder / f"{number}.dcm"
+        enhanced(file, np.zeros((each, 5, 4), int), [3.0 * (each * number + i) for i in range(each)])
+        data = pydicom.dcmread(file)
         data.FrameOfReferenceUID = FRAME
-        data.save_as(predicted.root / "two" / f"{number}.dcm")
-    frames, grid = stack_in(predicted.root / "two")
+        data.save_as(file)
+    frames, grid = stack_in(folder)
     with pytest.raises(UserError, match="has a volume in 2 enhanced files, expected one"):
-        source_images(predicted.root / "two", frames, grid)
+        source_images(folder, frames, grid)
 
 
 def test_one_bad_case_and_nothing_is_written(predicted: Predicted) -> None:
