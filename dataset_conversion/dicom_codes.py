@@ -44,10 +44,11 @@ OF_SERIES = (
     *("BodyPartExamined", "ClinicalTrialSeriesID", "ClinicalTrialTimePointID", "ClinicalTrialCoordinatingCenterName"),
 )
 DEFAULTS_OF_SERIES = {
+    "ContentCreatorName": "",
+    "ContentLabel": "SEGMENTATION",
     "SeriesDescription": "Segmentation",
     "SeriesNumber": "300",
     "InstanceNumber": "1",
-    "ContentLabel": "SEGMENTATION",
 }
 
 
