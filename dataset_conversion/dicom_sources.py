@@ -8,12 +8,13 @@ from pydicom.dataset import Dataset
 from pydicom.valuerep import DSfloat
 
 from nnunet_csm import nnunet
-from nnunet_csm.errors import UserError
+from nnunet_csm.errors import UserError, reason
 from nnunet_csm.raw.dicom_frames import Frame, header_of
 from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.raw.subjects import CaseError, Volume
 from nnunet_csm.raw.volumes import sha256
+from nnunet_csm.schema import read_value
 
 from .sheets import read_sheet
 
@@ -43,7 +44,8 @@ def find_series(given: str, cases: Sequence[str]) -> dict[str, Volume]:
     if (path / MANIFEST).is_file():
         path /= MANIFEST
     if path.suffix == ".json":
-        entries = nnunet.read_json(path, "give -dicom the folder of a dataset that nnunet_csm convert wrote").get("cases", {})
+        content = nnunet.read_json(path, "give -dicom the folder of a dataset that nnunet_csm convert wrote")
+        entries = read_value(dict[str, Any], content.get("cases"), f"{path}: cases")
         return {case: _reference(entries[case], f"{path}: {case}") for case in cases if case in entries}
     if not path.is_dir():
         return _from_table(path)
@@ -53,14 +55,17 @@ def find_series(given: str, cases: Sequence[str]) -> dict[str, Volume]:
 
 def _reference(entry: Mapping[str, Any], where: str) -> Volume:
     """The series whose grid a converted case has; it has to be what was converted, byte by byte."""
-    record = entry["series"][entry["reference"]]
-    volume = Volume(Path(record["source"]), record["index"])
+    try:
+        record = entry["series"][entry["reference"]]
+        volume, digest = Volume(Path(record["source"]), record["index"]), record["sha256"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: is not as nnunet_csm convert writes it ({reason(error)}); convert again") from None
     if not volume.path.is_dir():
         raise UserError(
             f"{where}: its reference {entry['reference']} was converted from {volume.path}, which is no folder of DICOM files; "
             "give -dicom the folder of that series, or a table"
         )
-    if sha256(volume.path) != record["sha256"]:
+    if sha256(volume.path) != digest:
         raise UserError(f"{where}: {volume.path} holds other files than when it was converted; convert again, or give -dicom it")
     return volume
 

@@ -173,7 +173,8 @@ def _algorithm(folder: Path) -> tuple[str, str]:
 def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], codes: Codes, file: Path) -> str:
     """Write the segmentation of one case and compare the file; what is in it, in a line. Raises `CaseError`."""
     frames, grid = stack_in(volume.path, volume.index)
-    look = look_at(path)
+    values = {value: value for structure in structures for value in structure.values}
+    prediction, look = labels_of(read_volume(Volume(path)), Mask(Volume(path), values)), look_at(path)
     if not look.placed:
         raise CaseError(f"{path} holds neither sform nor qform: where it lies is not known; predict from images that say it")
     found = fit(look.places, [grid])
@@ -183,16 +184,15 @@ def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], cod
             f"{path} {misfit}; is it of that patient? give the series whose grid the case's images had (the reference of their "
             "conversion), or bring the prediction to its grid first, by nearest neighbour"
         )
-    values = {value: value for structure in structures for value in structure.values}
-    label_map = sitk.GetArrayFromImage(found.applied(labels_of(read_volume(Volume(path)), Mask(Volume(path), values))))
+    label_map = sitk.GetArrayFromImage(found.applied(prediction))
     masks = np.stack([np.isin(label_map, structure.values) for structure in structures])
-    sources = source_images(volume.path, frames, grid)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            sources = source_images(volume.path, frames, grid)
             data = segmentation(masks, frames, sources, [structure.segment for structure in structures], codes)
             data.save_as(file, enforce_file_format=True)
-    except OSError:
+    except (CaseError, OSError):
         raise
     except Exception as error:
         what = f"{volume.path}: highdicom cannot follow its headers ({type(error).__name__}: {reason(error)})"
@@ -201,7 +201,8 @@ def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], cod
         raise UserError(f"{file.name} does not read as it was written; is the disk full or damaged?")
     sizes = zip(structures, masks.sum((1, 2, 3)) * grid.voxel_volume / 1000, strict=True)
     listed = ", ".join(f"{structure.segment.SegmentLabel} {ml:.2f} ml" for structure, ml in sizes)
-    return f"{listed}; voxels {found.said}, on {len(frames)} slices of {volume.path}"
+    doubts = "".join(f"; its header {remark}" for remark in look.remarks)
+    return f"{listed}; voxels {found.said}, on {len(frames)} slices of {volume.path}{doubts}"
 
 
 def segmentation(

@@ -420,6 +420,11 @@ def test_what_a_dataset_was_converted_from_has_to_be_there_unchanged(converted: 
     manifest.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"reference ADC was converted from .*adc\.nii\.gz, which is no folder of DICOM files"):
         converted.write(dicom="501")
+    damaged: Any
+    for damaged in ({"a": {"series": {}, "reference": "T2w"}}, {"a": []}, []):
+        manifest.write_text(json.dumps({"cases": damaged}))
+        with pytest.raises(UserError, match=r"csm_manifest\.json: "):
+            converted.write(dicom="501")
 
 
 @pytest.mark.parametrize(
@@ -475,6 +480,27 @@ def test_a_header_that_says_no_place_is_refused(predicted: Predicted) -> None:
     voxels = sitk.GetArrayFromImage(predicted.labels).transpose()
     nibabel.save(nibabel.Nifti1Image(voxels, None), predicted.predictions / "a.nii.gz")
     with pytest.raises(UserError, match="holds neither sform nor qform"):
+        predicted.write()
+
+
+def test_a_header_of_two_minds_is_taken_where_the_series_is_and_said(
+    predicted: Predicted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = predicted.predictions / "a.nii.gz"
+    image = nibabel.Nifti1Image.from_filename(path)
+    voxels, affine = np.asanyarray(image.dataobj), image.affine.copy()
+    affine[0, 3] += 20
+    image.set_sform(affine, 2)
+    nibabel.save(nibabel.Nifti1Image(voxels, None, image.header), path)
+    assert places_in(predicted.write())[1] == places(predicted.labels, 1)
+    assert "its header holds an sform and a qform that are 20 mm apart" in capsys.readouterr().out
+
+
+def test_a_prediction_of_one_slice_is_no_volume(predicted: Predicted) -> None:
+    (predicted.predictions / "a.nii.gz").unlink()
+    predicted.describe(LABELS, file_ending=".mha")
+    sitk.WriteImage(predicted.labels[:, :, 2], str(predicted.predictions / "a.mha"))
+    with pytest.raises(UserError, match=r"a\.mha has the shape \(5, 4\), expected \(z, y, x\)"):
         predicted.write()
 
 
