@@ -48,7 +48,7 @@ def find_series(given: str, cases: Sequence[str]) -> dict[str, Volume]:
         entries = read_value(dict[str, Any], content.get("cases"), f"{path}: cases")
         return {case: _reference(entries[case], f"{path}: {case}") for case in cases if case in entries}
     if not path.is_dir():
-        return _from_table(path)
+        return _from_table(path, cases)
     folders = {case: Volume(path / case) for case in cases if (path / case).is_dir()}
     return folders or ({cases[0]: Volume(path)} if len(cases) == 1 else {})
 
@@ -70,15 +70,22 @@ def _reference(entry: Mapping[str, Any], where: str) -> Volume:
     return volume
 
 
-def _from_table(path: Path) -> dict[str, Volume]:
+def _from_table(path: Path, cases: Sequence[str]) -> dict[str, Volume]:
+    """What the rows of these cases say."""
     found: dict[str, Volume] = {}
     for row in read_sheet(path, ("case", "path")):
-        case, index = row.require("case"), row.get("volume")
+        case, index, folder = row.require("case"), row.get("volume"), path.parent / row.require("path")
+        if case not in cases:
+            continue
         if case in found:
             raise row.error(f"case {case} stands in an earlier line already; keep the series whose grid its prediction has")
         if index and not index.isdecimal():
             raise row.error(f"'volume' is {index!r}; give the number of a volume in the series, from 0, or nothing")
-        found[case] = Volume(path.parent / row.require("path"), int(index) if index else None)
+        if not folder.is_dir():
+            raise row.error(
+                f"'path' is {row.get('path')}, and {folder} is no folder; give the folder of the series, from the table's"
+            )
+        found[case] = Volume(folder, int(index) if index else None)
     return found
 
 

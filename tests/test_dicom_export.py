@@ -362,7 +362,7 @@ def test_series_of_several_cases_come_from_folders_or_from_a_table(predicted: Pr
     predicted.series.rename(predicted.root / "cases" / "a")
     predicted.predict(label_map(other), "b")
     table = predicted.root / "series.csv"
-    table.write_text("Case,Path\na,cases/a\nb,cases/b\n")
+    table.write_text("Case,Path\na,cases/a\nb,cases/b\nnot predicted,nowhere\n")
     for dicom in (predicted.root / "cases", table):
         written = write(predicted.request(dicom=str(dicom), overwrite=True))
         assert [path.name for path in written] == ["a.dcm", "b.dcm"] == sorted(path.name for path in predicted.output.iterdir())
@@ -434,7 +434,8 @@ def test_what_a_dataset_was_converted_from_has_to_be_there_unchanged(converted: 
         ("case,path\na,dicom\na,dicom\n", "line 3: case a stands in an earlier line"),
         ("case,path,volume\na,dicom,first\n", "'volume' is 'first'"),
         ("case,path\nb,dicom\n", "tells of no series for a; give the folder of one series"),
-        ("case,path\na,nowhere\n", "nowhere is not a folder"),
+        ("case,path\na,nowhere\n", "line 2: 'path' is nowhere, and"),
+        ("case,path\na,series.csv\n", "series.csv is no folder"),
         ("case,path,volume\na,dicom,3\n", "there is none of index 3"),
     ],
 )
