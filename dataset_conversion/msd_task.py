@@ -90,6 +90,18 @@ def _cases(paths: Iterable[Path]) -> set[str]:
     return {name.removesuffix(ENDING) for name in names if not name.startswith((".", "_"))}
 
 
+def labels_file(predictions: Path, labels_from: str | None) -> Path:
+    """The dataset.json that says what predicted values mean: the one beside them, or a file, its folder, or a dataset.
+
+    Raises:
+        UserError: no such dataset.
+    """
+    source = predictions if labels_from is None else Path(labels_from)
+    if not source.exists() and source.suffix != ".json":
+        source = nnunet.folder("nnUNet_raw") / nnunet.dataset_name(str(source))
+    return source / "dataset.json" if source.is_dir() else source
+
+
 def match_labels(
     names: Mapping[int, str], names_file: Path, predictions: Path, labels_from: str | None
 ) -> tuple[dict[int, int], str]:
@@ -103,11 +115,7 @@ def match_labels(
     Raises:
         UserError: a name that the task does not have.
     """
-    source = predictions if labels_from is None else Path(labels_from)
-    if not source.exists() and source.suffix != ".json":
-        source = nnunet.folder("nnUNet_raw") / nnunet.dataset_name(str(source))
-    if source.is_dir():
-        source /= "dataset.json"
+    source = labels_file(predictions, labels_from)
     if labels_from is None and not source.is_file():
         return {value: value for value in names}, f"{names_file}: {predictions} holds no dataset.json"
     content = nnunet.read_json(source, "give -labels_from a dataset.json, or the name or ID of an nnU-Net dataset")

@@ -114,7 +114,7 @@ def test_flags_with_a_value_have_one_dash_and_switches_two(command):
 
 
 def test_formats_are_those_that_can_be_read():
-    assert [name.removeprefix("convert ") for name in COMMANDS if " " in name] == [*FORMATS, "to_msd"]
+    assert [name.removeprefix("convert ") for name in COMMANDS if " " in name] == [*FORMATS, "to_msd", "to_dicom"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,13 @@ def test_an_old_spelling_of_a_switch_is_taken(old):
 
 
 def test_neither_help_nor_a_mistyped_dataset_waits_for_torch(nnunet_folders):
-    lines = [["--help"], *ON_A_DATASET.values(), ["doctor", "-d", "1"], ["convert", "to_msd", "--help"]]
+    lines = [
+        ["--help"],
+        *ON_A_DATASET.values(),
+        ["doctor", "-d", "1"],
+        ["convert", "to_msd", "--help"],
+        ["convert", "to_dicom", "--help"],
+    ]
     code = (
         "import contextlib, io, json, sys\n"
         "from nnunet_csm import cli\n"

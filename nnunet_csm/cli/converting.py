@@ -55,6 +55,24 @@ def declare(commands: Commands) -> None:
     p.add_argument("-leave_out", nargs="+", default=[], metavar="CASE", help="test cases not to be in the archive")
     p.add_argument("--overwrite", action="store_true", help="replace an archive of that name")
 
+    p = formats.add(
+        "to_dicom",
+        "the way out: predictions as DICOM segmentations that refer to the series they were made from",
+        "nnunet_csm convert to_dicom -i out -dicom 501 -o segmentations",
+        convert_to_dicom,
+    )
+    p.add_argument("-i", required=True, help="folder written by nnUNetv2_predict, or one label map of it")
+    p.add_argument(
+        "-dicom",
+        required=True,
+        help="DICOM series whose grid predictions have: a folder with one series, a folder with a folder for each case, a CSV "
+        "with the columns case and path (and volume), or the name or ID of a dataset that was converted from DICOM",
+    )
+    p.add_argument("-o", required=True, help="folder to write, one file for each case; the codes that were used go beside it")
+    p.add_argument("-labels_from", help="dataset.json, its folder, or an nnU-Net dataset; default: beside the predictions")
+    p.add_argument("-codes", help="what the labels are in DICOM's words: JSON in dcmqi's form; default: what their names tell")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder of that name, once the new one is complete")
+
 
 def convert(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name, None) for name in ("regions", "task", "labels", "class_column", "mask")}
@@ -80,6 +98,13 @@ def convert_to_msd(args: argparse.Namespace) -> int:
     predictions, tasks = [Path(i) for i in args.i], [Path(task) for task in args.task]
     to_msd = importlib.import_module("nnunet_csm.dataset_conversion.to_msd")
     to_msd.write(predictions, Path(args.o), tasks, args.labels_from, args.leave_out, args.overwrite)
+    return 0
+
+
+def convert_to_dicom(args: argparse.Namespace) -> int:
+    to_dicom = importlib.import_module("nnunet_csm.dataset_conversion.to_dicom")
+    codes = Path(args.codes) if args.codes else None
+    to_dicom.write(to_dicom.DicomRequest(Path(args.i), args.dicom, Path(args.o), args.labels_from, codes, args.overwrite))
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnunet_csm.errors import UserError
 
-# What releases of BraTS call the three parts of a glioma, as `_plain_name` writes it.
+# What releases of BraTS call the three parts of a glioma, as `plain_name` writes it.
 BRATS_PARTS = {
     "oedema": r"ed(ema)?|peritumoral( edema(tous( invaded)? tissue)?)?|snfh|surrounding non enhancing flair hyperintensity",
     "necrotic": r"necrosis|ncr( net)?|netc?|(necrotic|(necrotic (and )?)?non ?enhancing)( tumor)?( core)?",
@@ -53,7 +53,7 @@ def regions_of(labels: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int
     if _is_region_based(foreground):
         return foreground
     parts = {
-        part: [label for name, values in foreground.items() if re.fullmatch(pattern, _plain_name(name)) for label in values]
+        part: [label for name, values in foreground.items() if re.fullmatch(pattern, plain_name(name)) for label in values]
         for part, pattern in BRATS_PARTS.items()
     }
     if all(parts.values()):
@@ -81,7 +81,7 @@ def parse_regions(definitions: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return regions
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Lower case, American, words of letters only: 'Non-enhancing Tumour' -> 'non enhancing tumor'."""
     american = name.lower().replace("tumour", "tumor").replace("oedema", "edema")
     return re.sub(r"[^a-z]+", " ", american).strip()

@@ -10,6 +10,7 @@ import SimpleITK as sitk
 
 from nnunet_csm.raw.dicom_frames import Frame, frames_of, series_in, voxels_of
 from nnunet_csm.raw.dicom_names import name_from_attributes
+from nnunet_csm.raw.geometry import Grid
 from nnunet_csm.raw.subjects import CaseError
 
 # Numbers of one volume are equal but for rounding.
@@ -17,7 +18,15 @@ ROUNDING = 0.01
 
 
 def read_dicom_series(folder: Path, index: int | None = None) -> sitk.Image:
-    """The only series in `folder`, sorted along its normal, with the geometry of its headers.
+    """The voxels of `stack_in`, on its grid. Raises `CaseError`, also when a file cannot be decoded."""
+    frames, grid = stack_in(folder, index)
+    image = sitk.GetImageFromArray(voxels_of(frames))
+    grid.put_on(image)
+    return image
+
+
+def stack_in(folder: Path, index: int | None = None) -> tuple[list[Frame], Grid]:
+    """Slices of the only series in `folder`, sorted along its normal, and the grid of its headers; slice i is z = i of it.
 
     Slices of one b-value, echo, time point and image type are a volume; `index` says which, where there are several. Files with
     one slice and enhanced ones with many are alike. Slices missing at either end cannot be noticed.
@@ -45,12 +54,10 @@ def read_dicom_series(folder: Path, index: int | None = None) -> sitk.Image:
     shift = float(np.linalg.norm(in_plane - in_plane[0], axis=1).max())
     if shift > 1.0:
         raise CaseError(f"{folder} has slices that are shifted by up to {shift:.1f} mm in their plane; is it one acquisition?")
-    image = sitk.GetImageFromArray(voxels_of(frames))
     between = float((positions[-1] - positions[0]) @ normal) / (len(frames) - 1)
-    image.SetSpacing((frames[0].spacing[1], frames[0].spacing[0], between))
-    image.SetOrigin(frames[0].position)
-    image.SetDirection(np.stack([rows, np.cross(normal, rows), normal], axis=1).flatten().tolist())
-    return image
+    (rows_count, columns_count), spacing = frames[0].shape, (frames[0].spacing[1], frames[0].spacing[0], between)
+    direction = np.stack([rows, np.cross(normal, rows), normal], axis=1).flatten().tolist()
+    return frames, Grid((columns_count, rows_count, len(frames)), spacing, frames[0].position, tuple(direction))
 
 
 def series_name(folder: Path) -> str | None:

@@ -133,6 +133,13 @@ def frames_of(header: Dataset) -> list[Frame]:
     return _careful(Path(str(header.filename)), lambda file: list(_frames(header, file)))
 
 
+def header_of(file: Path) -> Dataset:
+    """Everything of an image file but its voxels. Raises `CaseError`."""
+    header: Dataset | None = _careful(file, _header)
+    assert header is not None
+    return header
+
+
 def voxels_of(frames: Sequence[Frame]) -> np.ndarray:
     """Voxels (z, y, x) in the order of the frames, each with its own slope; integers where that loses nothing, else float32.
 

@@ -15,6 +15,8 @@ import SimpleITK as sitk
 import warm_processes
 from damage import Damage
 
+from nnunet_csm.dataset_conversion.dicom_codes import Codes, default_segment, save_codes
+
 NAME = "Dataset900_Phantom"
 PRE, RAW, TASK = f"pre/{NAME}", f"raw/{NAME}", "Task90_Phantom"
 RESULTS = f"res/{NAME}"
@@ -156,6 +158,16 @@ COMMANDS = (
         ("convert", "to_msd", "-i", "predicted", "-o", "out.zip", "-task", TASK, "-labels_from", f"{RAW}/dataset.json"),
         {"predicted/*.nii.gz": damage.MASK, f"{TASK}/dataset.json": damage.JSON, f"{TASK}/imagesTs/*": damage.NIFTI},
     ),
+    Command(
+        ("convert", "to_dicom", "-i", "drawn", "-dicom", "scans/drawn.csv", "-o", "out", "-codes", "codes.json"),
+        {
+            "drawn/*.nii.gz": damage.MASK,
+            "drawn/dataset.json": damage.JSON,
+            "scans/drawn.csv": damage.TABLE,
+            "scans/S0/T2w/*": damage.ANY_FILE,
+            "codes.json": OURS,
+        },
+    ),
     Command(("study", "study.json", "-d", "900", "-device", "cpu", "-preset", "tiny.json", "--dry_run"), {"study.json": OURS}),
     Command(
         ("doctor", "-d", "900"),
@@ -233,10 +245,10 @@ def build(root: Path) -> None:
 
 
 def _write_releases(root: Path) -> None:
-    """The same images as a table, as DICOM and as BIDS."""
+    """The same images as a table, as DICOM, with label maps on its slices, and as BIDS."""
     images = [nibabel.Nifti1Image.from_filename(path) for path in sorted((root / TASK / "imagesTr").glob("*.nii.gz"))[:3]]
     labels = [nibabel.Nifti1Image.from_filename(path) for path in sorted((root / TASK / "labelsTr").glob("*.nii.gz"))[:3]]
-    for name in ("sheet", "scans", "release/derivatives"):
+    for name in ("sheet", "scans", "release/derivatives", "drawn"):
         (root / name).mkdir(parents=True)
     rows, participants, slices = ["subject,series,path,mask,class"], ["participant_id\tgrade"], ["subject,series,path"]
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -262,6 +274,14 @@ def _write_releases(root: Path) -> None:
         for name in series:
             _write_dicom(root / "scans" / f"S{number}" / name, series[name], number)
             slices.append(f"S{number},{name},S{number}/{name}")
+        drawn = sitk.GetImageFromArray(np.asanyarray(label.dataobj).T[::2].astype(np.uint8))
+        drawn.SetSpacing([float(edge) * times for edge, times in zip(image.header.get_zooms(), (1, 1, 2), strict=False)])
+        sitk.WriteImage(drawn, str(root / "drawn" / f"S{number}.nii.gz"))
+    shutil.copy(root / RAW / "dataset.json", root / "drawn")
+    (root / "scans" / "drawn.csv").write_text(
+        "case,path\n" + "".join(f"S{number},S{number}/T2w\n" for number in range(len(images)))
+    )
+    save_codes(Codes(), [default_segment(1, "edema", "red")[0]], root / "codes.json")
     (root / "sheet" / "series.csv").write_text("\n".join(rows) + "\n")
     (root / "release" / "participants.tsv").write_text("\n".join(participants) + "\n")
     (root / "release" / "dataset_description.json").write_text('{"Name": "phantom", "BIDSVersion": "1.8.0"}')
@@ -284,6 +304,7 @@ def _write_dicom(folder: Path, image: "nibabel.Nifti1Image", number: int) -> Non
             "0008|0060": "MR",
             "0020|000d": f"1.2.3.{number + 1}",
             "0020|000e": uid,
+            "0020|0052": f"1.2.3.{number + 1}.0",
             "0020|0013": str(z + 1),
             "0020|0032": "\\".join(f"{place:.9g}" for place in plane.GetOrigin()),
             "0020|0037": "1\\0\\0\\0\\1\\0",
