@@ -18,15 +18,8 @@ from nnunet_csm.errors import UserError, no_room, reason
 from nnunet_csm.files import workplace
 from nnunet_csm.processes import follow_parent
 
-# the folder of maps of uncertainty in that of predictions: whoever scores those takes all NIfTI that lie beside them
-UNCERTAINTY = "uncertainty"
 # in the workplace: an export has failed, so that nothing more need be predicted
 FAILED = "failed"
-
-
-def uncertainty_map(truncated: Path) -> Path:
-    """Where the map of uncertainty of a segmentation lies, whose path is given without its ending."""
-    return truncated.parent / UNCERTAINTY / f"{truncated.name}_uncertainty.nii.gz"
 
 
 @contextmanager

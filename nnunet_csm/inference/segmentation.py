@@ -19,11 +19,12 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.export import FAILED, UNCERTAINTY, is_whole, uncertainty_map, whole_exports
+from nnunet_csm.export import FAILED, is_whole, whole_exports
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.sliding_window import BatchedPredictor
 from nnunet_csm.inference.uncertainty import cases_in_table, predict_with_members
+from nnunet_csm.listing import UNCERTAINTY, uncertainty_map
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.processes import no_worker_left

@@ -22,9 +22,10 @@ from torch import Tensor
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.regions import Structure, structures_of
-from nnunet_csm.export import export_whole, is_whole, uncertainty_map
+from nnunet_csm.export import export_whole, is_whole
 from nnunet_csm.files import workplace, write_text
 from nnunet_csm.inference.sliding_window import BatchedPredictor
+from nnunet_csm.listing import uncertainty_map
 from nnunet_csm.raw.cases import FILE_ENDING, write_image
 from nnunet_csm.raw.geometry import fit, grid_of_array
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, look_at
