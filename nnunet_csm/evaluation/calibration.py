@@ -88,8 +88,9 @@ def _error(sums: Float[np.ndarray, "bins structures 3"]) -> Float[np.ndarray, " 
 
 def calibration_sums(probability: Float[np.ndarray, "..."], inside: Bool[np.ndarray, "..."]) -> Float[np.ndarray, "bins 3"]:
     """The sums of `Calibration` of some voxels and one structure."""
-    bins = np.where(probability < LEAST, 0, bins_of(probability) + 1).ravel()
-    columns = (None, probability.ravel(), inside.ravel())
+    probability = probability.ravel()
+    bins = np.where(probability < LEAST, 0, bins_of(probability) + 1)
+    columns = (None, probability, inside.ravel())
     return np.stack([np.bincount(bins, one, NUM_BINS + 1) for one in columns], axis=1).astype(np.float64)
 
 

@@ -18,6 +18,8 @@ from nnunet_csm.evaluation.repeats import classes_of, labels_and_probabilities, 
 
 # beyond them every sample is right, so that certainty pays without end, or probabilities say nothing of the classes
 LIMITS = (0.05, 20.0)
+# of the patients of a single fold
+NUM_PARTS = 5
 SHOWN = ("calibration_error", "brier", "log_loss")
 
 
@@ -28,27 +30,24 @@ class Temperature:
     Attributes:
         value: above 1 makes probabilities less certain.
         num_samples: that it was fitted on.
-        judged: rows before and after, columns `SHOWN`: of samples at a temperature fitted on other folds and other patients;
-            None with one fold.
+        judged: rows before and after, columns `SHOWN`: each fold at a temperature that was fitted on other patients of the other
+            folds; of one fold, a fifth of the patients at that of the others.
     """
 
     value: float
     num_samples: int
-    judged: pd.DataFrame | None
+    judged: pd.DataFrame
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for the record."""
-        judged = None if self.judged is None else self.judged.to_dict("index")
-        return {"value": self.value, "num_samples": self.num_samples, "cross_validated": judged}
+        return {"value": self.value, "num_samples": self.num_samples, "cross_validated": self.judged.to_dict("index")}
 
     def lines(self) -> list[str]:
         """What there is to tell a user."""
         how = "more" if self.value < 1 else "less"
         said = f"temperature {self.value:.3f}, fitted on {self.num_samples} validation samples: probabilities are {how} certain"
-        if self.judged is None:
-            return [said, "what that brings is not known: with one fold there are no others to fit a temperature on"]
         changes = (f"{TITLES[name]} {one['before']:.3f} -> {one['after']:.3f}" for name, one in self.judged.items())
-        return [said, f"validation samples at a temperature of the other folds: {', '.join(changes)}"]
+        return [said, f"the same samples, each at a temperature that others were fitted with: {', '.join(changes)}"]
 
 
 def at_temperature(probabilities: Float[np.ndarray, "*n c"], temperature: float) -> Float[np.ndarray, "*n c"]:
@@ -109,7 +108,7 @@ def fit_on_folds(folds: Sequence[Path], classes: Sequence[str]) -> Temperature:
         raise UserError(f"{paths[0]} ...: no sample is {lacking[0]}, expected some of each class; give more folds with -f")
     try:
         value = fit(labels, probabilities)
-        judged = _cross_validated(table, labels, probabilities, classes) if len(paths) > 1 else None
+        judged = _cross_validated(table, labels, probabilities, classes)
     except ValueError as error:
         raise UserError(f"{paths[0]} ...: {error}; leave out --calibrated, or give more folds with -f") from None
     return Temperature(value, len(labels), judged)
@@ -118,12 +117,14 @@ def fit_on_folds(folds: Sequence[Path], classes: Sequence[str]) -> Temperature:
 def _cross_validated(
     table: pd.DataFrame, labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n c"], classes: Sequence[str]
 ) -> pd.DataFrame:
-    after = probabilities.copy()
-    for run in table["run"].unique():
-        own = (table["run"] == run).to_numpy()
+    after, parts = probabilities.copy(), table["run"].to_numpy()
+    if len(np.unique(parts)) == 1:
+        parts = pd.factorize(table["patient"])[0] % NUM_PARTS
+    for part in np.unique(parts):
+        own = parts == part
         others = ~(own | table["patient"].isin(table.loc[own, "patient"]).to_numpy())
         if not others.any():
-            msg = "the folds validate the same patients, so that no other ones are left to fit a temperature on"
+            msg = "the same patients are in every part, so that no others are left to fit a temperature on"
             raise ValueError(msg)
         after[own] = at_temperature(probabilities[own], fit(labels[others], probabilities[others]))
     found = {"before": probabilities, "after": after}

@@ -160,7 +160,8 @@ class BatchedPredictor(nnUNetPredictor):
             together = flips[start : start + num_passes]
             mirrored = torch.cat([patches.flip(flip) for flip in together]) if len(together) > 1 else patches.flip(together[0])
             for flip, logits in zip(together, self.network(mirrored, **known).split(len(patches)), strict=True):
-                total = logits if total is None else total.add_(logits.flip(flip))
+                turned = logits.flip(flip) if flip else logits
+                total = turned if total is None else total.add_(turned)
         assert total is not None
         return total.div_(len(flips)) if len(flips) > 1 else total
 
