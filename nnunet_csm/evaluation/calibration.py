@@ -18,6 +18,7 @@ from nnunet_csm.evaluation.bootstrap import ratio
 from nnunet_csm.evaluation.class_metrics import NUM_BINS, bins_of
 from nnunet_csm.evaluation.classification import SUM_TOLERANCE
 from nnunet_csm.evaluation.regions import Structure, foreground_of, is_region_based
+from nnunet_csm.evaluation.scores import markdown
 from nnunet_csm.figures.classification import Reliability, save_reliability
 from nnunet_csm.files import write_text
 from nnunet_csm.listing import files_in
@@ -67,7 +68,7 @@ class Calibration:
         given, number = self.num_cases
         of = f"{given} of {number} cases" if given < number else f"{number} cases"
         said = f"Calibration of {of}, where a structure is given at least {LEAST:g}"
-        return f"{said}\n\n{self.table().to_markdown(floatfmt='.4f', missingval='-')}\n"
+        return f"{said}\n\n{markdown(self.table(), num_text=1)}\n"
 
     def save(self, folder: Path) -> None:
         """Write calibration.csv and calibration.png."""

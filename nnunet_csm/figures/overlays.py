@@ -179,7 +179,7 @@ def _draw_labels(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Seque
 def _draw_uncertainty(axes: Axes, uncertainty: Float[np.ndarray, "y x"]) -> None:
     """Colour over the image, from none where all is certain."""
     rgba = colormaps["autumn"](uncertainty)
-    rgba[..., 3] = np.sqrt(uncertainty)
+    rgba[..., 3] = uncertainty
     axes.imshow(rgba, aspect=axes.get_aspect(), interpolation="nearest")
 
 

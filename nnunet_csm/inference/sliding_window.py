@@ -47,6 +47,7 @@ class BatchedPredictor(nnUNetPredictor):
         given_up: a file that is there when an output could not be written.
     """
 
+    list_of_parameters: list[dict[str, Any]]  # nnU-Net's: the weights of each fold
     num_samples: int | None = None
     one_pass: tuple[int, ...] | None = None
     given_up: Path | None = None
