@@ -93,7 +93,11 @@ def predict_with_members(
 
 
 def ask_members(predictor: BatchedPredictor, data: Float[Tensor, "n z y x"], properties: dict[str, Any]) -> Opinions:
-    """Predict a preprocessed image with each member; sums are in fp32."""
+    """Predict a preprocessed image with each member; sums are in fp32.
+
+    Raises:
+        UserError: a network that gives no numbers.
+    """
     labels = predictor.label_manager
     logits, probabilities, counts = torch.empty(0), np.empty(0), list[np.ndarray]()
     for member in predictor.members(data):
@@ -107,6 +111,8 @@ def ask_members(predictor: BatchedPredictor, data: Float[Tensor, "n z y x"], pro
             logits, probabilities = member.float(), given
         counts.append(np.bincount(segmentation.ravel(), minlength=max(labels.all_labels) + 1))
     probabilities /= len(counts)
+    if not np.isfinite(probabilities).all():
+        raise UserError("a network gives NaN; its training has diverged: train it again, or leave out its fold with -f")
     return Opinions(logits / len(counts), entropy(probabilities, labels.has_regions), np.stack(counts))
 
 
@@ -163,7 +169,7 @@ def cases_in_table(table: Path) -> set[str]:
 
 def _read_rows(table: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(table, dtype={"case": str})[list(COLUMNS)]
+        return pd.read_csv(table, converters={"case": str})[list(COLUMNS)]
     except (ValueError, KeyError) as error:
         raise UserError(f"{table}: not a table of volumes ({error}); move it away, and predict again") from None
 
