@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import told_order
 from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.temperature import Temperature, fit_on_folds
 from nnunet_csm.figures.activation import save_activation
 from nnunet_csm.files import whole, whole_folder
 from nnunet_csm.inference.ensemble import CaseToClassify, Decision, Ensemble, decide, load_ensemble, prepare
@@ -33,6 +34,8 @@ from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import READABLE_ENDINGS, read_volume, sha256
 from nnunet_csm.schema import Name, read_value
 
+# of which the training's final validation is
+FINAL_CHECKPOINT = "checkpoint_final.pth"
 MAP_ENDING = ".nii.gz"
 # cases that are preprocessed while the networks look at another one, each by a thread; two were no faster than one
 NUM_AHEAD = 1
@@ -50,6 +53,7 @@ class ClassifyRequest(ModelRequest):
         masks: folder with CASE.nii.gz, such as labels or what a segmenter has predicted.
         output: the CSV to write; the JSON beside it has its name, maps are in a folder of its name and `_maps`.
         maps: write what every series adds to the decision, as NIfTI and as pictures.
+        calibrated: give probabilities at a temperature that is fitted on what the folds' trainings predicted in validation.
         strict: a sample that cannot be classified is an error, not a line in a report.
         overwrite: replace what is there.
     """
@@ -58,6 +62,7 @@ class ClassifyRequest(ModelRequest):
     masks: Path
     output: Path
     maps: bool = False
+    calibrated: bool = False
     strict: bool = False
     overwrite: bool = False
 
@@ -83,6 +88,9 @@ def classify(request: ClassifyRequest) -> list[str]:
     request = request.of_trained_folds()
     _check_output(request)
     ensemble = load_ensemble(request)
+    temperature = _temperature(request, ensemble) if request.calibrated else None
+    if temperature is not None:
+        ensemble = replace(ensemble, temperature=temperature.value)
     for name in ensemble.series if request.maps else ():
         read_value(Name, name, "--maps writes a file for each series; the series")
     decisions: list[Decision] = []
@@ -105,8 +113,10 @@ def classify(request: ClassifyRequest) -> list[str]:
         if not decisions:
             raise UserError(f"no sample of {request.images} can be classified: {first_of(left_out)}")
     _write_table(request.output, decisions, ensemble.classes)
-    nnunet.save_json(_record(request, ensemble, decisions, left_out), request.record)
-    lines = [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    record = _record(request, ensemble, decisions, left_out)
+    nnunet.save_json(record | {"temperature": temperature and temperature.to_dict()}, request.record)
+    lines = temperature.lines() if temperature is not None else []
+    lines += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     lines += masks_without_images(request.masks, cases)
     counts = {one: sum(ensemble.classes[d.class_index] == one for d in decisions) for one in ensemble.classes}
     listed = ", ".join(f"{count} {one}" for one, count in counts.items())
@@ -178,6 +188,14 @@ def _check_output(request: ClassifyRequest) -> None:
         raise UserError(f"{request.map_folder} has maps of other predictions; give --maps --overwrite, or move it away")
     if not request.masks.is_dir():
         raise UserError(f"the folder of masks {request.masks} does not exist; give -m a folder with a mask for every case")
+
+
+def _temperature(request: ClassifyRequest, ensemble: Ensemble) -> Temperature:
+    if request.checkpoint_name != FINAL_CHECKPOINT:
+        raise UserError(
+            f"--calibrated: validation is that of {FINAL_CHECKPOINT}, -chk names {request.checkpoint_name}; leave one of them out"
+        )
+    return fit_on_folds([request.model / f"fold_{fold}" for fold in ensemble.members], ensemble.classes)
 
 
 def first_of(left_out: Mapping[str, str]) -> str:

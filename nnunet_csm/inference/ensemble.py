@@ -18,6 +18,7 @@ from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.diagnoses import Sample
 from nnunet_csm.data.lesions import cut_sample, measure_names, measured_labels, measures_of, sample_mask
 from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.temperature import at_temperature
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.model.attribution import series_shares, token_maps
@@ -43,6 +44,7 @@ class Ensemble:
         mask_labels: those that training had samples of; None where a checkpoint does not tell, and any label is classified.
         members: fold to classifier.
         provenance: of each of them, for the record.
+        temperature: of their probabilities.
     """
 
     settings: Configuration
@@ -55,6 +57,7 @@ class Ensemble:
     members: dict[str, CSMClassifier]
     provenance: list[dict[str, Any]]
     device: torch.device
+    temperature: float = 1.0
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -97,18 +100,20 @@ class Decision:
     """What the ensemble says of a sample.
 
     Attributes:
-        by_fold: probabilities of the classes.
+        by_fold: probabilities of the classes, as the networks give them.
         shares: of the series in the decision for the most probable class; empty without maps.
+        temperature: at which each fold's probabilities are averaged.
     """
 
     sample: Sample
     series_present: tuple[str, ...]
     by_fold: dict[str, Float[np.ndarray, " c"]]
     shares: dict[str, float]
+    temperature: float = 1.0
 
     @property
     def probabilities(self) -> Float[np.ndarray, " c"]:
-        return np.mean(list(self.by_fold.values()), axis=0)
+        return at_temperature(np.stack(list(self.by_fold.values())), self.temperature).mean(0)
 
     @property
     def class_index(self) -> int:
@@ -211,7 +216,7 @@ def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision,
     channels = list(ensemble.settings.architecture.channels)
     present = series_present(voxels[:, channels])[0].tolist()
     shown = tuple(name for name, is_there in zip(ensemble.series, present, strict=True) if is_there)
-    decision = Decision(patch.sample, shown, by_fold, {})
+    decision = Decision(patch.sample, shown, by_fold, {}, ensemble.temperature)
     if not with_maps:
         return decision, torch.empty(0, 0, 0, 0)
     members = ensemble.members.values()
