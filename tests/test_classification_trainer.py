@@ -308,7 +308,7 @@ def test_resuming_with_other_classes_is_refused(
     with pytest.raises(SystemExit) as stop:
         other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     assert stop.value.code == 2
-    assert "its classes are benign, malignant" in capsys.readouterr().err
+    assert "it learned the classes benign, malignant" in capsys.readouterr().err
 
 
 def test_stock_prediction_is_sent_elsewhere(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

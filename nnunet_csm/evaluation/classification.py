@@ -84,6 +84,11 @@ class Comparison:
     second: Metrics
     difference: pd.DataFrame
 
+    @property
+    def counts(self) -> str:
+        """Samples and patients in a line."""
+        return self.second.counts
+
     def table(self) -> pd.DataFrame:
         """A row a metric: metric, first, second, difference, low, high (of the difference)."""
         values = {"first": self.first.overall.loc["value"], "second": self.second.overall.loc["value"]}
@@ -99,9 +104,11 @@ class Comparison:
         return {"first": self.first.to_dict(), "second": self.second.to_dict(), "difference": _as_dict(self.difference)}
 
     def to_markdown(self, names: tuple[str, str] = ("first", "second")) -> str:
-        """Both and their difference as a Markdown table."""
+        """Counts, both and their difference as a Markdown table."""
         first, second = names
-        return _markdown({first: self.first.overall, second: self.second.overall, f"{second} - {first}": self.difference})
+        return f"{self.counts}\n\n" + _markdown(
+            {first: self.first.overall, second: self.second.overall, f"{second} - {first}": self.difference}
+        )
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""A classifier's predictions of several folds or repeats as one table, alone or beside another training's."""
+"""A classifier's predictions of several folds or repeats as one table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.class_curves import draw_classification
-from nnunet_csm.evaluation.classification import compare, evaluate
-from nnunet_csm.files import write_text
 
 PROBABILITY = "p_"
 
@@ -73,38 +69,3 @@ def read_predictions(path: Path) -> pd.DataFrame:
             raise UserError(f"{path}: {found}, expected probabilities from 0 to 1; {remedy}")
         table[column] = numbers
     return table
-
-
-def evaluate_runs(predictions: Sequence[Path], against: Sequence[Path], output: Path | None) -> None:
-    """Print metrics over all runs with intervals over patients; with `against`, both and their paired differences.
-
-    Writes, with `output`, metrics.json, metrics.csv, metrics.md and curves.png.
-
-    Raises:
-        UserError: files that cannot be read or compared.
-    """
-    runs = read_runs(predictions)
-    labels, probabilities = labels_and_probabilities(runs)
-    classes, patients, run = classes_of(runs), list(runs["patient"]), list(runs["run"])
-    found = evaluate(labels, probabilities, classes, patients, run)
-    if not against:
-        text, table, result = found.to_markdown(), found.table(), found.to_dict()
-    else:
-        others = read_runs(against)
-        sample = ["run", "case", "mask_label"]
-        if not others[sample].equals(runs[sample]) or classes_of(others) != classes:
-            raise UserError(
-                f"{against[0]} ...: these {len(against)} runs do not predict the samples of {predictions[0]} ... in their order; "
-                f"give the same folds of both trainings, in the same order"
-            )
-        compared = compare(*labels_and_probabilities(others), probabilities, classes, patients, run)
-        text = f"{found.counts}\n\n{compared.to_markdown(('against', 'predictions'))}"
-        table, result = compared.table(), compared.to_dict()
-    print(f"{len(predictions)} runs; {text}")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in (("metrics.md", text + "\n"), ("metrics.csv", table.to_csv(index=False))):
-            write_text(output / name, content)
-        draw_classification(output / "curves.png", labels, probabilities, classes, patients, f"{len(predictions)} runs")
-        nnunet.save_json(result, output / "metrics.json")
-        print(f"written to {output}")

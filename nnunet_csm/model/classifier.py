@@ -195,15 +195,16 @@ def build_classifier(settings: Configuration, input_channels: int, num_classes: 
 
 
 @torch.no_grad()
-def probabilities(
+def predictions(
     classifier: Callable[[Tensor, Tensor], Tensor],
     volume: Float[Tensor, "b n z y x"],
     measures: Float[Tensor, "b f"],
     mirror: bool,
+    said: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "b c"]:
-    """Class probabilities; with `mirror`, their mean over the eight flips of the patch (nnU-Net's test-time augmentation)."""
+    """What `said` makes of outputs; with `mirror`, its mean over the eight flips (nnU-Net's test-time augmentation)."""
     num_flipped = range(4) if mirror else range(1)
     flips = [axes for count in num_flipped for axes in itertools.combinations((2, 3, 4), count)]
-    total = sum(classifier(volume.flip(axes) if axes else volume, measures).float().softmax(1) for axes in flips)
+    total = sum(said(classifier(volume.flip(axes) if axes else volume, measures).float()) for axes in flips)
     assert isinstance(total, Tensor)
     return total / len(flips)

@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from nnunet_csm.data.diagnoses import NUM_TENTHS, ClassTable, Sample, deal, repeated_splits, stratified_folds
+from nnunet_csm.data.diagnoses import ClassTable, Sample
+from nnunet_csm.data.splits import NUM_TENTHS, deal, repeated_splits, stratified_folds
 from nnunet_csm.study.spec import Repeats, num_labelled
 
 SEED = 12345
