@@ -13,6 +13,7 @@ import pytest
 from factories import DATASET_JSON, base_plans
 
 from nnunet_csm import cli, nnunet
+from nnunet_csm.cli import applying, planning
 from nnunet_csm.dataset_conversion import FORMATS
 from nnunet_csm.doctor import Finding
 from nnunet_csm.plans import read_configuration
@@ -116,8 +117,10 @@ def test_formats_are_those_that_can_be_read():
     assert [name.removeprefix("convert ") for name in COMMANDS if " " in name] == [*FORMATS, "to_msd"]
 
 
-@pytest.mark.parametrize(("name", "flags"), [("preprocess", ["-np", "1"]), ("fill_missing", ["-i", "in", "-o", "out"])])
-def test_an_old_name_runs_the_new_command_and_says_so(name, flags, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "family", "flags"), [("preprocess", planning, ["-np", "1"]), ("fill_missing", applying, ["-i", "in", "-o", "out"])]
+)
+def test_an_old_name_runs_the_new_command_and_says_so(name, family, flags, monkeypatch, capsys):
     new, seen = cli.RENAMED[name], []
 
     def command(args):
@@ -125,7 +128,7 @@ def test_an_old_name_runs_the_new_command_and_says_so(name, flags, monkeypatch, 
         return 0
 
     monkeypatch.setattr(cli.nnunet, "dataset_name", lambda name: name)
-    monkeypatch.setattr(cli.commands, new[0], command)
+    monkeypatch.setattr(family, new[0], command)
     assert cli.main([name, "-d", "1", *flags]) == 0 == cli.main([*new, "-d", "1", *flags])
     assert seen[0] == seen[1]
     assert capsys.readouterr().err.splitlines() == [f"`nnunet_csm {name}` is now `nnunet_csm {' '.join(new)}`, which is run"]

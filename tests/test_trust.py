@@ -139,7 +139,7 @@ def test_plans_that_name_another_folder_leave_it_as_it_was(nnunet_folders) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["os.system", "somebodys.Network", f"{NETWORK_CLASS}.forward", "nnunet_csm.commands.train", None]
+    "name", ["os.system", "somebodys.Network", f"{NETWORK_CLASS}.forward", "nnunet_csm.cli.training.train", None]
 )
 def test_a_network_that_is_not_ours_is_refused_and_not_imported(name: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "somebodys.py").write_text("raise SystemExit('imported')")

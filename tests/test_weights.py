@@ -338,7 +338,7 @@ def test_something_is_fetched_where_that_was_asked_for_and_only_what_executes_no
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.setattr("nnunet_csm.planning.preprocessing.check_plans", lambda *_, **__: "Dataset001_Tiny")
-    monkeypatch.setattr("nnunet_csm.commands._run_ranks", lambda *_: None)
+    monkeypatch.setattr("nnunet_csm.cli.training._run_ranks", lambda *_: None)
     monkeypatch.setenv("nnUNet_csm_encoder", "")
     for flags, fetched in (((), False), (("--download",), True)):
         monkeypatch.setenv(hub.DOWNLOAD_VARIABLE, "")

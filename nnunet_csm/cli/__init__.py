@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from nnunet_csm import commands, nnunet
+from nnunet_csm import nnunet
+from nnunet_csm.cli.flags import Command
+from nnunet_csm.cli.parser import build_parser
+from nnunet_csm.cli.setting_up import doctor
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.flags import Command, build_parser
 from nnunet_csm.listing import argument_problem
 from nnunet_csm.processes import follow_parent, stoppable
 
@@ -65,12 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"the environment variable {variable} is {value!r}, expected a whole number; correct or unset it")
         command: Command = args.run
         # a mistyped dataset need not wait for what the command imports; the doctor says itself which folder is not set
-        if command is not commands.doctor or all(variable in os.environ for variable in nnunet.FOLDER_VARIABLES):
+        if command is not doctor or all(variable in os.environ for variable in nnunet.FOLDER_VARIABLES):
             given_datasets = getattr(args, "d", None) or []
             for name in [given_datasets] if isinstance(given_datasets, str) else given_datasets:
                 nnunet.dataset_name(name)
         return command(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
