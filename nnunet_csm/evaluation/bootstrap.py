@@ -3,7 +3,7 @@
 Intervals are percentile intervals (Efron 1979) over resamples in which the statistic is defined; NaN is what is not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -66,6 +66,17 @@ def ratio(numerator: Real[np.ndarray, "..."], denominator: Real[np.ndarray, "...
 def mean_of_defined(values: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
     """Mean over values that are not NaN; NaN where there is none."""
     return ratio(np.nansum(values, axis=axis), (~np.isnan(values)).sum(axis=axis))
+
+
+def estimates_dict(estimates: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+    """Estimates, rows value, low and high, a column a metric, as JSON has them; NaN is None."""
+    return estimates.astype(object).where(estimates.notna(), None).to_dict()
+
+
+def estimates_markdown(columns: Mapping[str, pd.DataFrame], titles: Mapping[str, str]) -> str:
+    """A row a metric, a column a set of estimates."""
+    texts = pd.DataFrame({name: estimates.apply(estimate_text) for name, estimates in columns.items()})
+    return str(texts.rename(index=titles).rename_axis("metric").to_markdown(disable_numparse=True)) + "\n"
 
 
 def estimate_text(estimate: pd.Series) -> str:

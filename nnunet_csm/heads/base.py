@@ -22,6 +22,7 @@ from nnunet_csm.plans import Classification
 # `ClassTable.target` to its class, imported when it is asked for
 HEADS = {
     "class": "nnunet_csm.heads.classes.Classes",
+    "value": "nnunet_csm.heads.numbers.Numbers",
 }
 
 
@@ -47,14 +48,20 @@ class Head(ABC):
 
     Attributes:
         target: its name in `HEADS`.
+        in_units: outputs have the unit of the targets, see `model.classifier.Units`.
         said_name: what is said, as the record of `classify` calls it.
         loss_name: below the curve of the loss.
+        float_format: of what `classify` writes.
+        sides: what a map shows, above 0 and below.
         curves: title of a panel of progress.png to metrics, as `score` names them, and their titles.
     """
 
     target: ClassVar[str]
+    in_units: ClassVar[bool] = False
     said_name: ClassVar[str]
     loss_name: ClassVar[str]
+    float_format: ClassVar[str]
+    sides: ClassVar[tuple[str, str]]
     curves: ClassVar[Mapping[str, Mapping[str, str]]]
 
     def __init__(self, classes: Sequence[str] = ()) -> None:
@@ -152,7 +159,7 @@ class Head(ABC):
 
     @classmethod
     @abstractmethod
-    def compare(cls, first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
+    def compare(cls, first: pd.DataFrame, second: pd.DataFrame) -> Comparison[Any]:
         """Both, and second - first, where both say something of the same samples in the same order."""
 
     @classmethod

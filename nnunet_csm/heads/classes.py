@@ -26,6 +26,8 @@ class Classes(Head):
     target = "class"
     said_name = "probabilities"
     loss_name = "cross-entropy"
+    float_format = "%.6f"
+    sides = ("for the class", "against it")
     curves: ClassVar = {
         "Validation": {"auc": "AUC", "average_precision": "average precision", "balanced_accuracy": "balanced accuracy"}
     }
@@ -100,7 +102,7 @@ class Classes(Head):
         return evaluate(*labels_and_probabilities(table), **_samples(table))
 
     @classmethod
-    def compare(cls, first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
+    def compare(cls, first: pd.DataFrame, second: pd.DataFrame) -> Comparison[Metrics]:
         labels, before = labels_and_probabilities(first)
         return compare(labels, before, labels_and_probabilities(second)[1], **_samples(second))
 

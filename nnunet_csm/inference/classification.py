@@ -161,6 +161,7 @@ def write_maps(
         [decision.shares[name] for name in ensemble.series],
         f"{name_of_sample}: {ensemble.head.verdict(decision.said)}",
         (z, y, x),
+        ensemble.head.sides,
     )
 
 
@@ -212,7 +213,7 @@ def _write_table(path: Path, decisions: Sequence[Decision], head: Head) -> None:
     table = table.assign(**columns, **head.spread(by_fold))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f")
+        table.to_csv(temporary, index=False, float_format=head.float_format)
 
 
 def _record(

@@ -145,7 +145,8 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
         mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
         labels = measured_labels(manager.get_label_manager(dataset_json), heads[path][1])
         num_channels, num_measures = len(nnunet.channel_names(dataset_json)), len(measure_names(labels))
-        network = build_classifier(settings, num_channels, heads[path][0].num_outputs, num_measures)
+        head = heads[path][0]
+        network = build_classifier(settings, num_channels, head.num_outputs, num_measures, head.in_units)
         checkpoint.load_weights(network, saved["network_weights"], str(path))
         members[fold] = network.eval().to(device)
         entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}

@@ -62,7 +62,7 @@ def build(saved: Mapping[str, Any], where: str) -> tuple[nn.Module, dict[str, tu
     settings = read_configuration(plans, configuration, where)
     num_measures = len(measure_names(measured_labels(labels, bool(saved["by_mask_label"]))))
     head = head_in(saved)
-    classifier = build_classifier(settings, num_channels, head.num_outputs, num_measures)
+    classifier = build_classifier(settings, num_channels, head.num_outputs, num_measures, head.in_units)
     # the last channel is then the mask
     shape = num_channels + int(classifier.takes_mask), *settings.csm.classification.patch_size
     inputs: dict[str, tuple[int, ...]] = {"volume": shape}

@@ -160,7 +160,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
         num_measures = len(measure_names(self.measured_labels))
-        return build_classifier(self.settings, num_input_channels, self.head.num_outputs, num_measures)
+        return build_classifier(self.settings, num_input_channels, self.head.num_outputs, num_measures, self.head.in_units)
 
     @property
     def by_mask_label(self) -> bool:
@@ -235,7 +235,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         for name, why in volumes.left_out.items():
             self.print_to_log_file(f"WARNING: {name} is left out: {why}", add_timestamp=False)
         lacking = self.table.lacking(volumes.samples)
-        if not len(volumes) or (side == "train" and lacking):
+        if not len(volumes) or (lacking and (side == "train" or self.fold == "all")):
             raise UserError(
                 f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without {', '.join(lacking)}; "
                 f"see `nnunet_csm doctor -d {self.plans_manager.dataset_name}`"
