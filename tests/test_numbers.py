@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE
+from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, checkpoint_of, csm_plans
 from PIL import Image
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
+from nnunet_csm import weights_folder
 from nnunet_csm.data.diagnoses import ClassTable, Sample, read_class_table, strata_of, write_class_table
 from nnunet_csm.data.splits import repeated_splits, split_problems, stratified_folds
 from nnunet_csm.errors import UserError
@@ -21,9 +23,16 @@ from nnunet_csm.heads.base import HEADS, head_class, head_in, head_of
 from nnunet_csm.heads.numbers import Numbers, StandardizedLoss
 from nnunet_csm.heads.runs import evaluate_runs
 from nnunet_csm.model.attribution import token_maps
-from nnunet_csm.model.classifier import CSMClassifier, Units
+from nnunet_csm.model.classifier import CSMClassifier, Units, build_classifier
+from nnunet_csm.planning.classification import fold_lines
+from nnunet_csm.plans import read_configuration
+from nnunet_csm.sharing import network as sharing_network
+from nnunet_csm.sharing.card import card
+from nnunet_csm.sharing.contained import _write_decision
+from nnunet_csm.sharing.export import for_others
+from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.divisions import divide, everybody, labelled
-from nnunet_csm.study.spec import Repeats
+from nnunet_csm.study.spec import Repeats, num_labelled
 
 
 def table_of(values: np.ndarray, per_patient: int = 1) -> ClassTable:
@@ -103,7 +112,7 @@ def test_a_study_divides_a_dataset_of_numbers_with_and_without_cases_beside() ->
         everyone = everybody(table, cases, {})
         division = divide(everyone, Repeats("folds", 3))[0]
         assert len(division.train) + len(division.val) + len(division.test) == 30 + len(cases)
-        assert len(labelled(everyone, division, 0.5, 0)) == round(len(division.train) / 2)
+        assert len(labelled(everyone, division, 0.5, 0)) == num_labelled(0.5, len(division.train))
 
 
 # --- learning ----------------------------------------------------------------------------------------------------------------
@@ -183,6 +192,49 @@ def test_folds_are_averaged_and_their_deviation_is_told() -> None:
     assert head.spread(by_fold)["deviation_of_folds"].tolist() == pytest.approx([2**0.5, 0])
     assert head.spread(by_fold[:1]) == {}
     assert head.predicted(by_fold.mean(0))["predicted"].tolist() == [2, 5]
+
+
+# --- elsewhere ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_network_gives_numbers_in_their_unit(tmp_path: Path) -> None:
+    plans = csm_plans(classification={"patch_size": list(PATCH_SIZE)})
+    network = build_classifier(read_configuration(plans, "3d_fullres", "plans"), len(SERIES), 1, in_units=True).eval()
+    assert network.units is not None
+    network.units.fit(torch.tensor([[20.0], [90.0]]))
+    others = {"target": "value", "classes": [], "by_mask_label": False, "encoder_source": "scratch"}
+    told = for_others(checkpoint_of(plans, {}) | others, "checkpoint")
+    assert told["target"] == "value"
+    made, _, output = sharing_network.build(told, "checkpoint")
+    made.load_state_dict(network.state_dict())
+    volume = torch.randn(1, len(SERIES), *PATCH_SIZE)
+    assert torch.equal(made.eval()(volume), network(volume)) and output["shape"] == [1] and "values" in output
+    weights_folder.write(tmp_path, "classifier", "none", told, network.state_dict())
+    text = card(weights_folder.describe(tmp_path), 1)
+    assert "| predicts | numbers |" in text
+
+
+def test_a_container_writes_the_number(tmp_path: Path) -> None:
+    (tmp_path / "predictions.csv").write_text("case,mask_label,predicted,deviation_of_folds\ncase,,53.25,1.5\n")
+    path = _write_decision(None, tmp_path / "predictions.csv", tmp_path / "decision")  # type: ignore[arg-type]
+    assert json.loads(path.read_text()) == 53.25
+
+
+def test_doctor_describes_the_numbers_of_a_fold() -> None:
+    table = table_of(np.array([10.0, 20.0, 30.0, 40.0]))
+    (line,) = fold_lines(table, [{"train": ["c000", "c001", "c003"], "val": ["c002"]}])
+    assert line == (
+        "fold 0: train 3 values from 10 to 40, mean 23.33, deviation 12.47; val 1 values from 30 to 30, mean 30, deviation 0"
+    )
+
+
+def test_a_study_of_classes_refuses_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Dataset.__new__(Dataset)
+    dataset.name, dataset.study = "Dataset001_Tiny", "table3"
+    dataset.__dict__["found"] = SimpleNamespace(dataset_json={})
+    monkeypatch.setattr("nnunet_csm.study.dataset.take_class_table", lambda *_: table_of(np.arange(10.0)))
+    with pytest.raises(UserError, match=r"study table3: classification\.csv of Dataset001_Tiny has numbers.*evaluate -against"):
+        _ = dataset.classes
 
 
 # --- scores ------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ def load_network(path: str | Path) -> nn.Module:
         path: a file, a folder, or a name on Hugging Face's hub that is in the local cache, see `hub.find_weights`.
 
     Returns:
-        A module that takes patches (b, n, z, y, x) with nnU-Net's channels, an absent series all zero, and gives logits.
+        A module that takes patches (b, n, z, y, x) with nnU-Net's channels, an absent series all zero, and gives logits, or
+        numbers in the unit of the targets.
 
     Raises:
         UserError: nothing of the kind, or an encoder by itself.
