@@ -69,7 +69,7 @@ class Numbers(Head):
     def score(self, targets: Float[np.ndarray, "n 1"], said: Float[np.ndarray, "n 1"]) -> dict[str, float]:
         values, predicted = (column[:, 0].astype(np.float64) for column in (targets, said))
         found = measure(values, predicted, np.ones((1, len(values))), [np.arange(len(values))])[0]
-        return dict(zip(TITLES, found.tolist(), strict=True))
+        return {name: value for name, value in zip(TITLES, found.tolist(), strict=True) if name in self.titles}
 
     def rank(self, scores: Mapping[str, float]) -> float:
         """By mean absolute error."""
