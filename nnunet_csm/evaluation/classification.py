@@ -46,6 +46,11 @@ class Metrics:
     estimates: pd.DataFrame
 
     @property
+    def digits(self) -> str:
+        """How metrics are written."""
+        return ".3f"
+
+    @property
     def overall(self) -> pd.DataFrame:
         """Rows value, low and high; a column a metric of `METRICS`."""
         return self.estimates[ALL]
@@ -87,6 +92,9 @@ class Scored(Protocol):
     @property
     def counts(self) -> str: ...
 
+    @property
+    def digits(self) -> str: ...
+
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -124,7 +132,7 @@ class Comparison(Generic[Metered]):
         """Counts, both and their difference as a Markdown table."""
         first, second = names
         columns = {first: self.first.overall, second: self.second.overall, f"{second} - {first}": self.difference}
-        return f"{self.counts}\n\n{estimates_markdown(columns, {**TITLES, **NUMBER_TITLES})}"
+        return f"{self.counts}\n\n{estimates_markdown(columns, {**TITLES, **NUMBER_TITLES}, self.second.digits)}"
 
 
 def evaluate(

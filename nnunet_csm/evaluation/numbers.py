@@ -35,6 +35,11 @@ class NumberMetrics:
     overall: pd.DataFrame
 
     @property
+    def digits(self) -> str:
+        """How metrics are written: those in the unit of the numbers may be of any size."""
+        return ".4g"
+
+    @property
     def counts(self) -> str:
         """Samples and patients in a line."""
         return f"{self.num_samples} samples of {self.num_patients} patients, values {self.distribution}"
@@ -55,7 +60,7 @@ class NumberMetrics:
 
     def to_markdown(self) -> str:
         """Counts and the metrics as a Markdown table."""
-        return f"{self.counts}\n\n{estimates_markdown({'value (95 % interval)': self.overall}, TITLES)}"
+        return f"{self.counts}\n\n{estimates_markdown({'value (95 % interval)': self.overall}, TITLES, self.digits)}"
 
 
 def evaluate_table(table: pd.DataFrame) -> NumberMetrics:
@@ -80,8 +85,9 @@ def _evaluated(tables: Sequence[pd.DataFrame]) -> list[NumberMetrics]:
 
 def draw_table(path: Path, table: pd.DataFrame, title: str) -> None:
     """Write a scatter plot of truth over prediction, with the line that calibrates, and of the errors."""
-    overall = evaluate_table(table).overall
-    told = [f"{TITLES[name]} {estimate_text(overall[name])}" for name in TITLES]
+    found = evaluate_table(table)
+    overall = found.overall
+    told = [f"{title} {estimate_text(overall[name], found.digits)}" for name, title in TITLES.items()]
     line = float(overall["slope"]["value"]), float(overall["intercept"]["value"])
     save_numbers(path, table["value"].to_numpy(np.float64), table["predicted"].to_numpy(np.float64), line, told, title)
 

@@ -13,6 +13,7 @@ from nnunet_csm.figures.classification import REFERENCE
 WIDTH, HEIGHT = 900, 460
 # of the range of the numbers, around the dots
 MARGIN = 0.05
+TOLD_IN_A_LINE = 3
 
 
 def save_numbers(
@@ -30,7 +31,7 @@ def save_numbers(
         values: the truth.
         predicted: of the same samples.
         line: slope and intercept of truth on prediction; NaN where there is none.
-        told: lines below the panels.
+        told: below the panels.
         title: of the picture.
     """
     figure = new_figure(WIDTH, HEIGHT)
@@ -53,6 +54,7 @@ def save_numbers(
     dress(errors, "Errors", "true", "predicted - true")
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
-    figure.text(0.5, 0.02, "     ".join(told), fontsize=8, color=INK, ha="center")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    lines = [told[first : first + TOLD_IN_A_LINE] for first in range(0, len(told), TOLD_IN_A_LINE)]
+    figure.text(0.5, 0.02, "\n".join("     ".join(line) for line in lines), fontsize=8, color=INK, ha="center")
+    figure.tight_layout(rect=(0, 0.04 + 0.04 * len(lines), 1, 1))
     save_figure(figure, path)
