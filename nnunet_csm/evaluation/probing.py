@@ -137,7 +137,7 @@ def folds_of(targets: Targets, num_folds: int, num_repeats: int, seed: int) -> l
             f"column {targets.column}: {len(targets.classes) or 'no'} classes, {counted.min()} patients of {what}; expected two "
             f"classes or more (or numbers), and at least as many patients of each as folds; leave rare ones out, or give -folds"
         )
-    strata = values.to_numpy() if targets.classes else strata_of(values)
+    strata = values.to_numpy() if targets.classes else strata_of(values.tolist())
 
     def divided(cases: np.ndarray, parts: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=number)
