@@ -1,10 +1,14 @@
-"""`nnunet_csm demo`: the whole chain on a phantom, by the commands a user would type, and a page that shows every stage."""
+"""`nnunet_csm demo`: many studies without labels and five with, on a phantom, by the commands a user would type; and a page.
+
+It asks what a pretraining is for: the same fine-tuning from scratch stands beside it, with all series and with one missing.
+"""
 
 import os
 import shlex
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +17,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
+from nnunet_csm.evaluation.bootstrap import SEED, drawn, interval
 from nnunet_csm.figures.overlays import save_overlay
 from nnunet_csm.figures.page import Page, Table
 from nnunet_csm.judging.kinds import HIDDEN_WHOLE
@@ -20,10 +25,17 @@ from nnunet_csm.phantom import PhantomSpec, write_task
 from nnunet_csm.processes import run_command
 
 DATASET, NAME, CONFIGURATION, FOLD = "900", "Dataset900_Phantom", "3d_fullres", "0"
-PLANS, PRESET = "nnUNetCSMPlans", "phantom"
-NUM_TRAINING, NUM_TEST = 40, 10
+PRESET, SPEC = "phantom", PhantomSpec(missing_share=0.1, snr=5.0)
+# plans of the two segmenters, which differ in where their encoder begins
+ARMS = {"pretrained": "nnUNetCSMPlans", "from scratch": "nnUNetCSMPlansScratch"}
+# of the training subjects, those that fine-tuning learns from, those that watch it, and those of which only images are used
+NUM_LABELLED, NUM_WATCHING, NUM_UNLABELLED, NUM_TEST = 5, 3, 40, 10
+MISSING = "FLAIR"
+COMPLETE, WITHOUT = "all series", f"{MISSING} missing"
 CONVERT = "nnunetv2.dataset_conversion.convert_MSD_dataset:entry_point"
-UNTRAINED = "nnunet_csm.inference.untrained:main"
+NUM_RESAMPLES = 2000
+# of the stages, about, on two cores
+MINUTES = {"convert, plan and preprocess": 1, "pretrain": 3.5, "fine-tune twice": 3, "predict four times": 1.5, "evaluate": 0.5}
 
 
 class Demo:
@@ -48,8 +60,11 @@ class Demo:
     def preprocessed(self) -> Path:
         return self.folder / "nnUNet_preprocessed" / NAME
 
-    def results(self, trainer: str) -> Path:
-        return self.folder / "nnUNet_results" / NAME / f"{trainer}__{PLANS}__{CONFIGURATION}" / f"fold_{FOLD}"
+    def results(self, trainer: str, plans: str = ARMS["pretrained"]) -> Path:
+        return self.folder / "nnUNet_results" / NAME / f"{trainer}__{plans}__{CONFIGURATION}" / f"fold_{FOLD}"
+
+    def predicted(self, arm: str, given: str) -> Path:
+        return self.folder / f"predictions_{arm}_{given}".replace(" ", "_")
 
     def stage(self, title: str, *command: str) -> None:
         """Run one command and show its output; its time goes into the summary."""
@@ -64,7 +79,7 @@ class Demo:
 
 
 def run_demo(folder: Path, seed: int) -> None:
-    """Make a phantom, plan, pretrain, fine-tune, predict, evaluate, and write summary.html.
+    """Make a phantom, plan, pretrain, fine-tune with it and from scratch, predict with and without a series; write summary.html.
 
     Raises:
         UserError: the folder exists and is not empty, or a stage failed.
@@ -72,52 +87,116 @@ def run_demo(folder: Path, seed: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder; choose another with -o, or move it away")
     folder = folder.resolve()
+    num_training = NUM_LABELLED + NUM_WATCHING + NUM_UNLABELLED
+    stages = ", ".join(f"{stage} {minutes:g} min" for stage, minutes in MINUTES.items())
     print(
-        f"This makes a phantom of {NUM_TRAINING + NUM_TEST} subjects and four series, pretrains a small encoder on its images,\n"
-        f"fine-tunes it for segmentation, predicts and scores {NUM_TEST} test subjects: about 10 minutes on two CPU cores.\n"
-        f"All of it goes to {folder}"
+        f"A phantom of {num_training + NUM_TEST} subjects and four series, {NUM_LABELLED} labelled. A small encoder is "
+        f"pretrained on all\ntraining images; a segmenter learns from the {NUM_LABELLED} labelled "
+        f"ones, once from that encoder and once from scratch; both segment\n{NUM_TEST} test subjects, with all series and with "
+        f"{MISSING} missing. On two CPU cores about: {stages}.\nAll of it goes to {folder}"
     )
     demo = Demo(folder)
     started = time.monotonic()
-    task = write_task(PhantomSpec(missing_share=0.1, seed=seed), folder, NUM_TRAINING, NUM_TEST, int(DATASET), "Phantom")
-    predicted, untrained = folder / "predictions", folder / "predictions_untrained"
-    references, images = str(task / "labelsTs"), str(demo.raw / "imagesTs")
-    common = ("-d", DATASET, "-f", FOLD, "-device", "cpu")
+    spec = replace(SPEC, seed=seed)
+    task = write_task(spec, folder, num_training, NUM_TEST, int(DATASET), "Phantom")
+    command, common = ("-m", "nnunet_csm"), ("-d", DATASET, "-f", FOLD, "-device", "cpu")
+    scratch = ARMS["from scratch"]
 
     demo.stage("convert", "-m", "nnunet_csm.nnunet", CONVERT, "-i", str(task), "-np", "2")
-    demo.stage("plan and preprocess", "-m", "nnunet_csm", "plan_and_preprocess", "-d", DATASET, "-preset", PRESET, "-np", "2")
-    demo.stage("pretrain", "-m", "nnunet_csm", "pretrain", *common)
-    demo.stage("fine-tune", "-m", "nnunet_csm", "finetune", *common)
-    demo.stage("predict", "-m", "nnunet_csm", "predict", *common, "-i", images, "-o", str(predicted))
-    demo.stage(
-        "predict with an untrained network",
-        "-m",
-        "nnunet_csm.nnunet",
-        UNTRAINED,
-        str(demo.results("nnUNetTrainerCSM")),
-        images,
-        str(untrained),
-    )
-    evaluate = ("-m", "nnunet_csm", "evaluate", "-d", DATASET, "-ref", references)
-    demo.stage("evaluate", *evaluate, "-pred", str(predicted), "-images", images, "-overlays", "3")
-    demo.stage("evaluate the untrained network", *evaluate, "-pred", str(untrained))
+    demo.stage("plan and preprocess", *command, "plan_and_preprocess", "-d", DATASET, "-preset", PRESET, "-np", "2")
+    keep_labels_of_few(demo.preprocessed)
+    demo.stage("plan once more", *command, "plan", "-d", DATASET, "-preset", PRESET, "-overwrite_plans_name", scratch)
+    demo.stage("pretrain", *command, "pretrain", *common)
+    demo.stage("fine-tune", *command, "finetune", *common)
+    demo.stage("fine-tune from scratch", *command, "finetune", *common, "-p", scratch, "-encoder", "scratch")
+    images = {COMPLETE: demo.raw / "imagesTs", WITHOUT: without_series(demo.raw / "imagesTs", folder / "images_incomplete")}
+    for (arm, plans), (given, of_test) in product(ARMS.items(), images.items()):
+        output = str(demo.predicted(arm, given))
+        demo.stage(f"predict, {arm}, {given}", *command, "predict", *common, "-p", plans, "-i", str(of_test), "-o", output)
+        pictures = ("-images", str(images[COMPLETE]), "-overlays", "3") if arm == "pretrained" else ()
+        scored = ("evaluate", "-d", DATASET, "-ref", str(task / "labelsTs"), "-pred", output)
+        demo.stage(f"evaluate, {arm}, {given}", *command, *scored, *pictures)
 
-    page = summarize(demo, task, predicted, untrained, time.monotonic() - started)
+    page = summarize(demo, task, time.monotonic() - started)
     page.save(folder / "summary.html")
-    print(f"\nDone in {time.monotonic() - started:.0f} s. All stages, with pictures and scores: {folder}/summary.html")
+    print(f"\n{verdict(scores_of(demo), hidden_whole(hidden_errors(demo)))}")
+    print(f"Done in {time.monotonic() - started:.0f} s. All stages, with pictures: {folder}/summary.html")
 
 
-def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds: float) -> Page:
+def keep_labels_of_few(preprocessed: Path) -> None:
+    """Write a fold in which few subjects are labelled; of the others fine-tuning sees nothing, and pretraining the images."""
+    cases = sorted(file.name.removesuffix(".nii.gz") for file in (preprocessed / "gt_segmentations").glob("*.nii.gz"))
+    labelled, watching = cases[:NUM_LABELLED], cases[NUM_LABELLED : NUM_LABELLED + NUM_WATCHING]
+    fold = {"train": labelled, "val": watching, "unlabelled": cases[NUM_LABELLED + NUM_WATCHING :]}
+    nnunet.save_json([fold], preprocessed / "splits_final.json")
+
+
+def without_series(images: Path, folder: Path) -> Path:
+    """Links to the images of a folder, but for those of the series that is to be missing."""
+    folder.mkdir()
+    channel = SPEC.series.index(MISSING)
+    for file in images.iterdir():
+        if not file.name.endswith(f"_{channel:04d}.nii.gz"):
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def scores_of(demo: Demo) -> pd.DataFrame:
+    """Dice of each test subject, its mean over structures: a column for each arm and what it was given."""
+    return pd.DataFrame(
+        {
+            (arm, given): pd.read_csv(demo.predicted(arm, given) / "evaluation.csv").groupby("case")["dice"].mean()
+            for arm, given in product(ARMS, (COMPLETE, WITHOUT))
+        }
+    )
+
+
+def gain(scores: pd.DataFrame, given: str) -> str:
+    """Pretrained less from scratch, in points, with its interval over test subjects."""
+    points = 100 * (scores["pretrained", given] - scores["from scratch", given]).to_numpy()
+    low, high = interval(drawn(np.random.default_rng(SEED), len(points), NUM_RESAMPLES) @ points / len(points))
+    return f"{points.mean():+.1f} points ({low:.1f} to {high:.1f})"
+
+
+def hidden_errors(demo: Demo) -> pd.DataFrame:
+    return pd.read_csv(demo.results("nnUNetTrainerCSMPretrain") / "validation" / "reconstruction.csv")
+
+
+def hidden_whole(errors: pd.DataFrame) -> pd.Series:
+    """Errors on series hidden whole, where another is visible."""
+    return errors[(errors["left_visible"] == HIDDEN_WHOLE) & (errors["series"] == "all")].iloc[0]
+
+
+def verdict(scores: pd.DataFrame, whole: pd.Series) -> str:
+    """What pretraining brought, in a sentence for each way of testing, and how well it rebuilds."""
+    means = scores.mean()
+    brought = [
+        f"With {given}: Dice {means['from scratch', given]:.3f} from scratch, {means['pretrained', given]:.3f} pretrained, "
+        f"{gain(scores, given)} over {len(scores)} test subjects."
+        for given in (COMPLETE, WITHOUT)
+    ]
+    less = 1 - whole["network"] / min(whole["linear"], whole["token_linear"], whole["mean"])
+    rebuilds = f"{less:.0%} better than" if less >= 0.005 else f"{-less:.0%} worse than" if less <= -0.005 else "as well as"
+    return "\n".join([*brought, f"Pretraining rebuilds hidden series {rebuilds} the best linear map of what else is visible."])
+
+
+def summarize(demo: Demo, task: Path, seconds: float) -> Page:
     """The page of all stages, from the files they wrote."""
-    csm = load_json(str(demo.preprocessed / f"{PLANS}.json"))["configurations"][CONFIGURATION]["csm"]
-    pretraining, finetuning = demo.results("nnUNetTrainerCSMPretrain"), demo.results("nnUNetTrainerCSM")
-    errors = pd.read_csv(pretraining / "validation" / "reconstruction.csv")
-    scores, floor = (load_json(str(f / "evaluation.json")) for f in (predicted, untrained))
+    csm = load_json(str(demo.preprocessed / f"{ARMS['pretrained']}.json"))["configurations"][CONFIGURATION]["csm"]
+    pretraining, scores, errors = demo.results("nnUNetTrainerCSMPretrain"), scores_of(demo), hidden_errors(demo)
+    whole = hidden_whole(errors)
     lead = (
         "Everything below was made by one command, from a phantom: multi-series MRI computed from tissue parameters and signal "
-        f"equations. It took {seconds / 60:.1f} minutes."
+        f"equations. {NUM_LABELLED} of {NUM_LABELLED + NUM_UNLABELLED} training subjects are labelled. It took "
+        f"{seconds / 60:.1f} minutes."
     )
     page = Page("Cross-series masking, demo", lead)
+    page.section(
+        "What pretraining brought",
+        f"{verdict(scores, whole)}\nBoth segmenters had the same fine-tuning.",
+        [arm_table(demo)],
+        [(p, f"pretrained, {given}: {p.stem}") for given in (COMPLETE, WITHOUT) for p in overlays(demo, given)],
+    )
     # a subject that has every series and shows every label
     subjects = pd.read_csv(task / "cases.csv")
     series = [c for c in subjects.columns if c not in ("case", "split", "enhancing")]
@@ -135,28 +214,42 @@ def summarize(demo: Demo, task: Path, predicted: Path, untrained: Path, seconds:
         [Table(pd.DataFrame(decisions, columns=["decision", "value", "reason"]))],
     )
     pictures = sorted((pretraining / "reconstructions").glob("*.png"))
-    whole = errors[(errors["left_visible"] == HIDDEN_WHOLE) & (errors["series"] == "all")].iloc[0]
     page.section(
         "Pretraining",
         f"On series hidden whole, where another series is visible, the mean squared error is {whole['network']:.3f}; "
         f"the best voxel-wise linear map (ridge regression on the series visible at the voxel) reaches {whole['linear']:.3f}, "
         f"that of whole tokens {whole['token_linear']:.3f}, the mean {whole['mean']:.3f}. "
-        "Subjects of the validation fold, foreground voxels, z-scored units.",
+        "Subjects that nothing learned from, foreground voxels, z-scored units.",
         [Table(errors)],
         [
             (pretraining / "progress.png", "Loss, errors, learning rate and speed"),
             *((p, p.stem) for p in (*pictures[:1], *pictures[-2:])),
         ],
     )
-    page.section("Fine-tuning", "nnU-Net's own progress picture.", images=[(finetuning / "progress.png", "Loss and pseudo Dice")])
-    page.section(
-        "Test subjects",
-        "Dice by label and by region, beside the same network without any training.",
-        [score_table(scores, floor), case_table(predicted / "evaluation.csv")],
-        [(p, p.stem) for p in sorted((predicted / "overlays").glob("*.png"))],
-    )
+    curves = [(demo.results("nnUNetTrainerCSM", plans) / "progress.png", arm) for arm, plans in ARMS.items()]
+    page.section("Fine-tuning", "nnU-Net's own progress pictures.", images=curves)
+    page.section("Test subjects", "Mean Dice over structures.", [Table(per_subject(scores))])
     page.section("Time", facts=[(name, f"{t:.0f} s") for name, t in demo.times])
     return page
+
+
+def overlays(demo: Demo, given: str) -> list[Path]:
+    return sorted((demo.predicted("pretrained", given) / "overlays").glob("*.png"))[:2]
+
+
+def arm_table(demo: Demo) -> Table:
+    """Mean Dice of each structure, a column for each segmenter and what it was given."""
+    found = {
+        f"{arm}, {given}": {
+            name: one["mean"] for name, one in load_json(str(demo.predicted(arm, given) / "evaluation.json"))["dice"].items()
+        }
+        for given, arm in product((COMPLETE, WITHOUT), ARMS)
+    }
+    return Table(pd.DataFrame(found).rename_axis("structure").reset_index())
+
+
+def per_subject(scores: pd.DataFrame) -> pd.DataFrame:
+    return scores.set_axis([f"{arm}, {given}" for arm, given in scores.columns], axis=1).rename_axis("case").reset_index()
 
 
 def phantom_picture(case: Path, path: Path) -> Path:
@@ -169,14 +262,3 @@ def phantom_picture(case: Path, path: Path) -> Path:
     x, y, z = image.GetSpacing()[:3]
     save_overlay(path, volume, series, None, sitk.GetArrayFromImage(label), names, case.name.split(".")[0], (z, y, x), "labels")
     return path
-
-
-def score_table(scores: dict[str, Any], floor: dict[str, Any]) -> Table:
-    table = pd.DataFrame.from_dict(scores["dice"], orient="index")[["mean", "median", "n"]].astype({"n": object})
-    table["untrained"] = pd.DataFrame.from_dict(floor["dice"], orient="index")["mean"]
-    table.loc["foreground mean"] = [scores["foreground_mean"], float("nan"), "", floor["foreground_mean"]]
-    return Table(table.rename(columns={"mean": "mean Dice"}).rename_axis("structure").reset_index())
-
-
-def case_table(path: Path) -> Table:
-    return Table(pd.read_csv(path).pivot(index="case", columns="structure", values="dice").reset_index())
