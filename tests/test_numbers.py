@@ -22,6 +22,7 @@ from nnunet_csm.evaluation.number_metrics import TITLES, evaluate_numbers
 from nnunet_csm.heads.base import HEADS, head_class, head_in, head_of
 from nnunet_csm.heads.numbers import Numbers, StandardizedLoss
 from nnunet_csm.heads.runs import evaluate_runs
+from nnunet_csm.inference import classification
 from nnunet_csm.model.attribution import token_maps
 from nnunet_csm.model.classifier import CSMClassifier, Units, build_classifier
 from nnunet_csm.planning.classification import fold_lines
@@ -298,3 +299,10 @@ def test_what_cannot_be_scored_or_compared_is_refused(tmp_path: Path) -> None:
     changed.assign(predicted="none").to_csv(other, index=False)
     with pytest.raises(UserError, match="'none' in column predicted, line 2, expected numbers"):
         evaluate_runs([other], [], None)
+
+
+def test_numbers_have_no_temperature() -> None:
+    request: Any = SimpleNamespace(checkpoint_name="checkpoint_final.pth", model=Path("model"))
+    ensemble: Any = SimpleNamespace(head=Numbers(), members={})
+    with pytest.raises(UserError, match="--calibrated is for probabilities of classes, model gives values"):
+        classification._temperature(request, ensemble)
