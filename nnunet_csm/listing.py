@@ -20,6 +20,8 @@ POINTERS = {
 }
 MOST_OF_A_POINTER = 1024  # they have lines, and few of them
 ANNEX = "annex/objects"  # where git-annex keeps the files to which it leaves links
+# maps in a folder of predictions, in a folder of their own, as whoever scores predictions takes all NIfTI beside them
+UNCERTAINTY = "uncertainty"
 # besides what is hidden: previews and settings of folders in Windows, and the folder of macOS' twins in archives
 OF_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -45,6 +47,11 @@ def files_in(folder: Path, ending: str) -> list[Path]:
         if problem := file_problem(path):
             raise UserError(problem)
     return paths
+
+
+def uncertainty_map(truncated: Path) -> Path:
+    """Where the map of uncertainty of a segmentation lies, whose path is given without its ending."""
+    return truncated.parent / UNCERTAINTY / f"{truncated.name}_uncertainty.nii.gz"
 
 
 def hidden_in(folder: Path, ending: str) -> list[Path]:

@@ -229,6 +229,48 @@ def test_folds_are_averaged_and_the_record_tells_what_did_it(model):
     assert record["checkpoints"][1]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def validated(model, fold, certain, num_samples=40):
+    """Leave what the training of a fold predicts of patients it was not trained on: three of four right, however certain."""
+    folder = model.folder / f"fold_{fold}" / "validation"
+    folder.mkdir()
+    label = np.arange(num_samples) % 2
+    given = np.where(np.isin(np.arange(num_samples) % 8, (3, 6)), 1 - label, label)
+    malignant = np.where(given == 1, certain, 1 - certain)
+    names = [f"{fold}_{sample}" for sample in range(num_samples)]
+    rows = {"case": names, "mask_label": "", "patient": names, "class": np.array(CLASSES)[label]}
+    pd.DataFrame(rows | {"p_benign": 1 - malignant, "p_malignant": malignant}).to_csv(folder / "predictions.csv", index=False)
+
+
+def test_calibrated_probabilities_are_those_of_the_folds_at_the_temperature_of_their_validation(model):
+    before, raw = model.classify()
+    assert raw["temperature"] is None
+    for fold in (0, 1):
+        validated(model, fold, certain=0.99)
+    model.classify()
+    after, record = model.classify(calibrated=True)
+    # 0.99 is right in three of four: log odds of 99 become those of 3
+    temperature = record["temperature"]["value"]
+    assert temperature == pytest.approx(np.log(99) / np.log(3), rel=1e-3) and record["temperature"]["num_samples"] == 80
+    judged = record["temperature"]["cross_validated"]
+    assert judged["before"]["calibration_error"] == pytest.approx(0.24) and judged["after"]["calibration_error"] < 1e-3
+    for one, same, row in zip(record["samples"], raw["samples"], after.itertuples(), strict=True):
+        assert one["probabilities_by_fold"] == same["probabilities_by_fold"]
+        odds = [np.log(p[1] / p[0]) / temperature for p in one["probabilities_by_fold"].values()]
+        assert row.p_malignant == pytest.approx(np.mean([1 / (1 + np.exp(-odd)) for odd in odds]), abs=2e-6)
+    assert not np.allclose(before["p_malignant"], after["p_malignant"], atol=1e-3)
+    (model.folder / "fold_0" / "checkpoint_final.pth").rename(model.folder / "fold_0" / "checkpoint_best.pth")
+    with pytest.raises(UserError, match=r"-chk names checkpoint_best\.pth"):
+        model.classify(calibrated=True, checkpoint_name="checkpoint_best.pth", folds=("0",))
+
+
+def test_a_model_that_was_not_validated_is_not_calibrated(model):
+    validated(model, 0, certain=0.9)
+    with pytest.raises(UserError, match=r"fold_1/validation/predictions\.csv: no such file.*--calibrated"):
+        model.classify(calibrated=True)
+    assert not model.output.exists()
+    model.classify(calibrated=True, folds=("0",))
+
+
 def test_a_mask_stored_with_other_axes_is_turned(model, capsys):
     expected, _ = model.classify()
     path = model.masks / "a.nii.gz"
@@ -436,7 +478,7 @@ def test_weights_that_are_or_give_no_numbers_are_refused(model):
 
 def test_a_segmenter_gives_no_probabilities(model):
     model.save_fold(1, trainer_name="nnUNetTrainerCSM", classes=None)
-    with pytest.raises(UserError, match=r"nnUNetTrainerCSM, which gives no class probabilities.*nnunet_csm predict"):
+    with pytest.raises(UserError, match=r"nnUNetTrainerCSM, which predicts no class and no number.*nnunet_csm predict"):
         classify(model.request())
 
 

@@ -55,6 +55,18 @@ def test_overlay_with_and_without_reference(study, tmp_path):
         assert share_of(path, EMPTY) < 0.01
 
 
+def test_uncertainty_has_a_column_of_its_own_and_changes_no_other(study, tmp_path):
+    volume, reference, prediction = study
+    given = (volume, NAMES, reference, prediction, LABELS, "case")
+    pictures = {}
+    for name, uncertain in (("none", None), ("certain", np.zeros(reference.shape)), ("doubt", np.ones(reference.shape))):
+        save_overlay(tmp_path / f"{name}.png", *given, uncertainty=uncertain)
+        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
+    assert pictures["certain"].shape == pictures["doubt"].shape != pictures["none"].shape
+    changed = (pictures["certain"] != pictures["doubt"]).any(axis=(0, 2)).nonzero()[0]
+    assert changed.size and changed.min() > 0.78 * pictures["doubt"].shape[1]
+
+
 def test_overlay_follows_the_spacing(study, tmp_path):
     volume, reference, prediction = study
     heights = []
@@ -90,10 +102,15 @@ def test_overlays_of_a_folder(study, tmp_path):
     folders = (tmp_path / "images", tmp_path / "labels", tmp_path / "predicted")
     drawn = save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "out", num_cases=1, file_ending=".nii.gz")
     assert drawn == [tmp_path / "out" / "a.png"] and drawn[0].is_file()
+    write(tmp_path / "predicted" / "uncertainty" / "a_uncertainty.nii.gz", uncertain := (prediction > 0).astype(np.float32))
+    (with_map,) = save_overlays_of_folder(*folders, NAMES, LABELS, tmp_path / "mapped", num_cases=1, file_ending=".nii.gz")
     # The files run from left to right and from back to front; the picture is that of the turned arrays.
     turned = [array[..., ::-1, ::-1] for array in (volume, reference, prediction)]
     save_overlay(tmp_path / "turned.png", turned[0], NAMES, turned[1], turned[2], LABELS, "a", (3.0, 1.5, 1.0))
     np.testing.assert_array_equal(np.asarray(Image.open(drawn[0])), np.asarray(Image.open(tmp_path / "turned.png")))
+    given = (turned[0], NAMES, turned[1], turned[2], LABELS, "a", (3.0, 1.5, 1.0))
+    save_overlay(tmp_path / "turned.png", *given, uncertainty=uncertain[..., ::-1, ::-1])
+    np.testing.assert_array_equal(np.asarray(Image.open(with_map)), np.asarray(Image.open(tmp_path / "turned.png")))
 
     write(tmp_path / "labels" / "a.nii.gz", reference[:, 1:].astype(np.uint8))
     with pytest.raises(UserError, match=r"labels/a\.nii\.gz.*images/a_0000"):

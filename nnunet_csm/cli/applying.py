@@ -22,6 +22,12 @@ def declare(commands: Commands) -> None:
     p.add_argument("-o", required=True, help="output folder")
     add_model(p, FINETUNER)
     p.add_argument("--save_probabilities", action="store_true", help="write probabilities beside the segmentations")
+    p.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="also OUTPUT/uncertainty: an entropy map of each case, and volumes.csv with the volumes of all folds and mirrored "
+        "passes; one process, -npp and -nps count for nothing",
+    )
     p.add_argument("--continue_prediction", action="store_true", help="keep what is already there")
     p.add_argument("-step_size", type=float, default=0.5, help="from tile to tile, as a share of the patch")
     p.add_argument("--disable_tta", action="store_true", help="no mirrored passes: faster, less accurate")
@@ -46,7 +52,7 @@ def declare(commands: Commands) -> None:
 
     p = commands.add(
         "classify",
-        "Probabilities of the classes, from images and masks; with maps of what drove them, series by series.",
+        "Probabilities of classes, or numbers, from images and masks; with maps of what drove them, series by series.",
         "nnunet_csm classify -d 21 -f 0 1 2 3 4 -i images -m masks -o predictions.csv --maps",
         classify,
     )
@@ -55,6 +61,11 @@ def declare(commands: Commands) -> None:
     p.add_argument("-o", required=True, help="CSV to write; a JSON beside it tells checkpoints, hashes and software")
     add_model(p, CLASSIFIER)
     p.add_argument("--maps", action="store_true", help="also NIfTI and pictures of what drove each decision, by series")
+    p.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="probabilities at a temperature that the folds' validation predictions ask for; says what calibration was and is",
+    )
     p.add_argument("--strict", action="store_true", help="a case without a usable mask is an error, not a line in a report")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
@@ -127,6 +138,7 @@ def predict(args: argparse.Namespace) -> int:
             step_size=args.step_size,
             mirroring=not args.disable_tta,
             save_probabilities=args.save_probabilities,
+            uncertainty=args.uncertainty,
             continue_prediction=args.continue_prediction,
             num_preprocessing=args.npp,
             num_export=args.nps,
@@ -163,6 +175,7 @@ def classify(args: argparse.Namespace) -> int:
         masks=Path(args.m),
         output=Path(args.o),
         maps=args.maps,
+        calibrated=args.calibrated,
         strict=args.strict,
         overwrite=args.overwrite,
     )

@@ -26,13 +26,15 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_properties(path: Path) -> dict[str, Any]:
-    """What nnU-Net noted of a case.
+REMEDY = "preprocess the dataset again, and trust no preprocessed folder that comes from elsewhere (docs/security.md)"
+
+
+def read_properties(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
+    """What nnU-Net noted of a case; `remedy` says what to do where it cannot be read.
 
     Raises:
         UserError: a file of properties that is not whole, or holds anything but plain data.
     """
-    remedy = "preprocess the dataset again, and trust no preprocessed folder that comes from elsewhere (docs/security.md)"
     try:
         with path.open("rb") as file:
             found = _PlainUnpickler(file).load()

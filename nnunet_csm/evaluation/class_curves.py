@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from nnunet_csm.evaluation.bootstrap import SEED, drawn_weights, estimate_text, interval
 from nnunet_csm.evaluation.class_metrics import above_thresholds, bins_of
 from nnunet_csm.evaluation.classification import NUM_RESAMPLES, evaluate
-from nnunet_csm.figures.classification import ROC_GRID, ClassCurves, save_classification
+from nnunet_csm.figures.classification import ROC_GRID, ClassCurves, Reliability, save_classification
 
 
 def draw_classification(
@@ -54,19 +54,23 @@ def _curves(
     bins = bins_of(probability)
     filled = np.unique(bins)
     counts = np.bincount(bins)[filled]
+    reliability = Reliability(
+        name=name,
+        calibration_error=f"{estimates['calibration_error'].value:.3f}",
+        predicted=np.bincount(bins, probability)[filled] / counts,
+        observed=np.bincount(bins, is_positive)[filled] / counts,
+        counts=counts,
+    )
     return ClassCurves(
         name=name,
         auc=estimate_text(estimates["auc"]),
         average_precision=estimate_text(estimates["average_precision"]),
-        calibration_error=f"{estimates['calibration_error'].value:.3f}",
         false_positive_rate=np.append(0, false / false[-1]),
         true_positive_rate=np.append(0, true / true[-1]),
         band=_roc_band(is_positive, probability, patient, num_resamples),
         precision=true / (true + false),
         share=float(is_positive.mean()),
-        predicted=np.bincount(bins, probability)[filled] / counts,
-        observed=np.bincount(bins, is_positive)[filled] / counts,
-        counts=counts,
+        reliability=reliability,
     )
 
 

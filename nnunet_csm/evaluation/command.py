@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_csm import nnunet
+from nnunet_csm.evaluation.calibration import calibrate_folder
 from nnunet_csm.evaluation.pictures import save_overlays_of_folder
 from nnunet_csm.evaluation.regions import parse_regions
 from nnunet_csm.evaluation.scores import Scores
@@ -24,7 +25,8 @@ def evaluate_dataset(
 ) -> Scores:
     """Score predictions by label and region, print the tables, write them, and draw overlays when images are given.
 
-    Writes evaluation.csv, evaluation.md, evaluation.json and overlays/CASE.png to `out_folder`.
+    Writes evaluation.csv, evaluation.md, evaluation.json and overlays/CASE.png to `out_folder`; calibration.csv and
+    calibration.png where probabilities lie beside segmentations.
     """
     name = nnunet.dataset_name(dataset)
     candidates = [nnunet.folder(v) / name / "dataset.json" for v in ("nnUNet_raw", "nnUNet_preprocessed")]
@@ -34,6 +36,10 @@ def evaluate_dataset(
     scores.save(out_folder)
     print(scores.to_markdown())
     print(f"written to {out_folder}/evaluation.csv, .md and .json")
+    calibration = calibrate_folder(references, predictions, dataset_json, scores.structures, num_processes)
+    if calibration is not None:
+        calibration.save(out_folder)
+        print(f"\n{calibration.to_markdown()}\nwritten to {out_folder}/calibration.csv and .png")
     if images is not None and num_overlays:
         series = nnunet.channel_names(dataset_json)
         labels = names_to_draw(dataset_json)

@@ -8,7 +8,7 @@ import SimpleITK as sitk
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.figures.overlays import save_methods, save_overlay
-from nnunet_csm.listing import files_in
+from nnunet_csm.listing import files_in, uncertainty_map
 from nnunet_csm.raw.geometry import upright
 from nnunet_csm.raw.subjects import Volume
 from nnunet_csm.raw.volumes import read_volume
@@ -27,8 +27,8 @@ def save_overlays_of_folder(
     """Draw the first `num_cases` predictions by name over nnU-Net's raw images, as out_folder/{case}.png; returns these paths.
 
     `series_names` are in the order of the channels; one that a case has no file of is drawn as absent. Images are turned as
-    `raw.geometry.upright` says, whatever the file's orientation. Raises UserError when a case has no
-    image or no segmentation, or when its files are not on one grid.
+    `raw.geometry.upright` says, whatever the file's orientation. A map that `predict --uncertainty` has left is drawn
+    beside the segmentation. Raises UserError when a case has no image or no segmentation, or when its files are not on one grid.
     """
     prediction_folder, raw_image_folder = Path(prediction_folder), Path(raw_image_folder)
     predictions = files_in(prediction_folder, file_ending)
@@ -45,9 +45,12 @@ def save_overlays_of_folder(
         reference = None if reference_file is None else _read_on_grid(reference_file, grid, grid_file)
         # a series that `predict` did without
         volume = [_read_on_grid(file, grid, grid_file) if file.is_file() else np.zeros_like(prediction) for file in channels]
-        x, y, z = grid.GetSpacing()
+        map_file = uncertainty_map(prediction_folder / case)
+        uncertain = _read_on_grid(map_file, grid, grid_file) if map_file.is_file() else None
+        spacing = grid.GetSpacing()[::-1]
         out_file = Path(out_folder) / f"{case}.png"
-        save_overlay(out_file, np.stack(volume), series_names, reference, prediction, label_names, case, (z, y, x))
+        shown = (np.stack(volume), series_names, reference, prediction, label_names, case, spacing)
+        save_overlay(out_file, *shown, uncertainty=uncertain)
         drawn.append(out_file)
     return drawn
 

@@ -50,7 +50,7 @@ def regions_of(labels: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int
     as BraTS and as arXiv 2412.07387 define it. Else the union of all labels, where there are at least two. 'ignore' is no label.
     """
     foreground = foreground_of(labels)
-    if _is_region_based(foreground):
+    if is_region_based(foreground):
         return foreground
     parts = {
         part: [label for name, values in foreground.items() if re.fullmatch(pattern, plain_name(name)) for label in values]
@@ -102,7 +102,7 @@ def foreground_of(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return foreground
 
 
-def _is_region_based(foreground: Mapping[str, tuple[int, ...]]) -> bool:
+def is_region_based(foreground: Mapping[str, tuple[int, ...]]) -> bool:
     """nnU-Net's rule: a list of one label is a label."""
     return any(len(values) > 1 for values in foreground.values())
 
@@ -112,7 +112,7 @@ def structures_of(labels: Mapping[str, Any], regions: Mapping[str, Sequence[int]
     foreground = foreground_of(labels)
     if not foreground:
         raise UserError(f"dataset.json: 'labels' names no foreground label, found {dict(labels)}; add the labels to score")
-    region_based = _is_region_based(foreground)
+    region_based = is_region_based(foreground)
     kind = "region" if region_based else "label"
     structures = [Structure(name, kind, values, in_foreground_mean=True) for name, values in foreground.items()]
     if regions is None:

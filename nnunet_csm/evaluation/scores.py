@@ -67,9 +67,9 @@ class Scores:
         parts = [
             f"Dice of {number} case{'s' if number != 1 else ''}; "
             "a case without the structure in reference and prediction is left out (n)",
-            _markdown(self.summary().drop(columns="kind"), num_text=2),
+            markdown(self.summary().drop(columns="kind"), num_text=2),
             "Dice by case",
-            _markdown(dice, num_text=1),
+            markdown(dice, num_text=1),
         ]
         if self.not_scored:
             parts.append("Not scored, no reference: " + ", ".join(self.not_scored))
@@ -102,7 +102,7 @@ def _without_nan(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), None)
 
 
-def _markdown(table: pd.DataFrame, num_text: int) -> str:
+def markdown(table: pd.DataFrame, num_text: int) -> str:
     """The first `num_text` columns, counted from the index on, are names, which may look like numbers."""
     sides = ["left"] * num_text + ["right"] * (table.shape[1] + 1 - num_text)
     return _without_nan(table).to_markdown(floatfmt=".4f", missingval="-", disable_numparse=range(num_text), colalign=sides)

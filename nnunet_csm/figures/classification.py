@@ -23,31 +23,45 @@ Corner = Literal["lower left", "lower right", "upper right"]
 
 
 @dataclass(frozen=True)
+class Reliability:
+    """How often what was predicted with some probability came true.
+
+    Attributes:
+        name: of a class or structure.
+        calibration_error: as printed.
+        predicted, observed, counts: mean probability, share that came true and samples of each bin that has some.
+    """
+
+    name: str
+    calibration_error: str
+    predicted: Float[np.ndarray, " k"]
+    observed: Float[np.ndarray, " k"]
+    counts: Int[np.ndarray, " k"]
+
+
+@dataclass(frozen=True)
 class ClassCurves:
     """Curves of one class against all others; rates and precisions at thresholds from the highest to the lowest.
 
     Attributes:
         name: of the class.
-        auc, average_precision, calibration_error: as printed.
+        auc, average_precision: as printed.
         false_positive_rate, true_positive_rate: from (0, 0) to (1, 1).
         band: interval of the true positive rate at each of `ROC_GRID`.
         precision: at each true positive rate but the first.
         share: of the class among all samples, the precision of chance.
-        predicted, observed, counts: mean probability, share of the class and samples of each bin that has some.
+        reliability: of its probabilities.
     """
 
     name: str
     auc: str
     average_precision: str
-    calibration_error: str
     false_positive_rate: Float[np.ndarray, " t"]
     true_positive_rate: Float[np.ndarray, " t"]
     band: Float[np.ndarray, "2 g"] | None
     precision: Float[np.ndarray, " _"]
     share: float
-    predicted: Float[np.ndarray, " k"]
-    observed: Float[np.ndarray, " k"]
-    counts: Int[np.ndarray, " k"]
+    reliability: Reliability
 
 
 def save_classification(
@@ -63,7 +77,8 @@ def save_classification(
     roc, precision_recall, reliability, strip = (figure.add_subplot(2, 2, position) for position in (1, 2, 3, 4))
     _draw_roc(roc, curves)
     _draw_precision_recall(precision_recall, curves)
-    _draw_reliability(reliability, curves)
+    _draw_reliability(reliability, [one.reliability for one in curves], with_bars=len(curves) == 1)
+    dress(reliability, "Reliability (larger dots: more samples)", "mean predicted probability", "share of the class")
     _draw_strip(strip, labels, probabilities, classes)
     corners: dict[Axes, Corner] = {
         roc: "lower right",
@@ -76,6 +91,17 @@ def save_classification(
             axes.legend(frameon=False, fontsize=8, loc=corner)
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def save_reliability(path: str | Path, structures: Sequence[Reliability], title: str) -> None:
+    """Draw the reliability of structures in one panel, as PNG; without bars, as voxels are no independent samples."""
+    figure = new_figure(WIDTH * 2 / 3, HEIGHT * 2 / 3)
+    axes = figure.add_subplot()
+    _draw_reliability(axes, structures, with_bars=False)
+    dress(axes, title, "mean predicted probability", "share of the voxels that the reference has in the structure")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -102,10 +128,10 @@ def _draw_precision_recall(axes: Axes, curves: Sequence[ClassCurves]) -> None:
     dress(axes, "Precision-recall (dashed: chance)", "recall (sensitivity)", "precision")
 
 
-def _draw_reliability(axes: Axes, curves: Sequence[ClassCurves]) -> None:
+def _draw_reliability(axes: Axes, curves: Sequence[Reliability], with_bars: bool) -> None:
     axes.plot([0, 1], [0, 1], **REFERENCE)
     for one, colour in zip(curves, line_colours(len(curves)), strict=True):
-        if len(curves) == 1:
+        if with_bars:
             tests = [binomtest(round(share * n), int(n)) for share, n in zip(one.observed, one.counts, strict=True)]
             bars = np.transpose([tuple(test.proportion_ci(method="wilson")) for test in tests])
             axes.vlines(one.predicted, *bars, color=colour, linewidth=1.0, alpha=0.6)
@@ -113,7 +139,6 @@ def _draw_reliability(axes: Axes, curves: Sequence[ClassCurves]) -> None:
         label = f"{one.name}: calibration error {one.calibration_error}"
         axes.scatter(one.predicted, one.observed, 100 * one.counts / one.counts.sum() + 8, color=colour, label=label, zorder=3)
     _unit_square(axes)
-    dress(axes, "Reliability (larger dots: more samples)", "mean predicted probability", "share of the class")
 
 
 def _draw_strip(

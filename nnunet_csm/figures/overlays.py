@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -53,10 +54,12 @@ def save_overlay(
     title: str,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     drawn: str = "prediction",
+    uncertainty: Float[np.ndarray, "z y x"] | None = None,
 ) -> None:
     """A row per series: image, reference, prediction, and both as lines, enlarged; without a reference, image and prediction.
 
-    `drawn` is the heading of the predictions' column, for labels that are something else.
+    `drawn` is the heading of the predictions' column, for labels that are something else. `uncertainty`, from 0 (nothing over the
+    image) to 1 (yellow), has the last column.
 
     All show the slice with most foreground in the reference (in the prediction where there is none). A series that is 0
     everywhere is drawn as absent. `label_names` names the labels to draw (0 is never drawn); `spacing` is in mm as (z, y, x).
@@ -71,6 +74,7 @@ def save_overlay(
     reference_slice = None if reference is None else reference[z][shown]
 
     columns = ["image", drawn] if reference is None else ["image", "reference", drawn, "both, enlarged"]
+    columns += [] if uncertainty is None else ["uncertainty, 0 to 1"]
     aspect = spacing[1] / spacing[2]
     height, width = predicted_slice.shape
     heading = f"{title}, slice {z + 1} of {len(guide)}"
@@ -91,6 +95,8 @@ def save_overlay(
             _draw_outlines(row[3], reference_slice, labels, "solid")
             _draw_outlines(row[3], predicted_slice, labels, "dashed")
             _enlarge(row[3], np.isin(reference_slice, labels) | np.isin(predicted_slice, labels))
+        if uncertainty is not None:
+            _draw_uncertainty(row[-1], uncertainty[z][shown])
     _draw_legend(figure, labels, label_names, with_lines=reference is not None)
     save_figure(figure, path)
 
@@ -168,6 +174,13 @@ def _draw_labels(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Seque
         rgba[segmentation == label] = (*to_rgb(_colour(labels, label)), FILL_OPACITY)
     axes.imshow(rgba, aspect=axes.get_aspect(), interpolation="nearest")
     _draw_outlines(axes, segmentation, labels, "solid")
+
+
+def _draw_uncertainty(axes: Axes, uncertainty: Float[np.ndarray, "y x"]) -> None:
+    """Colour over the image, from none where all is certain."""
+    rgba = colormaps["autumn"](uncertainty)
+    rgba[..., 3] = uncertainty
+    axes.imshow(rgba, aspect=axes.get_aspect(), interpolation="nearest")
 
 
 def _draw_outlines(axes: Axes, segmentation: Int[np.ndarray, "y x"], labels: Sequence[int], style: str) -> None:

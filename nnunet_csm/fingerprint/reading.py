@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,6 +13,7 @@ from nnunet_csm.errors import reason
 from nnunet_csm.fingerprint.alignment import MISALIGNED_VOXELS
 from nnunet_csm.fingerprint.record import NO_FILE, UNREADABLE
 from nnunet_csm.raw import nifti
+from nnunet_csm.raw.geometry import affine_of
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,6 @@ def _size_told_by_gzip(path: Path) -> int:
     with path.open("rb") as stream:
         stream.seek(-4, os.SEEK_END)
         return int.from_bytes(stream.read(4), "little")
-
-
-def affine_of(properties: Mapping[str, Any]) -> Float[np.ndarray, "4 4"] | None:
-    """Voxel (x, y, z) to mm in ITK's LPS, from what nnU-Net's readers keep; None for other readers and for 2-D images."""
-    affine = np.eye(4)
-    if "sitk_stuff" in properties and len(properties["sitk_stuff"]["spacing"]) == 3:
-        kept = properties["sitk_stuff"]
-        affine[:3, :3] = np.reshape(kept["direction"], (3, 3)) * kept["spacing"]
-        affine[:3, 3] = kept["origin"]
-        return affine
-    for kept in properties.values():
-        if isinstance(kept, Mapping) and "original_affine" in kept:
-            # of the array as it was read; nibabel's axes are RAS, ITK's LPS
-            return np.diag((-1.0, -1.0, 1.0, 1.0)) @ np.asarray(
-                kept.get("reoriented_affine", kept["original_affine"]), dtype=float
-            )
-    return None
 
 
 def groups_on_one_grid(volumes: Mapping[str, SeriesImage]) -> list[dict[str, SeriesImage]]:

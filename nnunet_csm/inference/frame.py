@@ -11,8 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_csm.data.crops import Size
 from nnunet_csm.data.lesions import Placement
-from nnunet_csm.fingerprint.reading import affine_of
-from nnunet_csm.raw.geometry import Grid
+from nnunet_csm.raw.geometry import Grid, grid_of_array
 from nnunet_csm.raw.grid import resampled
 
 
@@ -47,7 +46,7 @@ class Frame:
             first.append(float(begin + (placement.start[axis] + 0.5) * scale - 0.5))
             step.append(float(placement.factor * scale))
         size = [int(properties["shape_before_cropping"][axis]) for axis in axes]
-        return cls(_triple(first), _triple(step), _triple(axes), _grid_of_array(properties, size))
+        return cls(_triple(first), _triple(step), _triple(axes), grid_of_array(properties, size))
 
     def image(self, maps: Float[np.ndarray, "gz gy gx *e"], token_size: Size) -> sitk.Image:
         """A map of tokens as an image with a voxel a token, in its place; of vectors where a token has several values."""
@@ -64,15 +63,6 @@ class Frame:
     def on_grid(self, maps: Float[np.ndarray, "gz gy gx"], token_size: Size, grid: Grid) -> sitk.Image:
         """A map of tokens as an image on `grid`: linear between the tokens' centres, 0 outside the patch."""
         return resampled(self.image(maps, token_size), grid)
-
-
-def _grid_of_array(properties: Mapping[str, Any], size: Sequence[int]) -> Grid:
-    """Geometry of the array that nnU-Net's readers made of a file, by what they note of it; `size` is (z, y, x)."""
-    affine = affine_of(properties)
-    assert affine is not None, "an image without a geometry"
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    direction = (affine[:3, :3] / spacing).flatten()
-    return Grid(tuple(reversed(size)), tuple(spacing.tolist()), tuple(affine[:3, 3].tolist()), tuple(direction.tolist()))
 
 
 def _triple(values: Sequence[Any]) -> tuple[Any, Any, Any]:

@@ -23,6 +23,8 @@ from nnunet_csm.export import FAILED, is_whole, whole_exports
 from nnunet_csm.inference.missing import fill_missing
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.inference.sliding_window import BatchedPredictor
+from nnunet_csm.inference.uncertainty import cases_in_table, predict_with_members
+from nnunet_csm.listing import UNCERTAINTY, uncertainty_map
 from nnunet_csm.machine import keep_freed_memory, num_threads
 from nnunet_csm.plans import Configuration, read_architecture, read_configuration
 from nnunet_csm.processes import no_worker_left
@@ -45,6 +47,7 @@ class PredictRequest(ModelRequest):
         num_preprocessing, num_export: processes beside the network; with 0 and 0 everything is done in this one.
         num_parts, part_id: of every `num_parts` cases take the one with this number.
         on_device: keep image and results in GPU memory.
+        uncertainty: write maps and volumes of all members, too; everything is then done in this process.
     """
 
     images: Path
@@ -59,6 +62,13 @@ class PredictRequest(ModelRequest):
     part_id: int = 0
     on_device: bool = True
     progress_bar: bool = True
+    uncertainty: bool = False
+
+    @property
+    def volume_table(self) -> Path:
+        """The CSV of volumes; calls that share the cases have one each, as they may run at the same time."""
+        part = f"_{self.part_id}_of_{self.num_parts}" if self.num_parts > 1 else ""
+        return self.output / UNCERTAINTY / f"volumes{part}.csv"
 
     def __post_init__(self) -> None:
         if not 0 < self.step_size <= 1:
@@ -97,8 +107,10 @@ def predict(request: PredictRequest) -> None:
         cases = create_lists_from_splitted_dataset_folder(str(images), model.dataset_json["file_ending"])
         outputs = {request.output / case_name(files, model): files for files in cases[request.part_id :: request.num_parts]}
         if request.continue_prediction:
-            outputs = left_to_do(outputs, model, request.save_probabilities)
-        if outputs:
+            outputs = left_to_do(outputs, model, request)
+        if outputs and request.uncertainty:
+            predict_with_members(predictor, outputs, request.volume_table, request.save_probabilities)
+        elif outputs:
             write_predictions(predictor, outputs, request)
 
 
@@ -107,12 +119,15 @@ def case_name(files: Sequence[str], model: Model) -> str:
     return Path(files[0]).name.removesuffix(f"_0000{model.dataset_json['file_ending']}")
 
 
-def left_to_do(outputs: Mapping[Path, list[str]], model: Model, with_probabilities: bool) -> dict[Path, list[str]]:
+def left_to_do(outputs: Mapping[Path, list[str]], model: Model, request: PredictRequest) -> dict[Path, list[str]]:
     """The cases whose output is not there, or not whole: it is read."""
     ending, reader = model.dataset_json["file_ending"], PlansManager(model.plans).image_reader_writer_class()
-    left = {out: files for out, files in outputs.items() if not is_whole(out, ending, reader, with_probabilities)}
-    print(f"{len(outputs) - len(left)} of {len(outputs)} cases are there and whole; {len(left)} are left to be predicted")
-    return left
+    done = {out for out in outputs if is_whole(out, ending, reader, request.save_probabilities)}
+    if request.uncertainty:
+        with_volumes = cases_in_table(request.volume_table)
+        done = {out for out in done if out.name in with_volumes}
+    print(f"{len(done)} of {len(outputs)} cases are there and whole; {len(outputs) - len(done)} are left to be predicted")
+    return {out: files for out, files in outputs.items() if out not in done}
 
 
 def write_predictions(predictor: BatchedPredictor, outputs: Mapping[Path, list[str]], request: PredictRequest) -> None:
@@ -122,8 +137,11 @@ def write_predictions(predictor: BatchedPredictor, outputs: Mapping[Path, list[s
         outputs: files of a case by the path of its output, without the ending.
 
     Raises:
-        UserError: an output cannot be written, or a process beside this one was killed.
+        UserError: an output cannot be written, a process beside this one was killed, or a map of uncertainty that is there
+            would stay beside another segmentation.
     """
+    if stale := next((file for path in outputs if (file := uncertainty_map(path)).exists()), None):
+        raise UserError(f"{stale} is of an earlier prediction; give --uncertainty to replace it, too, or another folder with -o")
     given = list(outputs.values()), [str(path) for path in outputs], request.save_probabilities
     with whole_exports(predict_from_raw_data, request.output) as unfinished, no_worker_left():
         predictor.given_up = unfinished / FAILED

@@ -43,16 +43,32 @@ class BatchedPredictor(nnUNetPredictor):
 
     Attributes:
         num_samples: patches, mirrored ones included, that pass the network together at most; None before it is known.
+        one_pass: axes of the one mirrored pass to be made; None for all of them.
         given_up: a file that is there when an output could not be written.
     """
 
+    list_of_parameters: list[dict[str, Any]]  # nnU-Net's: the weights of each fold
     num_samples: int | None = None
+    one_pass: tuple[int, ...] | None = None
     given_up: Path | None = None
 
     def predict_from_data_iterator(self, data_iterator: Iterator[Any], *given: Any, **named: Any) -> Any:
         """As stock, but no further case is predicted when one could not be written; its error is told by then."""
         wanted = takewhile(lambda _: self.given_up is None or not self.given_up.exists(), data_iterator)
         return super().predict_from_data_iterator(wanted, *given, **named)
+
+    def members(self, data: Tensor) -> Iterator[Tensor]:
+        """Logits (class, z, y, x) of a preprocessed image under each fold and mirrored pass alone, one after the other."""
+        folds = self.list_of_parameters
+        try:
+            for weights in folds:
+                self.list_of_parameters = [weights]
+                for flip in self._flips(data.ndim + 1):
+                    self.one_pass = flip
+                    yield self.predict_logits_from_preprocessed_data(data)
+                    self.one_pass = None
+        finally:
+            self.list_of_parameters, self.one_pass = folds, None
 
     @torch.inference_mode()
     def _internal_predict_sliding_window_return_logits(
@@ -118,7 +134,9 @@ class BatchedPredictor(nnUNetPredictor):
                 left = left[num_tiles:]
 
     def _flips(self, num_axes: int) -> list[tuple[int, ...]]:
-        """The axes of every mirrored pass over a batch with `num_axes`, beginning with none."""
+        """The axes of every mirrored pass over a batch with `num_axes`, beginning with none, or of the one asked for."""
+        if self.one_pass is not None:
+            return [self.one_pass]
         allowed = self.allowed_mirroring_axes if self.use_mirroring and self.allowed_mirroring_axes else ()
         axes = [axis + 2 for axis in allowed]
         assert max(axes, default=0) < num_axes, f"mirroring axes {allowed} of a network with {num_axes - 2} spatial axes"
@@ -143,7 +161,8 @@ class BatchedPredictor(nnUNetPredictor):
             together = flips[start : start + num_passes]
             mirrored = torch.cat([patches.flip(flip) for flip in together]) if len(together) > 1 else patches.flip(together[0])
             for flip, logits in zip(together, self.network(mirrored, **known).split(len(patches)), strict=True):
-                total = logits if total is None else total.add_(logits.flip(flip))
+                turned = logits.flip(flip) if flip else logits
+                total = turned if total is None else total.add_(turned)
         assert total is not None
         return total.div_(len(flips)) if len(flips) > 1 else total
 

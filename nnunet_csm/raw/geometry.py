@@ -3,7 +3,7 @@
 Sizes, spacings and origins are in SimpleITK's order (x, y, z) and world (mm; x to the left, y to the back, z up).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -123,6 +123,32 @@ class Grid:
 
     def _corners(self) -> Array:
         return _lattice(*([0.0, edge - 1.0] for edge in self.size))
+
+
+def affine_of(properties: Mapping[str, Any]) -> Array | None:
+    """Voxel (x, y, z) to mm in ITK's LPS, from what nnU-Net's readers keep; None for other readers and for 2-D images."""
+    affine = np.eye(4)
+    if "sitk_stuff" in properties and len(properties["sitk_stuff"]["spacing"]) == 3:
+        kept = properties["sitk_stuff"]
+        affine[:3, :3] = np.reshape(kept["direction"], (3, 3)) * kept["spacing"]
+        affine[:3, 3] = kept["origin"]
+        return affine
+    for kept in properties.values():
+        if isinstance(kept, Mapping) and "original_affine" in kept:
+            # of the array as it was read; nibabel's axes are RAS, ITK's LPS
+            return np.diag((-1.0, -1.0, 1.0, 1.0)) @ np.asarray(
+                kept.get("reoriented_affine", kept["original_affine"]), dtype=float
+            )
+    return None
+
+
+def grid_of_array(properties: Mapping[str, Any], size: Sequence[int]) -> Grid:
+    """Geometry of the array that nnU-Net's readers made of a file, by what they note of it; `size` is (z, y, x)."""
+    affine = affine_of(properties)
+    assert affine is not None, "an image without a geometry"
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    direction = (affine[:3, :3] / spacing).flatten()
+    return Grid(tuple(reversed(size)), tuple(spacing.tolist()), tuple(affine[:3, 3].tolist()), tuple(direction.tolist()))
 
 
 class CrookedError(CaseError):
