@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,13 @@ class KilledError(Exception):
     """Stands in for a kill: nothing is saved on the way out."""
 
 
-def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(make_trainer: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("values", "metric"), [(None, "auc"), ((20.5, 61, 33, 80, 45, 70.25), "mae")])
+def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(
+    make_trainer: Callable[..., Any], preprocessed: Path, values: Sequence[float] | None, metric: str
+) -> None:
+    if values is not None:
+        rows = [f"{case},{value}" for case, value in zip(cases_of(preprocessed), values, strict=True)]
+        write_table(preprocessed, rows, "case,value")
     whole = make_trainer()
     whole.run_training()
     expected = saved(whole)
@@ -91,7 +97,7 @@ def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(make_trainer: Call
     resumed.run_training()
     found = saved(resumed)
     assert all(torch.equal(found["network_weights"][name], tensor) for name, tensor in expected["network_weights"].items())
-    assert found["logging"]["auc"] == expected["logging"]["auc"]
+    assert found["logging"][metric] == expected["logging"][metric]
     assert found["_best_ema"] == expected["_best_ema"]
 
 
@@ -308,7 +314,57 @@ def test_resuming_with_other_classes_is_refused(
     with pytest.raises(SystemExit) as stop:
         other.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     assert stop.value.code == 2
-    assert "its classes are benign, malignant" in capsys.readouterr().err
+    assert "it learned the classes benign, malignant" in capsys.readouterr().err
+
+
+def test_numbers_are_learned_judged_and_predicted_from_raw_files(
+    make_trainer: Callable[..., Any], preprocessed: Path, planned_dataset: PlannedDataset, tmp_path: Path
+) -> None:
+    cases, values = cases_of(preprocessed), (20.5, 61, 33, 80, 45, 70.25)
+    write_table(preprocessed, [f"{case},{value}" for case, value in zip(cases, values, strict=True)], "case,value")
+    trainer = make_trainer()
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    folder, expected = Path(trainer.output_folder), saved(trainer)
+    weights = expected["network_weights"]
+    assert expected["target"] == "value" and expected["classes"] == [] and weights["head.weight"].shape[0] == 1
+    assert weights["units.mean"].item() == pytest.approx(np.mean(values[:4]))
+    assert weights["units.deviation"].item() == pytest.approx(np.std(values[:4]))
+    table = pd.read_csv(folder / "validation" / "predictions.csv")
+    assert list(table) == ["case", "mask_label", "patient", "value", "predicted"] and table["value"].tolist() == [45, 70.25]
+    summary = json.loads((folder / "validation" / "summary.json").read_text())
+    assert summary["metrics"]["mae"]["value"] == pytest.approx((table["value"] - table["predicted"]).abs().mean())
+    assert expected["logging"]["mae"][-1] > 0 and expected["_best_ema"][0] == -min(expected["logging"]["mae"])
+    assert (folder / "validation" / "curves.png").is_file() and (folder / "progress.png").is_file()
+
+    raw, model = planned_dataset.folders.raw / planned_dataset.name, folder.parent
+    (tmp_path / "images").mkdir()
+    for image in (one for case in cases[4:] for one in (raw / "imagesTr").glob(f"{case}_*")):
+        (tmp_path / "images" / image.name).symlink_to(image)
+    shutil.copytree(folder, model / "fold_1")
+    named = (planned_dataset.name, "nnUNetTrainerCSMClassifier", "nnUNetCSMPlans", "3d_fullres", ("0", "1"))
+    request = ClassifyRequest(
+        *named, "checkpoint_final.pth", "cpu", tmp_path / "images", raw / "labelsTr", tmp_path / "found.csv", maps=True
+    )
+    lines = classify(request)
+    found = pd.read_csv(tmp_path / "found.csv")
+    assert list(found) == ["case", "mask_label", "predicted", "deviation_of_folds"] and not found["deviation_of_folds"].any()
+    np.testing.assert_allclose(found["predicted"], table["predicted"], atol=1e-3)
+    assert any("2 samples in" in line and "mean" in line for line in lines)
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["target"] == "value" and set(record["samples"][0]["values_by_fold"]) == {"0", "1"}
+    assert (tmp_path / "found_maps" / f"{cases[4]}.png").is_file()
+
+
+def test_going_on_with_numbers_where_classes_were_learned_is_refused(
+    make_trainer: Callable[..., Any], preprocessed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer()
+    trainer.run_training()
+    write_table(preprocessed, [f"{case},{value}" for value, case in enumerate(cases_of(preprocessed))], "case,value")
+    with pytest.raises(SystemExit):
+        make_trainer(resume=True).load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
+    assert "it learned the classes benign, malignant, classification.csv has numbers" in capsys.readouterr().err
 
 
 def test_stock_prediction_is_sent_elsewhere(make_trainer: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from nnunet_csm.model.classifier import (
     MeanPooling,
     StandardizedMeasures,
     build_classifier,
-    probabilities,
+    predictions,
 )
 from nnunet_csm.model.transfer import PretrainedEncoder, transfer
 
@@ -182,7 +182,7 @@ def test_mirrored_probabilities_do_not_change_when_the_patch_is_flipped():
     network, volume = build(), random_volume()
 
     def found(volume, mirror):
-        return probabilities(network, volume, NO_MEASURES, mirror)
+        return predictions(network, volume, NO_MEASURES, mirror, lambda logits: logits.softmax(1))
 
     mirrored = found(volume, mirror=True)
     torch.testing.assert_close(mirrored.sum(1), torch.ones(2))

@@ -478,7 +478,7 @@ def test_weights_that_are_or_give_no_numbers_are_refused(model):
 
 def test_a_segmenter_gives_no_probabilities(model):
     model.save_fold(1, trainer_name="nnUNetTrainerCSM", classes=None)
-    with pytest.raises(UserError, match=r"nnUNetTrainerCSM, which gives no class probabilities.*nnunet_csm predict"):
+    with pytest.raises(UserError, match=r"nnUNetTrainerCSM, which predicts no class and no number.*nnunet_csm predict"):
         classify(model.request())
 
 

@@ -270,7 +270,7 @@ def test_a_classifier_without_a_mask_looks_at_all_that_is_not_zero(contain, imag
     [
         (("-tr", "nnUNetTrainerCSMPretrain"), ("a", "b"), "expected nnUNetTrainerCSM or nnUNetTrainerCSMClassifier"),
         (("-f", "3"), ("a", "b"), "no such checkpoint"),
-        (("-tr", CLASSIFIER, "-interface", "fomo26"), ("a", "b", "c"), "one probability, of two classes"),
+        (("-tr", CLASSIFIER, "-interface", "fomo26"), ("a", "b", "c"), "a probability of two classes"),
     ],
 )
 def test_what_cannot_be_contained_is_refused(contain, tmp_path, capsys, flags, classes, message) -> None:

@@ -18,12 +18,10 @@ from nnunet_csm.data.diagnoses import (
     ClassTable,
     Sample,
     read_class_table,
-    repeated_splits,
-    split_problems,
-    stratified_folds,
     told_order,
     write_class_table,
 )
+from nnunet_csm.data.splits import repeated_splits, split_problems, stratified_folds
 from nnunet_csm.doctor import of_classes
 from nnunet_csm.errors import UserError
 from nnunet_csm.planning.classification import check_classification, series_lines, split_dataset, take_class_table

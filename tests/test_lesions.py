@@ -317,7 +317,7 @@ def test_what_cannot_be_cut_is_left_out_with_the_reason(volumes):
     _, _, found = volumes
     assert [sample.name for sample in found.samples] == ["two_1", "two_2"]
     assert torch.equal(found.measures.expm1().round(), torch.ones(2, 4))
-    assert found.labels.tolist() == [0, 1]
+    assert found.targets.tolist() == [0, 1]
     assert found.left_out == {"empty": "its mask is empty", "absent": "none of the planned series is present"}
 
 

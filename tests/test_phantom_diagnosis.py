@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from factories import csm_plans
 from nnunet_folders import NnunetFolders
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
-from nnunet_csm.model.attribution import series_shares, token_maps
+from nnunet_csm.model.attribution import log_odds, series_shares, token_maps
 from nnunet_csm.model.tokens import to_tokens
 from nnunet_csm.phantom import LABELS, PhantomSpec, draw_subject
 
@@ -118,9 +119,9 @@ def test_the_map_falls_on_the_planted_lesion_and_on_the_planted_series(train: Ca
     assert auc(trainer) > 0.95
     network = trainer.network.eval()
     bright = trainer.table.classes.index("bright")
-    chosen = (trainer.val_volumes.labels == bright).nonzero()[:24, 0]
+    chosen = (trainer.val_volumes.targets == bright).nonzero()[:24, 0]
     patches = torch.cat([trainer.val_volumes.patches(int(n), int(n) + 1) for n in chosen])
-    maps = token_maps(network, patches, bright)
+    maps = token_maps(network, patches, partial(log_odds, class_index=bright))
     shares = series_shares(maps).mean(0)
     assert shares[SERIES.index("T1w")] > 0.6
 

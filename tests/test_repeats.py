@@ -9,7 +9,8 @@ from sklearn.metrics import roc_auc_score
 
 from nnunet_csm import cli
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.repeats import classes_of, evaluate_runs, read_runs
+from nnunet_csm.evaluation.repeats import classes_of, read_runs
+from nnunet_csm.heads.runs import evaluate_runs
 
 CLASSES = ("benign", "malignant")
 NUM_RUNS, NUM_SAMPLES = 3, 12

@@ -125,7 +125,8 @@ def finetuning_said(run: Run) -> str:
     trained, csm = run.finetuning, run.settings.csm
     patch, loss, knobs = run.settings.patch_size, "nnU-Net's loss (Dice and cross-entropy) and augmentation", ""
     if run.trainer == CLASSIFIER:
-        patch, loss = csm.classification.patch_size, "cross-entropy"
+        patch = csm.classification.patch_size
+        loss = "a smooth L1 loss on standardised targets" if predicts_numbers(run) else "cross-entropy"
     else:
         changed = {name: getattr(csm.finetuning, name) for name in KNOBS}
         knobs = "".join(f", {name} {value:g}" for name, value in changed.items() if value)
@@ -136,9 +137,14 @@ def finetuning_said(run: Run) -> str:
     )
 
 
+def predicts_numbers(run: Run) -> bool:
+    """Whether it is known that a classifier has learned numbers."""
+    return any(one.get("target") == "value" for one in run.finetuning.saved.values())
+
+
 def prediction_said(run: Run) -> str:
     if run.trainer == CLASSIFIER:
-        return "Probabilities are the mean over folds [which were used]."
+        return f"{'Numbers' if predicts_numbers(run) else 'Probabilities'} are the mean over folds [which were used]."
     flips = "with" if run.settings.csm.finetuning.mirroring else "without"
     return (
         f"Predictions are nnU-Net's, by a sliding window {flips} mirrored passes, averaged over [which folds]; series that a "
@@ -248,8 +254,8 @@ def answers_of(run: Run) -> dict[int, str]:
         + (", averaged over steps" if csm.finetuning.ema else "")
         + "; [if another was used]",
         27: f"mean over folds, {len(run.finetuning.folds)} trained; [which were used]",
-        28: "`nnunet_csm evaluate`: Dice by label and region; of classes AUC and others; [which is primary]",
-        29: "`study`, and `evaluate` for classes, give bootstrap intervals over patients; [which were used]",
+        28: "`nnunet_csm evaluate`: Dice by label and region; of classes AUC, of numbers MAE and others; [which is primary]",
+        29: "`study`, and `evaluate` for classes and numbers, give bootstrap intervals over patients; [which were used]",
         31: "`classify --maps` (integrated gradients by series)" if run.trainer == CLASSIFIER else "[authors]",
     }
 

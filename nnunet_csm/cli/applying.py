@@ -52,7 +52,7 @@ def declare(commands: Commands) -> None:
 
     p = commands.add(
         "classify",
-        "Probabilities of the classes, from images and masks; with maps of what drove them, series by series.",
+        "Probabilities of classes, or numbers, from images and masks; with maps of what drove them, series by series.",
         "nnunet_csm classify -d 21 -f 0 1 2 3 4 -i images -m masks -o predictions.csv --maps",
         classify,
     )

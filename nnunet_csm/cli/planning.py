@@ -34,7 +34,7 @@ def declare(commands: Commands) -> None:
 
     p = commands.add(
         "split",
-        "Write splits_final.json by patient and class: five folds, or repeats of 8:1:1 as in the paper.",
+        "Write splits_final.json by patient and class (or number): five folds, or repeats of 8:1:1 as in the paper.",
         "nnunet_csm split -d 21 -repeats 10",
         split,
     )

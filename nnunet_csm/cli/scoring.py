@@ -94,7 +94,7 @@ def declare(commands: Commands) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     from nnunet_csm.evaluation.command import evaluate_dataset
-    from nnunet_csm.evaluation.repeats import evaluate_runs
+    from nnunet_csm.heads.runs import evaluate_runs
 
     paths, output = [Path(path) for path in args.pred], Path(args.o) if args.o else None
     kinds = {path.suffix == ".csv" for path in paths}

@@ -1,15 +1,16 @@
-"""Which class each case or lesion has, by `classification.csv`, and splits of them by patient, stratified by class."""
+"""Which class, or number, each case or lesion has, by `classification.csv`."""
 
 import csv
 import math
 import unicodedata
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+import pandas as pd
+from jaxtyping import Float, Int
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole
@@ -17,16 +18,19 @@ from nnunet_csm.listing import file_problem
 
 FILE_NAME = "classification.csv"
 COLUMNS = ("case", "class", "mask_label", "patient")
-REQUIRED = COLUMNS[:2]
+# by target, the columns of its numbers; classes are names
+NUMBERS = {"value": ("value",)}
+TARGETS = ("class", *NUMBERS)
 # the last two columns may be absent; spreadsheets of some countries write semicolons
 DELIMITERS = ",;\t"
-EXPECTED = "expected columns case,class and optionally mask_label,patient"
+EXPECTED = "expected columns case,class (or, for numbers, value) and optionally mask_label,patient"
 
 # words of R, pandas, BIDS and people for a value that is not known; compared without case
 NO_VALUE = ("", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "none", "null", "nil", "-", "--", "?")
 
-# repeats are cut from tenths: eight to train on, one to validate, one to test
-NUM_TENTHS = 10
+
+# parts of like numbers that splits are stratified by
+NUM_STRATA = 5
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,17 @@ class Sample:
 
     Attributes:
         case: nnU-Net's name of it.
-        class_index: in `ClassTable.classes`.
+        class_index: in `ClassTable.classes`; of numbers, the part of like ones.
         mask_label: the sample is where the mask has this value; None for all of the mask (> 0).
         patient: the unit of splitting.
+        numbers: to be learned in place of a class.
     """
 
     case: str
     class_index: int
     mask_label: int | None
     patient: str
+    numbers: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,10 +59,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class ClassTable:
-    """The samples of a dataset, sorted by case and mask label. With two classes, the last one is the positive one."""
+    """The samples of a dataset, sorted by case and mask label. With two classes, the last one is the positive one.
+
+    Attributes:
+        classes: their names; none where numbers are learned.
+        target: what is learned, one of `TARGETS`.
+    """
 
     classes: tuple[str, ...]
     samples: tuple[Sample, ...]
+    target: str = "class"
+
+    @property
+    def num_strata(self) -> int:
+        """How many classes, or parts of like numbers, splits are stratified by."""
+        return len(self.classes) or NUM_STRATA
 
     def of(self, cases: Iterable[str]) -> tuple[Sample, ...]:
         """Samples of these cases; cases without a class have none."""
@@ -65,7 +82,32 @@ class ClassTable:
 
     def only(self, cases: Iterable[str]) -> "ClassTable":
         """The table of these cases, with all its classes: a file may hold test cases too."""
-        return ClassTable(self.classes, self.of(cases))
+        return ClassTable(self.classes, self.of(cases), self.target)
+
+    def lacking(self, samples: Iterable[Sample]) -> list[str]:
+        """What is not to be learned from these samples alone: classes without a sample, or a second number."""
+        found = {sample.numbers or sample.class_index for sample in samples}
+        if self.classes:
+            return [name for index, name in enumerate(self.classes) if index not in found]
+        return [] if len(found) > 1 else ["different values"]
+
+    def counted(self, samples: Sequence[Sample]) -> str:
+        """Samples by class, or how their numbers are distributed, in words."""
+        if self.classes:
+            counts = Counter(sample.class_index for sample in samples)
+            return ", ".join(f"{counts[index]} {name}" for index, name in enumerate(self.classes))
+        return f"{len(samples)} values" + (f" {spread_text([one.numbers[0] for one in samples])}" if samples else "")
+
+
+def spread_text(values: Sequence[float] | Float[np.ndarray, " n"]) -> str:
+    """How numbers are distributed: from 20.5 to 81, mean 53.1, deviation 12.2."""
+    low, high, mean, deviation = (f"{value:.4g}" for value in (min(values), max(values), np.mean(values), np.std(values)))
+    return f"from {low} to {high}, mean {mean}, deviation {deviation}"
+
+
+def strata_of(values: Sequence[float]) -> Int[np.ndarray, " n"]:
+    """The part of like numbers that each is in, `NUM_STRATA` parts of as many each; equal ones are told apart by nothing."""
+    return pd.qcut(pd.Series(values), NUM_STRATA, labels=False, duplicates="drop").fillna(0).to_numpy(np.int64)
 
 
 def told_order(classes: Sequence[str]) -> str:
@@ -109,34 +151,38 @@ def read_class_table(path: str | Path, classes: Sequence[str] | None = None) -> 
     """Read `classification.csv`: a row a case, or a row a lesion.
 
     Commas, semicolons or tabs; UTF-8 with or without a byte order mark. `mask_label` is empty where the whole mask is meant.
-    Without the column `patient` every case is a patient.
+    Without the column `patient` every case is a patient. A column `value` in place of `class` holds numbers.
 
     Args:
         path: of the file.
         classes: names in the order of their indices ("classes" of dataset.json); by default those found, in the order of
-            numbers when all are integers, else of the alphabet.
+            numbers when all are integers, else of the alphabet. Of no meaning for numbers.
 
     Raises:
         UserError: the file is not such a table; the message names the line.
     """
     path = Path(path)
     samples: list[tuple[int, str, str, int | None, str]] = []
-    for line, row in named_rows(path):
-        case, name, label = row["case"], row["class"], row.get("mask_label", "")
+    rows = named_rows(path)
+    target = _target(path, rows[0][1])
+    for line, row in rows:
+        case, name, label = row["case"], row[target], row.get("mask_label", "")
         patient = row.get("patient", case)
-        if name and is_no_value(name) and name not in (classes or ()):
+        if target == "class" and name and is_no_value(name) and name not in (classes or ()):
             raise UserError(
                 f"{path}: line {line}: class is {name!r} ({case or 'no case'}), a word for no value; take it out, rename it, "
                 'or list it in "classes" of dataset.json'
             )
         label, patient = ("" if is_no_value(value) else value for value in (label, patient))
-        for column, value in (("case", case), ("class", name), ("patient", patient)):
+        for column, value in (("case", case), (target, name), ("patient", patient)):
             if not value:
                 raise UserError(f"{path}: line {line}: {column} is empty ({case or 'no case'}); fill it in, or take the row out")
         if label and not (label.isascii() and label.isdigit() and int(label) > 0):
             raise UserError(f"{path}: line {line}: mask_label is {label!r}, expected a label of the mask (1, 2, ...) or nothing")
         samples.append((line, case, name, int(label) if label else None, patient))
     _check_rows(path, samples)
+    if target in NUMBERS:
+        return _of_numbers(path, target, rows, samples)
     names = _class_names(path, [(line, name) for line, _, name, _, _ in samples], classes)
     index = {name: i for i, name in enumerate(names)}
     found = (Sample(case, index[name], label, patient) for _, case, name, label, patient in samples)
@@ -147,68 +193,14 @@ def write_class_table(table: ClassTable, path: Path) -> None:
     """Write what `read_class_table` reads, whole or not at all."""
     with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(["case", *NUMBERS.get(table.target, ("class",)), *COLUMNS[2:]])
         for sample in table.samples:
             label = "" if sample.mask_label is None else sample.mask_label
-            writer.writerow([sample.case, table.classes[sample.class_index], label, sample.patient])
+            what = sample.numbers or (table.classes[sample.class_index],)
+            writer.writerow([sample.case, *what, label, sample.patient])
 
 
-def stratified_folds(table: ClassTable, num_folds: int = 5, seed: int = 12345) -> list[dict[str, list[str]]]:
-    """nnU-Net's `splits_final`: every case is validated once; patients stay whole; classes as evenly as that allows.
-
-    Raises:
-        UserError: fewer patients than folds.
-    """
-    parts = deal(table, num_folds, np.random.default_rng(seed))
-    return [{"train": _all_but(parts, fold), "val": sorted(part)} for fold, part in enumerate(parts)]
-
-
-def repeated_splits(table: ClassTable, num_repeats: int = 10, seed: int = 12345) -> list[dict[str, list[str]]]:
-    """Random divisions into training, validation and test as 8:1:1 by patient, stratified by class.
-
-    Every ten repeats rest on one division into tenths, and each tenth is the test side of one of them: ten repeats test
-    every patient exactly once.
-
-    Raises:
-        UserError: fewer than ten patients.
-    """
-    splits = []
-    for repeat in range(num_repeats):
-        shuffle, test = divmod(repeat, NUM_TENTHS)
-        parts = deal(table, NUM_TENTHS, np.random.default_rng((seed, shuffle)))
-        val = (test + 1) % NUM_TENTHS
-        splits.append({"train": _all_but(parts, test, val), "val": sorted(parts[val]), "test": sorted(parts[test])})
-    return splits
-
-
-def split_problems(table: ClassTable, split: Mapping[str, Collection[str]]) -> list[str]:
-    """Why a split cannot serve classification, a line each; empty when it can.
-
-    A side has samples of at least two classes, the training side of all of them; no patient is on two sides. Cases without
-    a class do not count.
-    """
-    problems = []
-    sides: dict[str, set[str]] = defaultdict(set)
-    for side, cases in split.items():
-        samples = table.of(cases)
-        for sample in samples:
-            sides[sample.patient].add(side)
-        if side == "unlabelled":
-            # whatever they are, nothing is made of it
-            continue
-        found = {sample.class_index for sample in samples}
-        absent = [name for index, name in enumerate(table.classes) if index not in found]
-        if not found:
-            problems.append(f"{side} has no case with a class")
-        elif len(found) == 1:
-            problems.append(f"{side} has one class only, {table.classes[found.pop()]}")
-        elif side == "train" and absent:
-            problems.append(f"train has no sample of {', '.join(absent)}")
-    problems += [f"patient {patient} is in {' and '.join(sorted(on))}" for patient, on in sorted(sides.items()) if len(on) > 1]
-    return problems
-
-
-def named_rows(path: Path, required: Collection[str] = REQUIRED, expected: str = EXPECTED) -> list[tuple[int, dict[str, str]]]:
+def named_rows(path: Path, required: Collection[str] = ("case",), expected: str = EXPECTED) -> list[tuple[int, dict[str, str]]]:
     """Line number and named values of every row that is not blank; names of columns are in lower case.
 
     Raises:
@@ -236,7 +228,7 @@ def named_rows(path: Path, required: Collection[str] = REQUIRED, expected: str =
     missing = [name for name in required if name not in header]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)} among {', '.join(rows[0][1])}; {expected}")
-    twice = [name for name in {*COLUMNS, *required} if header.count(name) > 1]
+    twice = [name for name in {*COLUMNS, *TARGETS, *required} if header.count(name) > 1]
     if twice:
         raise UserError(f"{path}: column {twice[0]} twice; {expected}")
     for line, row in rows[1:]:
@@ -245,6 +237,50 @@ def named_rows(path: Path, required: Collection[str] = REQUIRED, expected: str =
     if not rows[1:]:
         raise UserError(f"{path}: no row below the header; write a row a case or a lesion")
     return [(line, dict(zip(header, row, strict=True))) for line, row in rows[1:]]
+
+
+def _target(path: Path, header: Collection[str]) -> str:
+    """What the columns of a table are the target of."""
+    found = [target for target in TARGETS if target in header]
+    if not found:
+        raise UserError(f"{path}: no column {' or '.join(TARGETS)} among {', '.join(header)}; {EXPECTED}")
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: columns {' and '.join(found)} are both there, one of them is learned; rename the other one, or keep it in "
+            f"another file"
+        )
+    return found[0]
+
+
+def _of_numbers(
+    path: Path,
+    target: str,
+    rows: Sequence[tuple[int, dict[str, str]]],
+    samples: Sequence[tuple[int, str, str, int | None, str]],
+) -> ClassTable:
+    """The table of a target that is numbers, of all `NUMBERS` columns of it."""
+    columns = NUMBERS[target]
+    otherwise = "take the row out, and its case is left out"
+    numbers = [
+        tuple(number(row[column], f"{path}: line {line}: {column}", otherwise) for column in columns) for line, row in rows
+    ]
+    if len(set(numbers)) < 2:
+        raise UserError(f"{path}: {target} is {numbers[0][0]:g} throughout; expected different numbers")
+    strata = strata_of([first for first, *_ in numbers]).tolist()
+    parts = zip(samples, strata, numbers, strict=True)
+    found = [Sample(case, stratum, label, patient, values) for (_, case, _, label, patient), stratum, values in parts]
+    return ClassTable((), tuple(sorted(found, key=lambda sample: (sample.case, sample.mask_label or 0))), target)
+
+
+def number(text: str, where: str, otherwise: str) -> float:
+    """Read a finite number; the error says `where` (file, line and column) and what to do if not to correct it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where} is {text!r}, expected a number such as 61.5; correct it, or {otherwise}")
+    return value
 
 
 def _check_rows(path: Path, samples: Sequence[tuple[int, str, str, int | None, str]]) -> None:
@@ -292,40 +328,3 @@ def _class_names(path: Path, found: Sequence[tuple[int, str]], classes: Sequence
         if name not in given:
             raise UserError(f'{path}: line {line}: unknown class {name!r}; "classes" of dataset.json has {", ".join(given)}')
     return given
-
-
-def deal(table: ClassTable, num_parts: int, rng: np.random.Generator) -> list[list[str]]:
-    """Cases in parts of equal size and equal shares of the classes, as far as patients, who stay whole, allow.
-
-    Patients come in random order, those with most samples first. Each goes to the part that has least of the classes it
-    brings, and of such parts to the smallest; so none stays empty, as a part without a case has least of everything.
-    """
-    samples: dict[str, list[Sample]] = defaultdict(list)
-    for sample in table.samples:
-        samples[sample.patient].append(sample)
-    if len(samples) < num_parts:
-        raise UserError(
-            f"{len(samples)} patients cannot be dealt into {num_parts} parts; take fewer folds, of which repeats of 8:1:1 need "
-            f"{NUM_TENTHS}"
-        )
-    patients = sorted(samples)
-    rng.shuffle(patients)
-    patients.sort(key=lambda patient: -len(samples[patient]))
-    totals = np.maximum(1, _counts(table.samples, table.classes))
-    counts = np.zeros((num_parts, len(table.classes)))
-    parts: list[list[str]] = [[] for _ in range(num_parts)]
-    for patient in patients:
-        brought = _counts(samples[patient], table.classes)
-        has_of_it = counts @ (brought / totals**2)
-        chosen = int(np.lexsort((counts.sum(1), has_of_it))[0])
-        counts[chosen] += brought
-        parts[chosen] += sorted({sample.case for sample in samples[patient]})
-    return parts
-
-
-def _counts(samples: Iterable[Sample], classes: Sequence[str]) -> Int[np.ndarray, " c"]:
-    return np.bincount([sample.class_index for sample in samples], minlength=len(classes))
-
-
-def _all_but(parts: Sequence[Sequence[str]], *held_out: int) -> list[str]:
-    return sorted(case for number, part in enumerate(parts) for case in part if number not in held_out)

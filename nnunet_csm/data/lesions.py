@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import blosc2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 from tqdm import tqdm
@@ -241,6 +241,12 @@ def vary(regions: Float[Tensor, "b n z y x"], variation: Variation, patch_size: 
     return patches * variation.gain[:, :, None, None, None].to(patches)
 
 
+def targets_of(samples: Sequence[Sample]) -> Shaped[Tensor, "m ..."]:
+    """Class indices (m,), or numbers (m, k)."""
+    numbers = [sample.numbers for sample in samples]
+    return torch.tensor(numbers) if any(numbers) else torch.tensor([one.class_index for one in samples], dtype=torch.long)
+
+
 class SampleVolumes:
     """The patches of some samples with their borders, in memory as fp16.
 
@@ -248,14 +254,14 @@ class SampleVolumes:
         samples: those that could be cut.
         regions: their patches with borders.
         measures: of their masks, see `measures_of`.
-        labels: their classes.
+        targets: what is to be learned of them, see `diagnoses.Sample.target`.
         left_out: name of a sample that could not be cut, and why.
     """
 
     samples: tuple[Sample, ...]
     regions: Float[Tensor, "m n z y x"]
     measures: Float[Tensor, "m f"]
-    labels: Int[Tensor, " m"]
+    targets: Shaped[Tensor, "m ..."]
 
     def __init__(
         self,
@@ -301,7 +307,7 @@ class SampleVolumes:
         self.samples = tuple(kept)
         self.regions = torch.stack(regions) if regions else torch.empty(0, len(channels), *self.patch_size).half()
         self.measures = torch.stack(measures) if measures else torch.empty(0, 0)
-        self.labels = torch.tensor([sample.class_index for sample in kept], dtype=torch.long)
+        self.targets = targets_of(kept)
 
     def __len__(self) -> int:
         return len(self.samples)

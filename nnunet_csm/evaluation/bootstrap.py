@@ -3,7 +3,7 @@
 Intervals are percentile intervals (Efron 1979) over resamples in which the statistic is defined; NaN is what is not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -68,10 +68,20 @@ def mean_of_defined(values: Float[np.ndarray, "..."], axis: int) -> Float[np.nda
     return ratio(np.nansum(values, axis=axis), (~np.isnan(values)).sum(axis=axis))
 
 
-def estimate_text(estimate: pd.Series) -> str:
+def estimates_dict(estimates: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+    """Estimates, rows value, low and high, a column a metric, as JSON has them; NaN is None."""
+    return estimates.astype(object).where(estimates.notna(), None).to_dict()
+
+
+def estimates_markdown(columns: Mapping[str, pd.DataFrame], titles: Mapping[str, str], digits: str = ".3f") -> str:
+    """A row a metric, a column a set of estimates."""
+    texts = pd.DataFrame({name: estimates.apply(estimate_text, digits=digits) for name, estimates in columns.items()})
+    return str(texts.rename(index=titles).rename_axis("metric").to_markdown(disable_numparse=True)) + "\n"
+
+
+def estimate_text(estimate: pd.Series, digits: str = ".3f") -> str:
     """Write `value`, `low` and `high` as 0.912 (0.851 to 0.960); a dash where there is no value."""
     if np.isnan(estimate["value"]):
         return "-"
-    return f"{estimate['value']:.3f}" + (
-        "" if np.isnan(estimate["low"]) else f" ({estimate['low']:.3f} to {estimate['high']:.3f})"
-    )
+    value, low, high = (f"{estimate[name]:{digits}}" for name in ("value", "low", "high"))
+    return value if np.isnan(estimate["low"]) else f"{value} ({low} to {high})"

@@ -3,16 +3,17 @@
 Labels are class indices (n,); probabilities are (n, c), rows sum to 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from nnunet_csm.evaluation.bootstrap import CONFIDENCE, SEED, drawn_weights, estimate_text, interval
+from nnunet_csm.evaluation.bootstrap import CONFIDENCE, SEED, drawn_weights, estimates_dict, estimates_markdown, interval
 from nnunet_csm.evaluation.class_metrics import METRICS, OF_A_CLASS, TITLES, measure
+from nnunet_csm.evaluation.number_metrics import TITLES as NUMBER_TITLES
 
 # these say nothing where a class is absent, or has one patient that every resample has or has not
 NEED_CLASSES = frozenset({"auc", "average_precision", "balanced_accuracy", "sensitivity_at_90_specificity", "recall"})
@@ -45,6 +46,11 @@ class Metrics:
     estimates: pd.DataFrame
 
     @property
+    def digits(self) -> str:
+        """How metrics are written."""
+        return ".3f"
+
+    @property
     def overall(self) -> pd.DataFrame:
         """Rows value, low and high; a column a metric of `METRICS`."""
         return self.estimates[ALL]
@@ -67,22 +73,46 @@ class Metrics:
             "num_patients": self.num_patients,
             "num_resamples": self.num_resamples,
             "confidence": CONFIDENCE,
-            "metrics": _as_dict(self.overall),
-            "by_class": {name: _as_dict(self.estimates[name]) for name in self.classes},
+            "metrics": estimates_dict(self.overall),
+            "by_class": {name: estimates_dict(self.estimates[name]) for name in self.classes},
         }
 
     def to_markdown(self) -> str:
         """Counts and the overall metrics as a Markdown table, for a terminal as much as for a page."""
-        return f"{self.counts}\n\n{_markdown({'value (95 % interval)': self.overall})}"
+        return f"{self.counts}\n\n{estimates_markdown({'value (95 % interval)': self.overall}, TITLES)}"
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """Metrics of classes, or of numbers."""
+
+    @property
+    def overall(self) -> pd.DataFrame: ...
+
+    @property
+    def counts(self) -> str: ...
+
+    @property
+    def digits(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Metered = TypeVar("Metered", bound=Scored)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Generic[Metered]):
     """Two sets of predictions for the same samples; `difference`, as `Metrics.overall`, is second - first in each resample."""
 
-    first: Metrics
-    second: Metrics
+    first: Metered
+    second: Metered
     difference: pd.DataFrame
+
+    @property
+    def counts(self) -> str:
+        """Samples and patients in a line."""
+        return self.second.counts
 
     def table(self) -> pd.DataFrame:
         """A row a metric: metric, first, second, difference, low, high (of the difference)."""
@@ -96,12 +126,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN is None."""
-        return {"first": self.first.to_dict(), "second": self.second.to_dict(), "difference": _as_dict(self.difference)}
+        return {"first": self.first.to_dict(), "second": self.second.to_dict(), "difference": estimates_dict(self.difference)}
 
     def to_markdown(self, names: tuple[str, str] = ("first", "second")) -> str:
-        """Both and their difference as a Markdown table."""
+        """Counts, both and their difference as a Markdown table."""
         first, second = names
-        return _markdown({first: self.first.overall, second: self.second.overall, f"{second} - {first}": self.difference})
+        columns = {first: self.first.overall, second: self.second.overall, f"{second} - {first}": self.difference}
+        return f"{self.counts}\n\n{estimates_markdown(columns, {**TITLES, **NUMBER_TITLES}, self.second.digits)}"
 
 
 def evaluate(
@@ -161,7 +192,7 @@ def compare(
     runs: Sequence[int] | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = SEED,
-) -> Comparison:
+) -> Comparison[Metrics]:
     """Two sets of probabilities for the same samples, and their differences in the same resamples. Arguments as of `evaluate`."""
     before, after, difference = _evaluated(labels, [first, second], classes, patients, runs, num_resamples, seed)
     return Comparison(before, after, difference.overall)
@@ -222,13 +253,3 @@ def _checked(probabilities: Float[np.ndarray, "n c"], shape: tuple[int, int]) ->
             f"first one {probabilities[wrong][0]}; give softmax's output, and look at the training's loss when it is not finite"
         )
     return probabilities.astype(np.float64)
-
-
-def _as_dict(estimates: pd.DataFrame) -> dict[str, dict[str, float | None]]:
-    return estimates.astype(object).where(estimates.notna(), None).to_dict()
-
-
-def _markdown(columns: Mapping[str, pd.DataFrame]) -> str:
-    """A row a metric, a column a set of estimates."""
-    texts = pd.DataFrame({name: estimates.apply(estimate_text) for name, estimates in columns.items()})
-    return texts.rename(index=TITLES).rename_axis("metric").to_markdown(disable_numparse=True) + "\n"

@@ -1,7 +1,9 @@
-"""How good predicted numbers are: mean absolute error, Pearson's r and R2, with bootstrap intervals by patient.
+"""How good predicted numbers are: mean absolute error, Pearson's r, R2 and calibration, with bootstrap intervals by patient.
 
-Predictions come from runs, probes of other training samples each: r is computed in each run and averaged, as those of different
-probes are not to be ranked against each other; the others pool all samples. What is not defined is NaN: r and R2 of equal values.
+Calibration is the straight line of truth on prediction: slope 1 and intercept 0 where predictions are right on average, a slope
+below 1 where they are too far apart. Predictions come from runs, networks or probes of other training samples each: r is computed
+in each run and averaged, as those of different ones are not to be ranked against each other; the others pool all samples. What is
+not defined is NaN: r, R2 and line of equal values.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from jaxtyping import Float, Int
 
 from nnunet_csm.evaluation.bootstrap import SEED, drawn_weights, interval, mean_of_defined, ratio
 
-TITLES = {"mae": "MAE", "r": "r", "r2": "R2"}
+TITLES = {"mae": "MAE", "r": "r", "r2": "R2", "slope": "slope of truth on prediction", "intercept": "its intercept"}
 NUM_RESAMPLES = 2000
 
 
@@ -31,7 +33,7 @@ def evaluate_numbers(
     patient = np.unique(np.asarray(patients), return_inverse=True)[1]
     samples_of_runs = [np.flatnonzero(np.asarray(runs) == run) for run in np.unique(runs)]
 
-    def measured(weights: Float[np.ndarray, "r n"]) -> Float[np.ndarray, "k r 3"]:
+    def measured(weights: Float[np.ndarray, "r n"]) -> Float[np.ndarray, "k r m"]:
         return np.stack([measure(values, one, weights, samples_of_runs) for one in predictions])
 
     found = measured(np.ones((1, len(values))))
@@ -49,7 +51,7 @@ def measure(
     predicted: Float[np.ndarray, " n"],
     weights: Float[np.ndarray, "r n"],
     runs: Sequence[Int[np.ndarray, " _"]],
-) -> Float[np.ndarray, "r 3"]:
+) -> Float[np.ndarray, "r m"]:
     """The metrics of `TITLES`; `weights` says how often each resample drew each sample."""
     total = weights.sum(1)
     mae = ratio(weights @ np.abs(values - predicted), total)
@@ -60,7 +62,9 @@ def measure(
         one, other, drawn = values[run], predicted[run], weights[:, run]
         variances = _covariance(one, one, drawn).clip(0) * _covariance(other, other, drawn).clip(0)
         by_run.append(ratio(_covariance(one, other, drawn), np.sqrt(variances)))
-    return np.stack([mae, mean_of_defined(np.stack(by_run), axis=0), r2], axis=1)
+    slope = ratio(_covariance(values, predicted, weights), _covariance(predicted, predicted, weights))
+    intercept = ratio(weights @ values, total) - slope * ratio(weights @ predicted, total)
+    return np.stack([mae, mean_of_defined(np.stack(by_run), axis=0), r2, slope, intercept], axis=1)
 
 
 def _covariance(

@@ -27,6 +27,7 @@ from nnunet_csm.figures.embeddings import save_embeddings
 from nnunet_csm.files import whole_folder, write_text
 
 CLASS_METRICS = ("accuracy", "balanced_accuracy", "auc")
+NUMBER_METRICS = ("mae", "r", "r2")
 TITLES = {**CLASS_TITLES, **NUMBER_TITLES}
 ALL = "all"
 # what a probe says of all test cases of all folds, one after the other
@@ -132,7 +133,7 @@ def _estimates(
 ) -> list[pd.DataFrame]:
     """Rows value, low and high, a column a metric: of each set of predictions and, of two, of their difference."""
     if not targets.classes:
-        return evaluate_numbers(values, said, patients, runs)
+        return [one[[*NUMBER_METRICS]] for one in evaluate_numbers(values, said, patients, runs)]
     if len(said) == 1:
         return [evaluate(values, said[0], targets.classes, patients, runs).overall[[*CLASS_METRICS]]]
     both = compare(values, said[0], said[1], targets.classes, patients, runs)

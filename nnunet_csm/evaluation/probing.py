@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nnunet_csm.data.diagnoses import alike_classes, is_no_value, named_rows
+from nnunet_csm.data.diagnoses import alike_classes, is_no_value, named_rows, number, strata_of
 from nnunet_csm.errors import UserError
 
 LINEAR, NEIGHBOURS = "linear", "nearest neighbours"
@@ -29,8 +29,6 @@ CLASS_COLUMNS, VALUE_COLUMNS = ("class", "label"), ("value",)
 STRENGTHS = tuple(10.0**n for n in range(-5, 1))
 PENALTIES = tuple(10.0**n for n in range(6, -3, -1))
 NUM_NEIGHBOURS = (20, 10, 5, 3, 1)
-# parts of like values that folds are stratified by
-NUM_STRATA = 5
 FEWEST_FOLDS = 3
 
 
@@ -97,7 +95,9 @@ def read_targets(
         patient = row.get("patient", "")
         groups = row[group] if group else ""
         found[case] = {
-            "target": _number(target, f"{path}: line {line}: {column}") if is_number else target,
+            "target": number(target, f"{path}: line {line}: {column}", "give the column as -class_column")
+            if is_number
+            else target,
             "patient": case if is_no_value(patient) else patient,
             "group": "unknown" if group and is_no_value(groups) else groups,
         }
@@ -110,16 +110,6 @@ def read_targets(
         raise UserError(f"{path}: {alike[0]}; give them one spelling")
     classes = tuple(sorted(set(table["target"])))
     return Targets(column, classes, table.assign(target=[classes.index(name) for name in table["target"]])), without
-
-
-def _number(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = np.nan
-    if not np.isfinite(value):
-        raise UserError(f"{where} is {text!r}, expected a number; correct it, or give the column as -class_column")
-    return value
 
 
 @dataclass(frozen=True)
@@ -147,8 +137,7 @@ def folds_of(targets: Targets, num_folds: int, num_repeats: int, seed: int) -> l
             f"column {targets.column}: {len(targets.classes) or 'no'} classes, {counted.min()} patients of {what}; expected two "
             f"classes or more (or numbers), and at least as many patients of each as folds; leave rare ones out, or give -folds"
         )
-    # values in parts of like ones; equal ones are told apart by nothing
-    strata = (values if targets.classes else pd.qcut(values, NUM_STRATA, labels=False, duplicates="drop").fillna(0)).to_numpy()
+    strata = values.to_numpy() if targets.classes else strata_of(values.tolist())
 
     def divided(cases: np.ndarray, parts: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=number)

@@ -1,4 +1,4 @@
-"""A classifier's predictions of several folds or repeats as one table, alone or beside another training's."""
+"""A classifier's predictions of several folds or repeats as one table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.class_curves import draw_classification
-from nnunet_csm.evaluation.classification import compare, evaluate
-from nnunet_csm.files import write_text
 
 PROBABILITY = "p_"
+REMEDY = "give the predictions.csv that a classifier's training wrote into validation/ or test/"
 
 
 def classes_of(table: pd.DataFrame) -> tuple[str, ...]:
@@ -46,65 +43,57 @@ def read_runs(paths: Sequence[Path]) -> pd.DataFrame:
             )
         if unknown := sorted(set(table["class"]) - set(classes)):
             raise UserError(f"{path}: class {unknown[0]!r} has no column of probabilities; expected one of {', '.join(classes)}")
+    return joined(tables)
+
+
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of several runs as one; column run has its number."""
     return pd.concat(tables, keys=range(len(tables)), names=["run"]).reset_index("run").reset_index(drop=True)
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """Read one `predictions.csv`; names that look like numbers are text.
+    """Read one `predictions.csv` of classes; names that look like numbers are text.
 
     Raises:
         UserError: no such file, or not a table of a classifier's validation.
     """
-    remedy = "give the predictions.csv that a classifier's training wrote into validation/ or test/"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {remedy}")
-    try:
-        table = pd.read_csv(path, dtype={"case": str, "patient": str, "class": str, "mask_label": str}, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV ({error}); {remedy}") from None
-    missing = [name for name in ("case", "mask_label", "patient", "class") if name not in table]
-    if missing or not classes_of(table) or table.empty:
-        raise UserError(f"{path}: no column {missing[0] if missing else 'p_CLASS'} or no row; {remedy}")
+    table = read_samples(path, ("class",))
+    if not classes_of(table):
+        raise UserError(f"{path}: no column p_CLASS; {REMEDY}")
     for column in (PROBABILITY + name for name in classes_of(table)):
-        numbers = pd.to_numeric(table[column], errors="coerce")
-        if not (fine := numbers.between(0, 1)).all():
-            row = int(np.argmin(fine))
-            found = f"{table[column].iloc[row]!r} in column {column}, line {row + 2}"
-            raise UserError(f"{path}: {found}, expected probabilities from 0 to 1; {remedy}")
-        table[column] = numbers
+        table[column] = numbers_in(table, column, path, (0, 1), "probabilities from 0 to 1")
     return table
 
 
-def evaluate_runs(predictions: Sequence[Path], against: Sequence[Path], output: Path | None) -> None:
-    """Print metrics over all runs with intervals over patients; with `against`, both and their paired differences.
-
-    Writes, with `output`, metrics.json, metrics.csv, metrics.md and curves.png.
+def read_samples(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read one `predictions.csv` that has these columns beside those that name samples.
 
     Raises:
-        UserError: files that cannot be read or compared.
+        UserError: no such file, or it is no CSV, or lacks a column or rows.
     """
-    runs = read_runs(predictions)
-    labels, probabilities = labels_and_probabilities(runs)
-    classes, patients, run = classes_of(runs), list(runs["patient"]), list(runs["run"])
-    found = evaluate(labels, probabilities, classes, patients, run)
-    if not against:
-        text, table, result = found.to_markdown(), found.table(), found.to_dict()
-    else:
-        others = read_runs(against)
-        sample = ["run", "case", "mask_label"]
-        if not others[sample].equals(runs[sample]) or classes_of(others) != classes:
-            raise UserError(
-                f"{against[0]} ...: these {len(against)} runs do not predict the samples of {predictions[0]} ... in their order; "
-                f"give the same folds of both trainings, in the same order"
-            )
-        compared = compare(*labels_and_probabilities(others), probabilities, classes, patients, run)
-        text = f"{found.counts}\n\n{compared.to_markdown(('against', 'predictions'))}"
-        table, result = compared.table(), compared.to_dict()
-    print(f"{len(predictions)} runs; {text}")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in (("metrics.md", text + "\n"), ("metrics.csv", table.to_csv(index=False))):
-            write_text(output / name, content)
-        draw_classification(output / "curves.png", labels, probabilities, classes, patients, f"{len(predictions)} runs")
-        nnunet.save_json(result, output / "metrics.json")
-        print(f"written to {output}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {REMEDY}")
+    try:
+        table = pd.read_csv(path, dtype={"case": str, "patient": str, "class": str, "mask_label": str}, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV ({error}); {REMEDY}") from None
+    missing = [name for name in ("case", "mask_label", "patient", *columns) if name not in table]
+    if missing or table.empty:
+        raise UserError(f"{path}: no {f'column {missing[0]}' if missing else 'row'}; {REMEDY}")
+    return table
+
+
+def numbers_in(
+    table: pd.DataFrame, column: str, path: Path, limits: tuple[float, float] | None = None, expected: str = "numbers"
+) -> pd.Series:
+    """Read a column as finite numbers between limits.
+
+    Raises:
+        UserError: others, of which the first is named.
+    """
+    found = pd.to_numeric(table[column], errors="coerce")
+    if not (fine := np.isfinite(found) if limits is None else found.between(*limits)).all():
+        row = int(np.argmin(fine))
+        where = f"{table[column].iloc[row]!r} in column {column}, line {row + 2}"
+        raise UserError(f"{path}: {where}, expected {expected}; {REMEDY}")
+    return found

@@ -48,12 +48,13 @@ def save_activation(
     shares: Sequence[float],
     title: str,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    sides: tuple[str, str] = ("for the class", "against it"),
 ) -> None:
     """A column per series: the image with the mask as a line, and below it what speaks for and against the class.
 
     All show the slice through the mask with the strongest maps, cut to the mask and to where maps are. Full strength is
     that of the strongest place in any slice of any series, so that series can be compared. A series that is 0 everywhere is
-    drawn as absent. `shares` stand above the columns; `spacing` is in mm as (z, y, x).
+    drawn as absent. `shares` stand above the columns; `spacing` is in mm as (z, y, x); `sides` say what is above 0 and below.
     """
     assert volume.shape == maps.shape and mask.shape == volume.shape[1:]
     assert len(volume) == len(series_names) == len(shares)
@@ -84,7 +85,7 @@ def save_activation(
             draw_grey(axes, volume[series, z][shown], grey, aspect)
             draw_outline(axes, mask[z][shown], PAPER, 1.0)
         lower.imshow(_colours(maps[series, z][shown] / strongest), aspect=aspect, interpolation="nearest")
-    handles = [Patch(color=FOR, label="for the class"), Patch(color=AGAINST, label="against it")]
+    handles = [Patch(color=colour, label=side) for colour, side in zip((FOR, AGAINST), sides, strict=True)]
     figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     save_figure(figure, path)
 

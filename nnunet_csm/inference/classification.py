@@ -1,4 +1,4 @@
-"""`nnunet_csm classify`: raw images and masks to class probabilities, and maps of what every series adds to the decision."""
+"""`nnunet_csm classify`: raw images and masks to classes or numbers, and maps of what every series adds to the decision."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_csm import checkpoint, nnunet
-from nnunet_csm.data.diagnoses import told_order
 from nnunet_csm.data.lesions import sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.temperature import Temperature, fit_on_folds
 from nnunet_csm.figures.activation import save_activation
 from nnunet_csm.files import whole, whole_folder
+from nnunet_csm.heads.base import Head
 from nnunet_csm.inference.ensemble import CaseToClassify, Decision, Ensemble, decide, load_ensemble, prepare
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
@@ -112,16 +112,15 @@ def classify(request: ClassifyRequest) -> list[str]:
                         write_maps(maps, decision, added, patch.frame, case, ensemble)
         if not decisions:
             raise UserError(f"no sample of {request.images} can be classified: {first_of(left_out)}")
-    _write_table(request.output, decisions, ensemble.classes)
+    _write_table(request.output, decisions, ensemble.head)
     record = _record(request, ensemble, decisions, left_out)
     nnunet.save_json(record | {"temperature": temperature and temperature.to_dict()}, request.record)
     lines = temperature.lines() if temperature is not None else []
     lines += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     lines += masks_without_images(request.masks, cases)
-    counts = {one: sum(ensemble.classes[d.class_index] == one for d in decisions) for one in ensemble.classes}
-    listed = ", ".join(f"{count} {one}" for one, count in counts.items())
+    listed = ensemble.head.summary(np.stack([decision.said for decision in decisions]))
     lines.append(f"{len(decisions)} samples in {request.output}: {listed}; {len(left_out)} left out")
-    lines.append(told_order(ensemble.classes))
+    lines.append(ensemble.head.told())
     return [*lines, f"maps are in {request.map_folder}"] if request.maps else lines
 
 
@@ -163,7 +162,6 @@ def write_maps(
     turned = [upright(image) for image in images]
     segmentation = sitk.GetArrayFromImage(upright(read_volume(Volume(case.mask))))
     x, y, z = turned[0].GetSpacing()
-    verdict = f"{ensemble.classes[decision.class_index]}, probability {decision.probabilities.max():.2f}"
     save_activation(
         folder / f"{name_of_sample}.png",
         np.stack([sitk.GetArrayFromImage(image) for image in turned]),
@@ -171,8 +169,9 @@ def write_maps(
         sample_mask(decision.sample, segmentation),
         ensemble.series,
         [decision.shares[name] for name in ensemble.series],
-        f"{name_of_sample}: {verdict}",
+        f"{name_of_sample}: {ensemble.head.verdict(decision.said)}",
         (z, y, x),
+        ensemble.head.sides,
     )
 
 
@@ -195,7 +194,11 @@ def _temperature(request: ClassifyRequest, ensemble: Ensemble) -> Temperature:
         raise UserError(
             f"--calibrated: validation is that of {FINAL_CHECKPOINT}, -chk names {request.checkpoint_name}; leave one of them out"
         )
-    return fit_on_folds([request.model / f"fold_{fold}" for fold in ensemble.members], ensemble.classes)
+    if not ensemble.head.classes:
+        raise UserError(
+            f"--calibrated is for probabilities of classes, {request.model} gives {ensemble.head.said_name}; leave it out"
+        )
+    return fit_on_folds([request.model / f"fold_{fold}" for fold in ensemble.members], ensemble.head.classes)
 
 
 def first_of(left_out: Mapping[str, str]) -> str:
@@ -222,17 +225,17 @@ def masks_without_images(folder: Path, cases: Sequence[CaseToClassify]) -> list[
     return [f"{len(others)} files in {folder} are masks of no image, such as {others[0]}"] if others else []
 
 
-def _write_table(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
-    """A row a sample: case, mask_label (empty for the whole mask), a probability for every class, the most probable class."""
+def _write_table(path: Path, decisions: Sequence[Decision], head: Head) -> None:
+    """A row a sample: case, mask_label (empty for the whole mask), what is predicted, how far the folds are apart."""
     samples = [decision.sample for decision in decisions]
     table = pd.DataFrame({"case": [sample.case for sample in samples], "mask_label": [sample.mask_label for sample in samples]})
     table["mask_label"] = table["mask_label"].astype("Int64")
-    for index, name in enumerate(classes):
-        table[f"p_{name}"] = [decision.probabilities[index] for decision in decisions]
-    table["predicted"] = [classes[decision.class_index] for decision in decisions]
+    columns = head.predicted(np.stack([decision.said for decision in decisions]))
+    by_fold = np.stack([list(decision.by_fold.values()) for decision in decisions], axis=1)
+    table = table.assign(**columns, **head.spread(by_fold))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6f")
+        table.to_csv(temporary, index=False, float_format=head.float_format)
 
 
 def _record(
@@ -255,14 +258,15 @@ def _record(
         "mirroring": settings.csm.finetuning.mirroring,
         "patch_size": settings.csm.classification.patch_size,
         "series": ensemble.series,
-        "classes": ensemble.classes,
+        "target": ensemble.head.target,
+        "classes": ensemble.head.classes,
         "checkpoints": ensemble.provenance,
         "samples": [
             {
                 "case": decision.sample.case,
                 "mask_label": decision.sample.mask_label,
                 "series_present": decision.series_present,
-                "probabilities_by_fold": {fold: one.tolist() for fold, one in decision.by_fold.items()},
+                f"{ensemble.head.said_name}_by_fold": {fold: one.tolist() for fold, one in decision.by_fold.items()},
                 "series_shares": decision.shares,
             }
             for decision in decisions

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from nnunet_csm.data.diagnoses import Sample
 from nnunet_csm.data.lesions import cut_sample, measure_names, measured_labels, measures_of, sample_mask
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.temperature import at_temperature
+from nnunet_csm.heads.base import Head, head_in
 from nnunet_csm.inference.frame import Frame
 from nnunet_csm.inference.request import ModelRequest
 from nnunet_csm.model.attribution import series_shares, token_maps
-from nnunet_csm.model.classifier import MOST_DEVIATIONS, CSMClassifier, build_classifier, probabilities
+from nnunet_csm.model.classifier import MOST_DEVIATIONS, CSMClassifier, build_classifier, predictions
 from nnunet_csm.model.planned import series_present
 from nnunet_csm.plans import Configuration, read_configuration
 from nnunet_csm.raw.cases import write_image
@@ -40,6 +42,7 @@ class Ensemble:
     """The classifiers of some folds, and what they share.
 
     Attributes:
+        head: what their outputs are.
         by_mask_label: labels of a mask are samples of their own, as in training.
         mask_labels: those that training had samples of; None where a checkpoint does not tell, and any label is classified.
         members: fold to classifier.
@@ -51,7 +54,7 @@ class Ensemble:
     plans: PlansManager
     configuration: ConfigurationManager
     dataset_json: dict[str, Any]
-    classes: tuple[str, ...]
+    head: Head
     by_mask_label: bool
     mask_labels: frozenset[int] | None
     members: dict[str, CSMClassifier]
@@ -83,7 +86,7 @@ class Patch:
     """A sample as the classifiers see it.
 
     Attributes:
-        sample: its class is not known, and is 0.
+        sample: its class or number is not known, and is 0.
         voxels: (1, n, z, y, x).
         measures: (1, f), of the mask.
         frame: where they are on the grid of the files.
@@ -100,8 +103,8 @@ class Decision:
     """What the ensemble says of a sample.
 
     Attributes:
-        by_fold: probabilities of the classes, as the networks give them.
-        shares: of the series in the decision for the most probable class; empty without maps.
+        by_fold: what each says, see `Head.said`.
+        shares: of the series in the decision; empty without maps.
         temperature: at which each fold's probabilities are averaged.
     """
 
@@ -112,12 +115,8 @@ class Decision:
     temperature: float = 1.0
 
     @property
-    def probabilities(self) -> Float[np.ndarray, " c"]:
+    def said(self) -> Float[np.ndarray, " c"]:
         return at_temperature(np.stack(list(self.by_fold.values())), self.temperature).mean(0)
-
-    @property
-    def class_index(self) -> int:
-        return int(self.probabilities.argmax())
 
 
 def load_ensemble(request: ModelRequest) -> Ensemble:
@@ -139,7 +138,7 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
     configuration = manager.get_configuration(request.configuration)
     members: dict[str, CSMClassifier] = {}
     provenance: list[dict[str, Any]] = []
-    told: dict[Path, tuple[tuple[str, ...], bool]] = {}
+    heads: dict[Path, tuple[Head, bool]] = {}
     mask_labels: set[int] | None = set()
     for fold in dict.fromkeys(request.folds):
         path = request.model / f"fold_{fold}" / request.checkpoint_name
@@ -147,21 +146,22 @@ def load_ensemble(request: ModelRequest) -> Ensemble:
             raise UserError(f"{path}: no such checkpoint; {remedy}, or choose trained folds with -f")
         saved = checkpoint.load(path)
         _check_checkpoint(saved, path, settings, configuration)
-        told[path] = (tuple(saved["classes"]), bool(saved["by_mask_label"]))
+        heads[path] = head_in(saved), bool(saved["by_mask_label"])
         mask_labels = mask_labels | set(saved["mask_labels"]) if mask_labels is not None and "mask_labels" in saved else None
-        labels = measured_labels(manager.get_label_manager(dataset_json), told[path][1])
+        labels = measured_labels(manager.get_label_manager(dataset_json), heads[path][1])
         num_channels, num_measures = len(nnunet.channel_names(dataset_json)), len(measure_names(labels))
-        network = build_classifier(settings, num_channels, len(saved["classes"]), num_measures)
+        head = heads[path][0]
+        network = build_classifier(settings, num_channels, head.num_outputs, num_measures, head.in_units)
         checkpoint.load_weights(network, saved["network_weights"], str(path))
         members[fold] = network.eval().to(device)
         entry: dict[str, Any] = {"fold": fold, "file": str(path), "sha256": sha256(path)}
         provenance.append(entry | {key: saved[key] for key in ("current_epoch", "encoder_source", "software") if key in saved})
-    if len(set(told.values())) > 1:
-        found = (f"{path} knows {', '.join(names)}{' by mask label' if by else ''}" for path, (names, by) in told.items())
+    if len({(one.target, one.classes, by) for one, by in heads.values()}) > 1:
+        found = (f"{path} knows {one.known()}{' by mask label' if by else ''}" for path, (one, by) in heads.items())
         raise UserError("; ".join(found) + "; train them alike")
-    classes, by_mask_label = next(iter(told.values()))
+    head, by_mask_label = next(iter(heads.values()))
     seen = None if mask_labels is None else frozenset(mask_labels)
-    return Ensemble(settings, manager, configuration, dataset_json, classes, by_mask_label, seen, members, provenance, device)
+    return Ensemble(settings, manager, configuration, dataset_json, head, by_mask_label, seen, members, provenance, device)
 
 
 def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict[str, str]]:
@@ -203,13 +203,14 @@ def prepare(case: CaseToClassify, ensemble: Ensemble) -> tuple[list[Patch], dict
 
 
 def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision, Float[Tensor, "s gz gy gx"]]:
-    """Probabilities of a sample and, for its most probable class, the mean of the folds' maps (empty without maps).
+    """What the folds say of a sample and, of what they say together, the mean of their maps (empty without maps).
 
-    Probabilities are means over flips when the plans ask for mirroring; maps are of the patch as it is.
+    Each says a mean over flips when the plans ask for mirroring; maps are of the patch as it is.
     """
     voxels, measures = patch.voxels.to(ensemble.device), patch.measures.to(ensemble.device)
     mirror = ensemble.settings.csm.finetuning.mirroring
-    by_fold = {fold: probabilities(one, voxels, measures, mirror)[0].cpu().numpy() for fold, one in ensemble.members.items()}
+    head, members = ensemble.head, ensemble.members
+    by_fold = {fold: predictions(one, voxels, measures, mirror, head.said)[0].cpu().numpy() for fold, one in members.items()}
     broken = [fold for fold, one in by_fold.items() if not np.isfinite(one).all()]
     if broken:
         raise UserError(f"{patch.sample.name}: the classifier of fold {broken[0]} gives NaN; its training diverged, train again")
@@ -219,8 +220,8 @@ def decide(patch: Patch, ensemble: Ensemble, with_maps: bool) -> tuple[Decision,
     decision = Decision(patch.sample, shown, by_fold, {}, ensemble.temperature)
     if not with_maps:
         return decision, torch.empty(0, 0, 0, 0)
-    members = ensemble.members.values()
-    maps = torch.stack([token_maps(one, voxels, decision.class_index, measures=measures) for one in members]).mean(0)
+    score = partial(head.explained, said=decision.said)
+    maps = torch.stack([token_maps(one, voxels, score, measures=measures) for one in members.values()]).mean(0)
     shares = dict(zip(ensemble.series, series_shares(maps)[0].tolist(), strict=True))
     return replace(decision, shares=shares), maps[0].cpu()
 
@@ -245,7 +246,7 @@ def _unlike_training(measures: Float[Tensor, "1 f"], ensemble: Ensemble) -> str:
 def _check_checkpoint(saved: Mapping[str, Any], path: Path, settings: Configuration, configuration: ConfigurationManager) -> None:
     if "classes" not in saved:
         raise UserError(
-            f"{path}: a network of {saved['trainer_name']}, which gives no class probabilities; "
+            f"{path}: a network of {saved['trainer_name']}, which predicts no class and no number; "
             f"choose one of {TRAINER} with -tr, or segment with `nnunet_csm predict`"
         )
     init_args = saved["init_args"]

@@ -7,6 +7,8 @@ that it would credit series with what they were told. Here the gradient is taken
 the map is complete: it sums to what the patch adds to the log odds of the class, over a patch without contrast.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -27,11 +29,11 @@ def log_odds(logits: Float[Tensor, "b c"], class_index: int) -> Float[Tensor, " 
 def token_maps(
     classifier: CSMClassifier,
     volume: Float[Tensor, "b n z y x"],
-    class_index: int,
+    score: Callable[[Tensor], Tensor],
     num_steps: int = NUM_STEPS,
     measures: Float[Tensor, "b f"] | None = None,
 ) -> Float[Tensor, "b s gz gy gx"]:
-    """What every token adds to the log odds of a class; below 0 where it speaks against it.
+    """What every token adds to a score of the outputs, such as the log odds of a class; below 0 where it makes it less.
 
     The path runs from no contrast (all voxels 0, the mean of nnU-Net's z-scores) to the patch; which series are present does not
     change on it, nor does what the classifier is told of the mask. Absent series get 0.
@@ -39,7 +41,7 @@ def token_maps(
     Args:
         classifier: in evaluation mode.
         volume: patches as the classifier takes them.
-        class_index: the class that is explained.
+        score: of the outputs (b, c), a number of each sample (b,), that is explained.
         num_steps: places on the path at which gradients are taken.
         measures: of the mask, as the classifier takes them.
     """
@@ -49,8 +51,8 @@ def token_maps(
     for step in range(num_steps):
         with torch.enable_grad():
             scaled = torch.cat([images * ((step + 0.5) / num_steps), mask], dim=1).requires_grad_()
-            score = log_odds(classifier(scaled, measures), class_index).sum()
-        gradient += torch.autograd.grad(score, scaled)[0]
+            total = score(classifier(scaled, measures)).sum()
+        gradient += torch.autograd.grad(total, scaled)[0]
     added = (volume * gradient / num_steps)[:, classifier.channels]
     grid = grid_size((volume.shape[2], volume.shape[3], volume.shape[4]), classifier.token_size)
     return to_map(to_tokens(added, classifier.token_size).sum(-1).transpose(1, 2), grid)

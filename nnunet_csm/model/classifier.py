@@ -1,4 +1,4 @@
-"""The classifier: the cross-series encoder, pooling of the tokens of present series, a linear head."""
+"""The classifier: the cross-series encoder, pooling of the tokens of present series, a linear head for classes or numbers."""
 
 import itertools
 import math
@@ -107,14 +107,37 @@ class StandardizedMeasures(nn.Module):
         return (measures - self.mean) / self.deviation
 
 
-class CSMClassifier(PlannedNetwork):
-    """Classify a patch from any subset of its series.
+class Units(nn.Module):
+    """Outputs in the units of the targets, of which the layer before knows only deviations from the mean.
 
-    Args are nnU-Net's `input_channels`, the number of classes, `pooling` of `plans.Classification`, how many measures of a mask
-    the head sees, and the fields of `plans.Architecture` (of which `features`, `decoder` and `stem` belong to the segmenter and
-    have no effect here; a fusion that `weighs` series makes one token of those of a place before they are pooled, without what
-    it learns from beside it). With `pooling` "mask", patches have one more channel, the last: the share of each voxel that
-    the mask covers.
+    Mean and deviation of the training targets are buffers, so that a checkpoint holds them.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_outputs))
+        self.register_buffer("deviation", torch.ones(num_outputs))
+
+    def fit(self, targets: Float[Tensor, "m c"]) -> None:
+        """Take mean and deviation of the training targets, which differ."""
+        self.mean.copy_(targets.mean(0))
+        self.deviation.copy_(targets.std(0, correction=0))
+
+    def forward(self, outputs: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+        return self.mean + self.deviation * outputs.float()
+
+
+class CSMClassifier(PlannedNetwork):
+    """Predict classes or numbers from a patch with any subset of its series.
+
+    Args are nnU-Net's `input_channels`, the number of outputs (classes), `pooling` of `plans.Classification`, how many measures
+    of a mask the head sees, whether outputs are `in_units` of the targets, and the fields of `plans.Architecture` (of which
+    `features`, `decoder` and `stem` belong to the segmenter and have no effect here; a fusion that `weighs` series makes one
+    token of those of a place before they are pooled, without what it learns from beside it). With `pooling` "mask", patches have
+    one more channel, the last: the share of each voxel that the mask covers.
 
     Raises:
         ValueError: channels that are not the planned series.
@@ -126,6 +149,7 @@ class CSMClassifier(PlannedNetwork):
         num_classes: int,
         pooling: Literal["attentive", "mean", "mask"] = "attentive",
         num_measures: int = 0,
+        in_units: bool = False,
         **arch_kwargs: Any,
     ) -> None:
         super().__init__(input_channels, arch_kwargs)
@@ -140,9 +164,10 @@ class CSMClassifier(PlannedNetwork):
         self.head = nn.Linear(width + num_measures, num_classes)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
+        self.units = Units(num_classes) if in_units else None
 
     def forward(self, volume: Float[Tensor, "b n z y x"], measures: Float[Tensor, "b f"] | None = None) -> Float[Tensor, "b c"]:
-        """Logits of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
+        """Outputs of a patch with nnU-Net's channels, of which the planned series are used; absent series are all zero.
 
         `measures` are those of the patch's mask; a network whose head does not see them needs none and ignores them.
         """
@@ -168,11 +193,12 @@ class CSMClassifier(PlannedNetwork):
         cover: Float[Tensor, "b l"] | None = None,
         measures: Float[Tensor, "b f"] | None = None,
     ) -> Float[Tensor, "b c"]:
-        """Logits from the features of all tokens."""
+        """Outputs (logits, or numbers in the units of the targets) from the features of all tokens."""
         pooled = self.pooling(tokens, present) if cover is None else self.pooling(tokens, present, cover)
         if self.measures is not None:
             pooled = torch.cat([pooled, self.measures(measures).to(pooled)], dim=1)
-        return self.head(pooled)
+        outputs = self.head(pooled)
+        return outputs if self.units is None else self.units(outputs)
 
 
 def build_pooling(pooling: Literal["attentive", "mean", "mask"], width: int, num_heads: int) -> nn.Module:
@@ -183,7 +209,9 @@ def build_pooling(pooling: Literal["attentive", "mean", "mask"], width: int, num
     return MeanPooling() if pooling == "mean" else MaskPooling()
 
 
-def build_classifier(settings: Configuration, input_channels: int, num_classes: int, num_measures: int = 0) -> CSMClassifier:
+def build_classifier(
+    settings: Configuration, input_channels: int, num_classes: int, num_measures: int = 0, in_units: bool = False
+) -> CSMClassifier:
     """The classifier that the plans describe; its head sees the measures of a mask when they say so."""
     return CSMClassifier(
         input_channels,
@@ -191,19 +219,21 @@ def build_classifier(settings: Configuration, input_channels: int, num_classes: 
         **to_dict(settings.architecture),
         pooling=settings.csm.classification.pooling,
         num_measures=num_measures if settings.csm.classification.mask_features else 0,
+        in_units=in_units,
     )
 
 
 @torch.no_grad()
-def probabilities(
+def predictions(
     classifier: Callable[[Tensor, Tensor], Tensor],
     volume: Float[Tensor, "b n z y x"],
     measures: Float[Tensor, "b f"],
     mirror: bool,
+    said: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "b c"]:
-    """Class probabilities; with `mirror`, their mean over the eight flips of the patch (nnU-Net's test-time augmentation)."""
+    """What `said` makes of outputs; with `mirror`, its mean over the eight flips (nnU-Net's test-time augmentation)."""
     num_flipped = range(4) if mirror else range(1)
     flips = [axes for count in num_flipped for axes in itertools.combinations((2, 3, 4), count)]
-    total = sum(classifier(volume.flip(axes) if axes else volume, measures).float().softmax(1) for axes in flips)
+    total = sum(said(classifier(volume.flip(axes) if axes else volume, measures).float()) for axes in flips)
     assert isinstance(total, Tensor)
     return total / len(flips)

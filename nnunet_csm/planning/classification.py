@@ -17,13 +17,11 @@ from nnunet_csm.data.diagnoses import (
     ClassTable,
     Sample,
     read_class_table,
-    repeated_splits,
-    split_problems,
-    stratified_folds,
     told_order,
     write_class_table,
 )
 from nnunet_csm.data.lesions import box_of, sample_mask
+from nnunet_csm.data.splits import repeated_splits, split_problems, stratified_folds
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.record import FILE_NAME as FINGERPRINT
 from nnunet_csm.fingerprint.record import Fingerprint, read_fingerprint
@@ -115,7 +113,7 @@ def write_splits(name: str, splits: Sequence[Mapping[str, list[str]]], overwrite
 
 
 def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: bool) -> None:
-    """`nnunet_csm split`: five folds, or repeats of 8:1:1, by patient and stratified by class.
+    """`nnunet_csm split`: five folds, or repeats of 8:1:1, by patient and stratified by class, or by the size of a number.
 
     Raises:
         UserError: no class table, too few patients, other splits without `overwrite`, a number that is none of repeats or a seed.
@@ -128,7 +126,9 @@ def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: b
     raw = nnunet.folder("nnUNet_raw") / name
     dataset_json = load_dataset_json(raw)
     if not (raw / FILE_NAME).is_file():
-        raise UserError(f"{raw / FILE_NAME}: no such file; write case,class[,mask_label,patient] to split by class")
+        raise UserError(
+            f"{raw / FILE_NAME}: no such file; write case,class[,mask_label,patient] to split by class, or case,value by number"
+        )
     table = read_class_table(raw / FILE_NAME, dataset_json.get("classes")).only(training_cases(name))
     splits = repeated_splits(table, num_repeats, seed) if num_repeats else stratified_folds(table, seed=seed)
     path = write_splits(name, with_other_cases(splits, table, name), overwrite)
@@ -138,7 +138,7 @@ def split_dataset(dataset: str, num_repeats: int | None, seed: int, overwrite: b
 
 
 def check_classification(name: str) -> tuple[list[str], list[str]]:
-    """Count the classes of a raw dataset by series and fold.
+    """Count the classes, or describe the numbers, of a raw dataset by series and fold.
 
     Returns:
         Lines to print, and what is wrong.
@@ -151,17 +151,16 @@ def check_classification(name: str) -> tuple[list[str], list[str]]:
     known, test = set(training_cases(name)), set(test_cases(name))
     everything = read_class_table(raw / FILE_NAME, dataset_json.get("classes"))
     table = everything.only(known)
-    counts = Counter(table.classes[sample.class_index] for sample in table.samples)
     patients = {sample.patient for sample in table.samples}
-    listed = ", ".join(f"{counts[one]} {one}" for one in table.classes)
-    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {listed}", told_order(table.classes)]
+    lines = [f"{len(table.samples)} samples of {len(patients)} patients: {table.counted(table.samples)}"]
+    lines += [told_order(table.classes)] if table.classes else []
     strangers = {sample.case: None for sample in everything.samples if sample.case not in known | test}
-    wrong = [f"{case} has a class, but no mask in {raw / 'labelsTr'}" for case in strangers]
+    wrong = [f"{case} has a {table.target}, but no mask in {raw / 'labelsTr'}" for case in strangers]
     both = patients & {sample.patient for sample in everything.of(test - known)}
     wrong += [f"patient {patient} has training cases and test cases" for patient in sorted(both)]
     if without := sorted(known - {sample.case for sample in table.samples}):
         more = " ..." if len(without) > 10 else ""
-        wrong.append(f"{len(without)} cases without a class, left out: {', '.join(without[:10])}{more}")
+        wrong.append(f"{len(without)} cases without a {table.target}, left out: {', '.join(without[:10])}{more}")
     extents = mask_extents(raw, dataset_json, table)
     wrong += [f"{sample.name}: {extent}" for sample, extent in extents.items() if isinstance(extent, str)]
     if (folder / FINGERPRINT).is_file():
@@ -173,29 +172,29 @@ def check_classification(name: str) -> tuple[list[str], list[str]]:
         lines += fold_lines(table, splits)
         wrong += [f"fold {number}: {problem}" for number, split in enumerate(splits) for problem in split_problems(table, split)]
     else:
-        lines.append(f"no {folder / SPLITS} yet: `nnunet_csm plan` or `nnunet_csm split` writes it, by patient and class")
+        lines.append(
+            f"no {folder / SPLITS} yet: `nnunet_csm plan` or `nnunet_csm split` writes it, by patient and {table.target}"
+        )
     return lines, wrong
 
 
 def series_lines(table: ClassTable, fingerprint: Fingerprint) -> list[str]:
-    """How many samples of each class have each series."""
+    """How many samples, of each class where there are classes, have each series."""
     lines = []
     total = Counter(sample.class_index for sample in table.samples)
     for name in fingerprint.series:
         cases = {case for case, record in fingerprint.cases.items() if record.series[name].absent is None}
         have = Counter(sample.class_index for sample in table.of(cases))
-        lines.append(f"{name}: " + ", ".join(f"{have[i]} of {total[i]} {one}" for i, one in enumerate(table.classes)))
+        counts = [f"{have[i]} of {total[i]} {one}" for i, one in enumerate(table.classes)]
+        lines.append(f"{name}: {', '.join(counts) or f'{have.total()} of {total.total()} samples'}")
     return lines
 
 
 def fold_lines(table: ClassTable, splits: Sequence[Mapping[str, Sequence[str]]]) -> list[str]:
-    """Samples by class on every side of every split."""
+    """Samples by class, or the distribution of numbers, on every side of every split."""
     lines = []
     for number, split in enumerate(splits):
-        sides = []
-        for side, cases in split.items():
-            counts = Counter(table.classes[sample.class_index] for sample in table.of(cases))
-            sides.append(f"{side} " + ", ".join(f"{counts[one]} {one}" for one in table.classes))
+        sides = [f"{side} {table.counted(table.of(cases))}" for side, cases in split.items()]
         lines.append(f"fold {number}: {'; '.join(sides)}")
     return lines
 

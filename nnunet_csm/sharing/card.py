@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_csm import nnunet
+from nnunet_csm.heads.base import head_in
 from nnunet_csm.weights_folder import CONFIG, Description
 
 # columns of probe.csv that say something to somebody who has not read the docs
@@ -60,7 +61,7 @@ def card(described: Description, num_weights: int, fold_folder: Path | None = No
         "software": ", ".join(f"{name} {version}" for name, version in saved.get("software", {}).items()),
     }
     if "classes" in saved:
-        facts["classes"] = ", ".join(saved["classes"])
+        facts["predicts"] = head_in(saved).known()
     elif described.kind == "segmenter":
         facts["labels"] = ", ".join(f"{name} {value}" for name, value in saved["init_args"]["dataset_json"]["labels"].items())
     if described.onnx:
@@ -104,9 +105,7 @@ def figures_of(described: Description, fold_folder: Path) -> Iterator[str]:
     where = f"On the validation cases of fold {described.checkpoint['init_args']['fold']} (`validation/summary.json`)"
     if described.kind == "classifier":
         metrics = content.get("metrics", {})
-        rows = {
-            name: shown_interval(metrics[name]) for name in ("auc", "average_precision", "balanced_accuracy") if name in metrics
-        }
+        rows = {name: shown_interval(metrics[name]) for name in head_in(described.checkpoint).titles if name in metrics}
         yield f"{where}, {content.get('num_patients', '?')} patients:\n\n{_table(rows)}"
         return
     names = {str(value): name for name, value in described.checkpoint["init_args"]["dataset_json"]["labels"].items()}

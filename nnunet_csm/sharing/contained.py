@@ -239,11 +239,11 @@ def _in_sockets(folder: Path, sockets: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _write_decision(interface: Interface, table: Path, path: Path) -> Path:
-    """A number: the probability of the last of two classes; of more classes an object of them by name."""
+    """A number: what is predicted, or the probability of the last of two classes; of more classes an object of them by name."""
     rows: list[Mapping[str, Any]] = pd.read_csv(table).to_dict("records")
     if len(rows) != 1:
         raise UserError(f"the classifier has {len(rows)} samples of this case, one for each label of the mask; expected one")
     found = {name.removeprefix("p_"): value for name, value in rows[0].items() if name.startswith("p_")}
-    told = found if len(found) > 2 else [*found.values()][-1]
+    told = found if len(found) > 2 else [*found.values()][-1] if found else rows[0]["predicted"]
     path.write_text(f"{json.dumps(told)}\n", encoding="utf-8")
     return path

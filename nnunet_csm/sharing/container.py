@@ -133,13 +133,14 @@ def interface_of(request: ContainerRequest, dataset: str, names: Sequence[str], 
         inputs = {flag: canonical[series] for flag, series in FOMO26.items() if series in canonical}
         if not inputs:
             raise UserError(f"series {', '.join(names)}: FOMO26 gives {', '.join(FOMO26.values())}; take another interface")
-        if classifier and len(classes) != 2:
+        if classifier and len(classes) not in (0, 2):
             raise UserError(
-                f"classes {', '.join(classes)}: FOMO26 asks for one probability, of two classes; take another interface"
+                f"classes {', '.join(classes)}: FOMO26 asks for a number, or a probability of two classes; take another interface"
             )
     elif request.interface == "grand-challenge":
         inputs = {f"images/{re.sub(r'[^a-z0-9]+', '-', name.casefold()).strip('-')}": name for name in names}
-        mask, output = ("images/mask", "probability.json") if classifier else (None, "images/segmentation/output.mha")
+        said = "probability.json" if classes else "value.json"
+        mask, output = ("images/mask", said) if classifier else (None, "images/segmentation/output.mha")
     elif classifier:
         mask = "masks"
     device: Literal["cpu", "cuda"] = "cuda" if request.device == "cuda" else "cpu"

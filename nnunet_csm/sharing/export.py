@@ -23,6 +23,7 @@ OF_A_NETWORK = (
     "current_epoch",
     "software",
     "series",
+    "target",
     "classes",
     "by_mask_label",
     "mask_labels",

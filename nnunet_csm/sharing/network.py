@@ -10,6 +10,7 @@ from torch import nn
 from nnunet_csm import checkpoint, nnunet
 from nnunet_csm.data.lesions import measure_names, measured_labels
 from nnunet_csm.errors import UserError
+from nnunet_csm.heads.base import head_in
 from nnunet_csm.hub import find_weights
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.segmenter import CSMSegmenter
@@ -23,7 +24,8 @@ def load_network(path: str | Path) -> nn.Module:
         path: a file, a folder, or a name on Hugging Face's hub that is in the local cache, see `hub.find_weights`.
 
     Returns:
-        A module that takes patches (b, n, z, y, x) with nnU-Net's channels, an absent series all zero, and gives logits.
+        A module that takes patches (b, n, z, y, x) with nnU-Net's channels, an absent series all zero, and gives logits, or
+        numbers in the unit of the targets.
 
     Raises:
         UserError: nothing of the kind, or an encoder by itself.
@@ -60,10 +62,11 @@ def build(saved: Mapping[str, Any], where: str) -> tuple[nn.Module, dict[str, tu
         return network, {"volume": (num_channels, *patch)}, output
     settings = read_configuration(plans, configuration, where)
     num_measures = len(measure_names(measured_labels(labels, bool(saved["by_mask_label"]))))
-    classifier = build_classifier(settings, num_channels, len(saved["classes"]), num_measures)
+    head = head_in(saved)
+    classifier = build_classifier(settings, num_channels, head.num_outputs, num_measures, head.in_units)
     # the last channel is then the mask
     shape = num_channels + int(classifier.takes_mask), *settings.csm.classification.patch_size
     inputs: dict[str, tuple[int, ...]] = {"volume": shape}
     if classifier.measures is not None:
         inputs["measures"] = (num_measures,)
-    return classifier, inputs, {"shape": [len(saved["classes"])], "probabilities": "softmax", "classes": list(saved["classes"])}
+    return classifier, inputs, {"shape": [head.num_outputs], **head.described()}

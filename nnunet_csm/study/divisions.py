@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from nnunet_csm.data.diagnoses import NUM_TENTHS, ClassTable, Sample, deal, repeated_splits, stratified_folds
+from nnunet_csm.data.diagnoses import ClassTable, Sample
+from nnunet_csm.data.splits import NUM_TENTHS, deal, repeated_splits, stratified_folds
 from nnunet_csm.study.spec import Repeats, num_labelled
 
 SEED = 12345
@@ -23,7 +24,7 @@ class Division:
 
 
 def everybody(table: ClassTable | None, cases: Collection[str], patients: Mapping[str, str]) -> ClassTable:
-    """All cases: those without a class are of a class of their own.
+    """All cases: those that are not in the table are of a class of their own, beside its classes or parts of like numbers.
 
     Args:
         table: classes and patients, of some cases or none.
@@ -31,6 +32,8 @@ def everybody(table: ClassTable | None, cases: Collection[str], patients: Mappin
         patients: of the other cases; one that is not in it is a patient of its own.
     """
     classes, samples = (table.classes, table.samples) if table is not None else ((), ())
+    if table is not None and not classes:
+        classes = tuple(f"{table.target}s, part {number} of {table.num_strata}" for number in range(1, table.num_strata + 1))
     others = sorted(set(cases) - {sample.case for sample in samples})
     if table is not None and not others:
         return table

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.diagnoses import split_problems
+from nnunet_csm.data.splits import split_problems
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import merged, method_of

@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import repeat
 from pathlib import Path
@@ -17,27 +16,27 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_csm import nnunet
-from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table, split_problems, told_order
+from nnunet_csm.data.diagnoses import FILE_NAME, ClassTable, read_class_table
 from nnunet_csm.data.draws import Purpose, batches, generator, key
 from nnunet_csm.data.lesions import SampleVolumes, Variation, draw_variation, measure_names, measured_labels, vary
 from nnunet_csm.data.sources import case_names, check_preprocessed, run_name, split
+from nnunet_csm.data.splits import split_problems
 from nnunet_csm.errors import UserError, exit_on_user_error
-from nnunet_csm.evaluation.class_curves import draw_classification
-from nnunet_csm.evaluation.classification import evaluate
 from nnunet_csm.figures.curves import Panel, save_curves
 from nnunet_csm.files import write_text
-from nnunet_csm.model.classifier import build_classifier, probabilities
+from nnunet_csm.heads.base import head_in, head_of
+from nnunet_csm.model.classifier import build_classifier, predictions
 from nnunet_csm.model.compilation import uncompiled
 from nnunet_csm.plans import Configuration, Recipe, Schedule
 from nnunet_csm.training.pretrained import ENCODER_VARIABLE, absent_series, start_from_pretrained, without_copies
 from nnunet_csm.training.trainer import CUDA, CSMTrainer
 
-# patches with borders, how to vary them, measures of their masks, classes
+# patches with borders, how to vary them, measures of their masks, targets
 Batch = tuple[Tensor, Variation, Tensor, Tensor]
 
 
 class VariedSamples:
-    """Some samples of batches: patches, how to vary them, measures, and classes, each a function of (epoch, step, place).
+    """Some samples of batches: patches, how to vary them, measures, and targets, each a function of (epoch, step, place).
 
     An epoch goes through all samples in random order, again and again, so that none is drawn twice more than another.
     """
@@ -53,7 +52,7 @@ class VariedSamples:
         variation = draw_variation(g, batch_size, self.volumes.regions.shape[1], self.classification.patch_size)
         mine = slice(self.samples.start, self.samples.stop)
         chosen = chosen[mine]
-        return self.volumes.regions[chosen], variation[mine], self.volumes.measures[chosen], self.volumes.labels[chosen]
+        return self.volumes.regions[chosen], variation[mine], self.volumes.measures[chosen], self.volumes.targets[chosen]
 
     def order(self, epoch: int) -> Tensor:
         """The samples of an epoch, drawn under a step that no batch has."""
@@ -66,26 +65,27 @@ class VariedSamples:
 class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers are named so
     """Train on the samples of a fold's training cases; judge on all validation samples after every epoch.
 
-    Classes come from `classification.csv` in the preprocessed folder, patches from the preprocessed images and segmentations.
+    Targets come from `classification.csv` in the preprocessed folder, and with them what is learned (`heads/`); patches from the
+    preprocessed images and segmentations.
     The encoder is `csm.classification.encoder` of the plans, or the environment variable `nnUNet_csm_encoder`. Writes beside
     nnU-Net's files: progress.png; in validation/, and in test/ for splits with a test side, predictions.csv, summary.json
     and curves.png.
     """
 
     rests_on = frozenset({"classification"})
-    logged = ("auc", "average_precision", "balanced_accuracy", "crops_per_second")
 
     def __init__(self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = CUDA) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.classification = self.settings.csm.classification
         with exit_on_user_error():
             self.table, self.split = self.read_task()
+        self.head = head_of(self.table)
         # the whole validation set
         self.num_val_iterations_per_epoch = 1
         log = self.logger.local_logger.my_fantastic_logging
         for name in [name for name in log if "dice" in name]:
             del log[name]
-        log.update({name: [] for name in self.logged})
+        log.update({name: [] for name in (*self.head.titles, "crops_per_second")})
         self._best_ema: tuple[float, float] | None = None
         if self.settings.csm.finetuning.mirroring:
             self.inference_allowed_mirroring_axes = (0, 1, 2)
@@ -97,7 +97,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         return csm.classification.schedule
 
     def read_task(self) -> tuple[ClassTable, dict[str, list[str]]]:
-        """The classes, and the cases of this fold by side.
+        """The targets, and the cases of this fold by side.
 
         Raises:
             UserError: no class table, one that names unknown cases, or a split that cannot serve classification.
@@ -160,7 +160,7 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
         num_measures = len(measure_names(self.measured_labels))
-        return build_classifier(self.settings, num_input_channels, len(self.table.classes), num_measures)
+        return build_classifier(self.settings, num_input_channels, self.head.num_outputs, num_measures, self.head.in_units)
 
     @property
     def by_mask_label(self) -> bool:
@@ -178,19 +178,17 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             self.encoder.requires_grad_(False)
 
     def _build_loss(self) -> nn.Module:
-        """Without weights of classes: they are of the samples that train, which are not read yet."""
-        return nn.CrossEntropyLoss(label_smoothing=self.classification.label_smoothing, reduction="none")
+        """Without what it is to know of the samples that train, which are not read yet."""
+        return self.head.build_loss(self.classification)
 
     def fit_to(self, training: SampleVolumes) -> None:
-        """Take from the samples that train what is not learned step by step: how rare classes are, how large masks are."""
-        if self.classification.class_weights:
-            counts = torch.bincount(training.labels, minlength=len(self.table.classes))
-            self.loss.weight = (len(training) / (len(counts) * counts)).to(self.device)
+        """Take from the samples that train what is not learned step by step: what targets are like, how large masks are."""
+        self.head.fit(self.loss, self.bare_network, training.targets, self.classification)
         if self.bare_network.measures is not None:
             self.bare_network.measures.fit(training.measures)
 
     def on_fresh_start(self) -> None:
-        self.print_to_log_file(f"Classes: {told_order(self.table.classes)}")
+        self.print_to_log_file(self.head.told())
         start_from_pretrained(self, os.environ.get(ENCODER_VARIABLE, self.classification.encoder))
 
     def held_out_cases(self) -> list[str]:
@@ -200,7 +198,8 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         dataset = self.plans_manager.dataset_name
         return {
             "encoder_source": self.encoder_source,
-            "classes": list(self.table.classes),
+            "target": self.head.target,
+            "classes": list(self.head.classes),
             "mask_labels": sorted({sample.mask_label for sample in self.table.samples if sample.mask_label is not None}),
             "by_mask_label": self.by_mask_label,
             "series": self.settings.architecture.series,
@@ -211,11 +210,11 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
         self.encoder_source = saved["encoder_source"]
 
     def check_saved(self, saved: Mapping[str, Any], filename: str) -> None:
-        found, expected = tuple(saved["classes"]), self.table.classes
-        if found != expected:
+        found = head_in(saved)
+        if (found.target, found.classes) != (self.head.target, self.head.classes):
             raise UserError(
-                f"{filename}: its classes are {', '.join(found)}, those of {FILE_NAME} {', '.join(expected)}; "
-                f"restore the table, or start afresh without --c"
+                f"{filename}: it learned {found.known()}, {FILE_NAME} has {self.head.known()}; restore the table, or start "
+                f"afresh without --c"
             )
 
     def read_side(self, side: str) -> SampleVolumes:
@@ -229,17 +228,16 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
         samples, channels = self.table.of(cases), self.settings.architecture.channels
         volumes = SampleVolumes(samples, load_case, channels, self.classification, self.measured_labels)
-        counted = Counter(self.table.classes[label] for label in volumes.labels.tolist())
-        self.print_to_log_file(f"{side}: {len(volumes)} samples, {', '.join(f'{counted[c]} {c}' for c in self.table.classes)}")
+        self.print_to_log_file(f"{side}: {len(volumes)} samples, {self.table.counted(volumes.samples)}")
         without = sorted(set(cases) - {sample.case for sample in samples})
         if without:
-            self.print_to_log_file(f"left out, without a class: {', '.join(without)}", add_timestamp=False)
+            self.print_to_log_file(f"left out, without a {self.head.target}: {', '.join(without)}", add_timestamp=False)
         for name, why in volumes.left_out.items():
             self.print_to_log_file(f"WARNING: {name} is left out: {why}", add_timestamp=False)
-        if not len(volumes) or (side == "train" and len(counted) < len(self.table.classes)):
-            lacking = ", ".join(c for c in self.table.classes if not counted[c])
+        lacking = self.table.lacking(volumes.samples)
+        if not len(volumes) or (lacking and (side == "train" or self.fold == "all")):
             raise UserError(
-                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without samples of {lacking}; "
+                f"{self.preprocessed_dataset_folder}: {side} of fold {self.fold} is left without {', '.join(lacking)}; "
                 f"see `nnunet_csm doctor -d {self.plans_manager.dataset_name}`"
             )
         return volumes
@@ -263,31 +261,24 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
 
     def on_device(self, batch: Batch) -> Batch:
         regions, variation, *others = batch
-        measures, labels = (one.to(self.device, non_blocking=True) for one in others)
-        return regions.to(self.device, non_blocking=True), variation, measures, labels
+        measures, targets = (one.to(self.device, non_blocking=True) for one in others)
+        return regions.to(self.device, non_blocking=True), variation, measures, targets
 
     def part(self, batch: Batch, samples: slice) -> Batch:
-        regions, variation, measures, labels = batch
-        return regions[samples], variation[samples], measures[samples], labels[samples]
+        regions, variation, measures, targets = batch
+        return regions[samples], variation[samples], measures[samples], targets[samples]
 
     def weight(self, batch: Batch) -> Tensor:
-        return self.weight_of(batch[-1])
-
-    def weight_of(self, labels: Tensor) -> Tensor:
-        """The weights of the samples' classes, summed."""
-        if self.loss.weight is not None:
-            return self.loss.weight[labels].sum()
-        # filled there: copied from here it would wait for the GPU
-        return torch.full((), float(len(labels)), device=self.device)
+        return self.head.weight(self.loss, batch[-1])
 
     def summed_loss(self, batch: Batch) -> Tensor:
-        regions, variation, measures, labels = batch
+        regions, variation, measures, targets = batch
         patches = vary(regions.float(), variation, self.classification.patch_size)
         with self.autocast():
-            logits = self.learning_network(patches, measures)
-        return self.loss(logits.float(), labels).sum()
+            outputs = self.learning_network(patches, measures)
+        return self.loss(outputs.float(), targets).sum()
 
-    def logits(self, patches: Tensor, measures: Tensor) -> Tensor:
+    def outputs(self, patches: Tensor, measures: Tensor) -> Tensor:
         with self.autocast(), uncompiled():
             return self.network(patches, measures).float()
 
@@ -298,12 +289,10 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
             yield volumes.patches(first, last).to(self.device), volumes.measures[first:last].to(self.device)
 
     def validation_step(self, batch: SampleVolumes) -> dict:
-        logits = torch.cat([self.logits(*patches) for patches in self.patches_of(batch)])
-        labels = batch.labels.to(self.device)
-        loss = self.loss(logits, labels).sum() / self.weight_of(labels)
-        predicted = logits.softmax(1).cpu().numpy()
-        metrics = evaluate(batch.labels.numpy(), predicted, self.table.classes, num_resamples=0).overall
-        return {"val_losses": float(loss), **{name: metrics[name].value for name in self.logged if name in metrics}}
+        outputs = torch.cat([self.outputs(*patches) for patches in self.patches_of(batch)])
+        targets = batch.targets.to(self.device)
+        loss = self.loss(outputs, targets).sum() / self.head.weight(self.loss, targets)
+        return {"val_losses": float(loss), **self.head.score(batch.targets.numpy(), self.head.said(outputs).cpu().numpy())}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         (output,) = val_outputs
@@ -313,25 +302,25 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
     def on_epoch_end(self) -> None:
         self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
         log = self.logger.local_logger.my_fantastic_logging
-        loss, auc = log["val_losses"][-1], log["auc"][-1]
-        self.print_to_log_file(
-            f"train_loss {log['train_losses'][-1]:.4f}  val_loss {loss:.4f}  AUC {auc:.4f}  average precision "
-            f"{log['average_precision'][-1]:.4f}  balanced accuracy {log['balanced_accuracy'][-1]:.4f}"
-        )
-        # by AUC, ties by loss
-        score = (0.0 if math.isnan(auc) else auc, -loss)
+        loss, scores = log["val_losses"][-1], {name: log[name][-1] for name in self.head.titles}
+        told = {"train_loss": log["train_losses"][-1], "val_loss": loss}
+        told |= {title: scores[name] for name, title in self.head.titles.items()}
+        self.print_to_log_file("  ".join(f"{name} {value:.4f}" for name, value in told.items()))
+        score = (self.head.rank(scores), -loss)
         best = self._best_ema is None or score > tuple(self._best_ema)
         self._best_ema = score if best else self._best_ema
         self.finish_epoch(best, self.save_progress)
 
     def save_progress(self) -> None:
         log = self.logger.local_logger.my_fantastic_logging
-        scores = {"AUC": log["auc"], "average precision": log["average_precision"], "balanced accuracy": log["balanced_accuracy"]}
         save_curves(
             Path(self.output_folder) / "progress.png",
             [
-                Panel("Loss", {"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "cross-entropy"),
-                Panel("Validation", scores, "epoch", ""),
+                Panel("Loss", {"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", self.head.loss_name),
+                *(
+                    Panel(panel, {title: log[name] for name, title in metrics.items()}, "epoch", "")
+                    for panel, metrics in self.head.curves.items()
+                ),
                 Panel("Learning rate", {"at the start of the epoch": log["lrs"]}, "epoch", ""),
                 Panel("Speed", {"training": log["crops_per_second"]}, "epoch", "patches/s"),
             ],
@@ -350,22 +339,17 @@ class nnUNetTrainerCSMClassifier(CSMTrainer):  # noqa: N801, nnU-Net's trainers 
     def judge(self, volumes: SampleVolumes, folder: Path) -> None:
         """Write predictions.csv, curves.png and, last, summary.json."""
         folder.mkdir(exist_ok=True)
-        classes, labels = self.table.classes, volumes.labels.numpy()
-        patients = [sample.patient for sample in volumes.samples]
-        mirror = self.settings.csm.finetuning.mirroring
-        predicted = (
-            torch.cat([probabilities(self.logits, *patches, mirror) for patches in self.patches_of(volumes)]).cpu().numpy()
-        )
-        rows = {
+        mirror, head = self.settings.csm.finetuning.mirroring, self.head
+        said = [predictions(self.outputs, *patches, mirror, head.said) for patches in self.patches_of(volumes)]
+        about = {
             "case": [sample.case for sample in volumes.samples],
             "mask_label": pd.array([sample.mask_label for sample in volumes.samples], dtype="Int64"),
-            "patient": patients,
-            "class": [classes[label] for label in labels],
-            **{f"p_{name}": predicted[:, index] for index, name in enumerate(classes)},
-            "predicted": [classes[index] for index in predicted.argmax(1)],
+            "patient": [sample.patient for sample in volumes.samples],
         }
-        write_text(folder / "predictions.csv", pd.DataFrame(rows).to_csv(index=False))
-        metrics = evaluate(labels, predicted, classes, patients)
-        draw_classification(folder / "curves.png", labels, predicted, classes, patients, f"{folder.name}, fold {self.fold}")
-        nnunet.save_json({**metrics.to_dict(), "left_out": volumes.left_out}, folder / "summary.json")
-        self.print_to_log_file(f"{folder.name}: {metrics.to_markdown()}", add_timestamp=False)
+        columns = head.truth(volumes.targets.numpy()) | head.predicted(torch.cat(said).cpu().numpy())
+        table = pd.DataFrame(about | columns)
+        write_text(folder / "predictions.csv", table.to_csv(index=False))
+        scores = head.evaluate(table)
+        head.draw(folder / "curves.png", table, f"{folder.name}, fold {self.fold}")
+        nnunet.save_json({**scores.to_dict(), "left_out": volumes.left_out}, folder / "summary.json")
+        self.print_to_log_file(f"{folder.name}: {scores.to_markdown()}", add_timestamp=False)
