@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -150,3 +151,9 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hash of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

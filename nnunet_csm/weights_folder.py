@@ -1,6 +1,5 @@
 """A folder of weights that load elsewhere: `model.safetensors` and `config.json`, in which nothing can be executed."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from nnunet_csm.errors import UserError, reason
-from nnunet_csm.files import write_text
+from nnunet_csm.files import sha256_of_file, write_text
 from nnunet_csm.schema import Name, Within, from_dict, parse_json, to_dict
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -89,7 +88,7 @@ def write(folder: Path, kind: str, method: str, saved: Mapping[str, Any], weight
     alone = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     (folder / WEIGHTS).write_bytes(save(alone))
     plain = json.loads(json.dumps(saved))
-    hashes = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    hashes = {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())}
     content = {"format": "nnunet_csm", "version": VERSION, "kind": kind, "method": method, "images": images_of(plain)}
     described = from_dict(Description, {**content, "checkpoint": plain, "sha256": hashes, **others}, CONFIG)
     write_text(folder / CONFIG, json.dumps(to_dict(described), indent=2, ensure_ascii=False) + "\n")
@@ -132,7 +131,7 @@ def read(folder: Path) -> dict[str, Any]:
     described, path = describe(folder), folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: no such file; {REMEDY}")
-    if (found := sha256(path)) != (expected := described.sha256.get(WEIGHTS)):
+    if (found := sha256_of_file(path)) != (expected := described.sha256.get(WEIGHTS)):
         raise UserError(f"{path}: its SHA-256 is {found}, {CONFIG} says {expected}; it is damaged, or of others: {REMEDY}")
     return {**described.checkpoint, "network_weights": load_tensors(path, REMEDY)}
 
@@ -147,9 +146,3 @@ def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not readable as safetensors ({reason(error)}); {remedy}") from None
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from factories import DATASET_JSON, PATCH_SIZE, SERIES, checkpoint_of, csm_plans
 from jaxtyping import config
 
 from nnunet_csm import weights_folder
+from nnunet_csm.files import sha256_of_file
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import read_configuration
@@ -51,7 +52,7 @@ def written(kind: str, saved: dict[str, Any], tmp_path: Path) -> tuple[Any, dict
     told = onnx_model.write_onnx(kind, saved, weights, tmp_path / "model.onnx")
     weights_folder.write(tmp_path, kind, "csm", saved, weights, onnx=told)
     described = weights_folder.describe(tmp_path)
-    assert described.sha256["model.onnx"] == weights_folder.sha256(tmp_path / "model.onnx")
+    assert described.sha256["model.onnx"] == sha256_of_file(tmp_path / "model.onnx")
     assert json.loads((tmp_path / "config.json").read_text())["onnx"] == told
     return onnx_model.open_session(tmp_path / "model.onnx"), told
 

@@ -18,6 +18,7 @@ import nnunet_csm
 from nnunet_csm import checkpoint, hub, weights_folder
 from nnunet_csm.cli import main
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import sha256_of_file
 from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.encoder import build_encoder
 from nnunet_csm.model.segmenter import CSMSegmenter
@@ -234,7 +235,7 @@ def test_bytes_that_are_no_tensors_are_refused_also_with_their_hash(export: Call
     _, folder = export("encoder")
     for content in (b"", b"\xff" * 64, b"\x80\x02}q\x00."):
         (folder / WEIGHTS).write_bytes(content)
-        edited(folder, lambda c: c["sha256"].update({WEIGHTS: weights_folder.sha256(folder / WEIGHTS)}))
+        edited(folder, lambda c: c["sha256"].update({WEIGHTS: sha256_of_file(folder / WEIGHTS)}))
         with pytest.raises(UserError, match="not readable as safetensors"):
             checkpoint.load(folder)
 
@@ -265,12 +266,12 @@ def put_in_cache(folder: Path, cache: Path, revisions: tuple[str, ...]) -> Path:
     repository = cache / "models--some-org--glioma.csm"
     (repository / "blobs").mkdir(parents=True)
     for file in folder.iterdir():
-        (repository / "blobs" / weights_folder.sha256(file)).write_bytes(file.read_bytes())
+        (repository / "blobs" / sha256_of_file(file)).write_bytes(file.read_bytes())
     for revision in revisions:
         snapshot = repository / "snapshots" / revision
         snapshot.mkdir(parents=True)
         for file in folder.iterdir():
-            (snapshot / file.name).symlink_to(f"../../blobs/{weights_folder.sha256(file)}")
+            (snapshot / file.name).symlink_to(f"../../blobs/{sha256_of_file(file)}")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revisions[0])
     return repository

@@ -11,6 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_csm.errors import reason
+from nnunet_csm.files import sha256_of_file
 from nnunet_csm.listing import file_problem
 from nnunet_csm.raw import nifti
 from nnunet_csm.raw.geometry import Fit, Grid, fit, straight_grid
@@ -206,8 +207,8 @@ def sha256(path: Path) -> str:
     elif path.name.endswith(DETACHED_ENDINGS):
         files = [file for file in path.parent.iterdir() if file.name.startswith(f"{path.stem}.")]
     else:
-        return _sha256_of_file(path)
-    return hashlib.sha256("".join(sorted(map(_sha256_of_file, files))).encode()).hexdigest()
+        return sha256_of_file(path)
+    return hashlib.sha256("".join(sorted(map(sha256_of_file, files))).encode()).hexdigest()
 
 
 def described(volume: Volume) -> str:
@@ -287,8 +288,3 @@ def _refuse_non_finite(image: sitk.Image, volume: Volume) -> None:
         first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), finite.shape))
         msg = f"{described(volume)}: {np.count_nonzero(~finite)} voxels are NaN or infinite, the first at {first} (z, y, x); "
         raise CaseError(msg + "replace them (such as by 0) where the file was made")
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
