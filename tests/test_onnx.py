@@ -103,6 +103,7 @@ def test_classes_of_a_classifier(tmp_path: Path, pooling: str) -> None:
 def test_numbers_of_a_classifier_have_their_unit_and_name(tmp_path: Path) -> None:
     plans = csm_plans(classification={"patch_size": list(PATCH_SIZE)})
     network = build_classifier(read_configuration(plans, "3d_fullres", "plans"), len(SERIES), 1, in_units=True).eval()
+    assert network.units is not None
     network.units.fit(torch.tensor([[20.0], [60.0]]))
     saved = checkpoint_of(plans, network.state_dict()) | {"classes": [], "target": "value", "by_mask_label": False}
     session, told = written("classifier", saved, tmp_path)
