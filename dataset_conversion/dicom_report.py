@@ -25,7 +25,7 @@ from nnunet_csm.files import write_text
 from nnunet_csm.raw.dicom import stack_in
 from nnunet_csm.raw.dicom_frames import Frame
 from nnunet_csm.raw.subjects import Volume
-from nnunet_csm.schema import from_dict, read_value, to_dict
+from nnunet_csm.schema import Name, from_dict, read_value, to_dict
 
 from .dicom_codes import Code, Long
 from .dicom_files import DicomRequest, concept, equipment, following, highdicom_library, write_cases
@@ -122,7 +122,7 @@ def read_samples(path: Path) -> dict[str, list[Sample]]:
         sample = Sample(name, row["predicted"], probabilities, None if classes else number("predicted"))
         if sample.name in [other.name for other in found.get(row["case"], [])]:
             raise UserError(f"{path}: line {line}: {sample.name} stands in an earlier line already; keep one of them")
-        found.setdefault(read_value(Long, row["case"], f"{path}: line {line}: case"), []).append(sample)
+        found.setdefault(read_value(Name, row["case"], f"{path}: line {line}: case"), []).append(sample)
     return found
 
 

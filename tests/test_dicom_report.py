@@ -170,6 +170,7 @@ def test_without_codes_names_stand_in_a_private_scheme_and_can_be_edited(
         ("case,mask_label,p_x,p_y,predicted\na,,0.5,1.5,x\n", "line 2: p_y is '1.5', expected a probability from 0 to 1"),
         ("case,mask_label,predicted\na,,malignant\n", "line 2: predicted is 'malignant', expected a number"),
         ("case,mask_label,predicted\na,,inf\n", "line 2: predicted is 'inf', expected a number"),
+        ("case,mask_label,predicted\n../a,,5\n", "line 2: case is '../a', expected a name"),
         (NUMBERS, "nothing tells what they measure; give -codes a JSON"),
     ],
 )
