@@ -328,9 +328,9 @@ def _comparison_layout(name: str, part: str, comparisons: pd.DataFrame) -> Table
     tests = " and ".join(dict.fromkeys("Wilcoxon over patients" if t == "Wilcoxon" else "bootstrap" for t in comparisons["test"]))
     given = " with a part of the series at test time" if part != "comparisons" else ""
     num_tests = int(comparisons["p_value"].count())
-    unit = "of the MAE, below 0 is better" if is_mae else "in points"
+    of, unit = (" of the MAE", ", below 0 is better") if is_mae else ("", " in points")
     caption = (
-        f"{name}: paired differences{given} {unit} ({100 * CONFIDENCE:g} % bootstrap interval over patients and repeats; "
+        f"{name}: paired differences{of}{given}{unit} ({100 * CONFIDENCE:g} % bootstrap interval over patients and repeats; "
         f"p: {tests}; Holm over the {num_tests} test{'s' if num_tests != 1 else ''} of this table)"
     )
     details = ("Series", "Labels", "Structure", "Patients × repeats", "Note")
