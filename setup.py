@@ -60,7 +60,7 @@ ONNX = [
     "onnxscript>=0.2,<1",  # torch's exporter is written with it
     "onnxruntime>=1.20,<2",  # every exported model is run and compared
 ]
-DICOM = "highdicom>=0.28,<0.29"  # DICOM segmentations, with all that the standard wants in them
+DICOM = "highdicom>=0.28,<0.29"  # DICOM segmentations and reports, with all that the standard wants in them
 PARQUET = "pyarrow>=15,<27"  # embeddings as .parquet
 UMAP = "umap-learn>=0.5.6,<0.6"  # a second picture of embeddings
 

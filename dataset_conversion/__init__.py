@@ -1,7 +1,7 @@
 """One short script a dataset, from a release to nnU-Net's raw folder; installed as `nnunet_csm.dataset_conversion`.
 
 Every script has one function `read(release, dataset_id, name, *, options) -> Release`. Scripts only read: `nnunet_csm.raw.writer`
-puts what they found on one grid and writes it. The way out is `to_msd`, which writes a decathlon submission.
+puts what they found on one grid and writes it. The ways out are `to_msd` (a decathlon submission) and `to_dicom`.
 """
 
 import importlib

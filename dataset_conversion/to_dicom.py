@@ -2,11 +2,9 @@
 
 A segmentation has the frames, the patient and the study of its source. Voxels are laid on the source's grid one by one, turned or
 flipped where the file has other axes, and never interpolated: a prediction on another grid is refused. What is written is read
-back by pydicom and compared, plane by plane at its place in the patient.
+back by pydicom and compared, plane by plane at its place in the patient. What a classifier says becomes a report: `dicom_report`.
 """
 
-import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,59 +15,27 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as dicom_codes
-from tqdm import tqdm
 
-from nnunet_csm import __version__, nnunet
-from nnunet_csm.errors import UserError, reason
+from nnunet_csm import nnunet
+from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.regions import foreground_of
 from nnunet_csm.figures.canvas import COLOURS
-from nnunet_csm.files import whole_folder
 from nnunet_csm.listing import files_in
 from nnunet_csm.raw.dicom import stack_in
 from nnunet_csm.raw.dicom_frames import Frame
 from nnunet_csm.raw.geometry import described_misfit, fit
 from nnunet_csm.raw.grid import labels_of
-from nnunet_csm.raw.manifest import software
 from nnunet_csm.raw.subjects import CaseError, Mask, Volume
 from nnunet_csm.raw.volumes import look_at, read_volume, sha256
 from nnunet_csm.schema import read_value
 
-from .dicom_codes import MODIFIERS, Code, Codes, Long, Segment, default_segment, read_codes, save_codes
-from .dicom_sources import find_series, source_images
+from . import dicom_report
+from .dicom_codes import MODIFIERS, Codes, Long, Segment, default_segment, read_codes, save_codes
+from .dicom_files import DicomRequest, concept, equipment, following, highdicom_library, write_cases
+from .dicom_sources import source_images
 from .msd_task import labels_file
 
-MOST_PROBLEMS = 5
 SAME_PLACE = 1e-3  # mm; DICOM's decimals are rounded to 16 characters
-REMEDY = (
-    "give the folder of one series, one with a folder for each case, a table with the columns case and path, or a dataset that "
-    "was converted from DICOM"
-)
-
-
-@dataclass(frozen=True)
-class DicomRequest:
-    """What `convert to_dicom` is asked for.
-
-    Attributes:
-        predictions: folder as nnUNetv2_predict leaves it, or one label map of it.
-        dicom: the series whose grids predictions have, see `find_series`.
-        output: folder for one file a case, CASE.dcm.
-        labels_from: where labels are named: a dataset.json, its folder, or an nnU-Net dataset; None: beside the predictions.
-        codes: what labels are in DICOM's words, in dcmqi's form; None for what their names tell.
-        overwrite: replace a folder of that name.
-    """
-
-    predictions: Path
-    dicom: str
-    output: Path
-    labels_from: str | None = None
-    codes: Path | None = None
-    overwrite: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """Where the predictions lie, with what nnU-Net wrote beside them."""
-        return self.predictions.parent if self.predictions.is_file() else self.predictions
 
 
 @dataclass(frozen=True)
@@ -86,41 +52,22 @@ def write(request: DicomRequest) -> list[Path]:
     Raises:
         UserError: anything is wrong with any case; nothing is written then.
     """
-    _highdicom()
+    highdicom_library()
+    if request.predictions.suffix == ".csv":
+        return dicom_report.write(request)
     paths, content, ending = _predictions(request)
     codes = replace(Codes() if request.codes is None else read_codes(request.codes), algorithm=_algorithm(request.folder))
     structures = _structures(content, codes, request)
     cases = {path.name.removesuffix(ending): path for path in paths}
-    series = find_series(request.dicom, list(cases))
-    times = Counter(volume for case, volume in series.items() if case in cases)
-    problems = list[str]()
-    with whole_folder(request.output, request.overwrite) as folder:
-        for case, path in tqdm(cases.items(), desc="writing DICOM", unit="case"):
-            try:
-                if case not in series:
-                    raise CaseError(f"{path}: -dicom {request.dicom} tells of no series for {case}; {REMEDY}")
-                if times[series[case]] > 1:
-                    raise CaseError(f"{path}: {series[case].path} is given for other cases, too; give each case its own series")
-                tqdm.write(f"{case}: {_write_case(path, series[case], structures, codes, folder / f'{case}.dcm')}")
-            except CaseError as error:
-                problems.append(str(error))
-        if problems:
-            more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
-            listed = [f"nothing was written, {len(problems)} thing(s) to mend:", *problems[:MOST_PROBLEMS], *more]
-            raise UserError("\n  ".join(listed))
-    used = request.output.with_name(f"{request.output.name}.codes.json")
-    save_codes(codes, [structure.segment for structure in structures], used)
-    print(f"{request.output}: {len(cases)} segmentation(s), read back and found equal; their codes stand in {used}, to be edited")
+
+    def write_case(case: str, volume: Volume, file: Path) -> str:
+        return _write_case(cases[case], volume, structures, codes, file)
+
+    write_cases(request, cases, write_case)
+    save_codes(codes, [structure.segment for structure in structures], request.used_codes)
+    said = f"read back and found equal; their codes stand in {request.used_codes}, to be edited"
+    print(f"{request.output}: {len(cases)} segmentation(s), {said}")
     return [request.output / f"{case}.dcm" for case in cases]
-
-
-def _highdicom() -> Any:
-    """The optional library that writes DICOM segmentations."""
-    try:
-        import highdicom
-    except ImportError:
-        raise UserError("DICOM segmentations need highdicom; pip install 'nnunet_csm[dicom]'") from None
-    return highdicom
 
 
 def _predictions(request: DicomRequest) -> tuple[list[Path], dict[str, Any], str]:
@@ -186,17 +133,10 @@ def _write_case(path: Path, volume: Volume, structures: Sequence[Structure], cod
         )
     label_map = sitk.GetArrayFromImage(found.applied(prediction))
     masks = np.stack([np.isin(label_map, structure.values) for structure in structures])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            sources = source_images(volume.path, frames, grid)
-            data = segmentation(masks, frames, sources, [structure.segment for structure in structures], codes)
-            data.save_as(file, enforce_file_format=True)
-    except (CaseError, OSError):
-        raise
-    except Exception as error:
-        what = f"{volume.path}: highdicom cannot follow its headers ({type(error).__name__}: {reason(error)})"
-        raise CaseError(f"{what}; correct them, or export the series again") from error
+    with following(volume):
+        sources = source_images(volume.path, frames, grid)
+        data = segmentation(masks, frames, sources, [structure.segment for structure in structures], codes)
+        data.save_as(file, enforce_file_format=True)
     if not reads_as(file, masks, frames):
         raise UserError(f"{file.name} does not read as it was written; is the disk full or damaged?")
     sizes = zip(structures, masks.sum((1, 2, 3)) * grid.voxel_volume / 1000, strict=True)
@@ -215,8 +155,7 @@ def segmentation(
         segments: in the order of the masks, each with a label.
         codes: what else is to be in it.
     """
-    highdicom = _highdicom()
-    versions = software("highdicom", "nnunetv2")
+    highdicom = highdicom_library()
     data: Dataset = highdicom.seg.Segmentation(
         sources,
         np.moveaxis(masks, 0, -1),
@@ -226,11 +165,7 @@ def segmentation(
         series_number=int(codes.series["SeriesNumber"]),
         sop_instance_uid=highdicom.UID(),
         instance_number=int(codes.series["InstanceNumber"]),
-        manufacturer="nnunet_csm",
-        manufacturer_model_name="nnunet_csm convert to_dicom",
-        software_versions=[f"{name} {versions[name]}" for name in ("nnunet_csm", "nnunetv2", "highdicom")],
-        device_serial_number=__version__,
-        specific_character_set="ISO_IR 192",  # UTF-8: labels may be in any script
+        **equipment("nnunet_csm convert to_dicom"),
     )
     for keyword, text in codes.series.items():
         setattr(data, keyword, text)
@@ -244,11 +179,7 @@ def segmentation(
 
 def _description(number: int, segment: Segment, algorithm: tuple[str, str]) -> Dataset:
     """An item of the SegmentSequence; name and version of the `algorithm` where the segment has none."""
-    highdicom = _highdicom()
-
-    def concept(code: Code) -> Any:
-        return highdicom.sr.CodedConcept(code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning)
-
+    highdicom = highdicom_library()
     name, version = segment.SegmentAlgorithmName or algorithm[0], segment.AlgorithmVersion or algorithm[1]
     family = dicom_codes.cid7162.ArtificialIntelligence
     region, colour = segment.AnatomicRegionSequence, segment.recommendedDisplayRGBValue

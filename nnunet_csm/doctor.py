@@ -11,7 +11,7 @@ import torch
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_csm import checkpoint, nnunet
-from nnunet_csm.data.diagnoses import FILE_NAME as CLASSES
+from nnunet_csm.data.diagnoses import FILE_NAME
 from nnunet_csm.errors import UserError
 from nnunet_csm.fingerprint.labels import check_label_values
 from nnunet_csm.machine import num_cores
@@ -130,15 +130,15 @@ def of_dataset(name_or_id: str, configuration: str) -> Iterator[Finding]:
 
 def of_classes(name: str) -> Iterator[Finding]:
     """The class table of a raw dataset, when it has one."""
-    path = nnunet.folder("nnUNet_raw") / name / CLASSES
+    path = nnunet.folder("nnUNet_raw") / name / FILE_NAME
     if not path.is_file():
         return
     try:
         counted, wrong = check_classification(name)
     except UserError as error:
-        yield Finding("classes", "not usable", str(error), "UNUSABLE")
+        yield Finding(FILE_NAME, "not usable", str(error), "UNUSABLE")
         return
     for line in counted:
-        yield Finding("classes", line)
+        yield Finding(FILE_NAME, line)
     for problem in wrong:
-        yield Finding("classes", problem, f"mend it, or correct {path}", "WRONG")
+        yield Finding(FILE_NAME, problem, f"mend it, or correct {path}", "WRONG")

@@ -4,7 +4,8 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ from nnunet_csm.pretext.masking import Mask, Masking
 from nnunet_csm.pretext.memory import Memory
 from nnunet_csm.pretext.rebuilding import Reconstruction
 from nnunet_csm.schema import Size
+from nnunet_csm.training.pretraining import nnUNetTrainerCSMPretrain
 from nnunet_csm.training.segmentation import nnUNetTrainerCSM
+
+Request = TypeVar("Request")
 
 SERIES = ("FLAIR", "T1w", "T2w")
 # an order of tokens that is mixed up shows on a grid with three different edges
@@ -206,6 +210,23 @@ def checkpoint_of(plans: dict[str, Any], weights: Mapping[str, Any]) -> dict[str
         "init_args": {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": DATASET_JSON},
         "trainer_name": nnUNetTrainerCSM.__name__,
     }
+
+
+def pretraining_request(kind: type[Request], images: Path, output: Path, /, **changes: Any) -> Request:
+    """What a command is asked for that takes the pretraining of the tiny dataset to some images."""
+    values: dict[str, Any] = {
+        "dataset": "" if "encoder" in changes else "1",
+        "trainer": nnUNetTrainerCSMPretrain.__name__,
+        "plans": "nnUNetCSMPlans",
+        "configuration": "3d_fullres",
+        "folds": (),
+        "checkpoint_name": "checkpoint_final.pth",
+        "images": images,
+        "output": output,
+        "device": "cpu",
+        "overwrite": True,
+    }
+    return kind(**(values | changes))
 
 
 def pretext_of(configuration: Configuration) -> Any:

@@ -28,7 +28,7 @@ def cited(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "results").mkdir()
 
     def cite(*flags: str) -> str:
-        assert cli.main(["cite", "-d", "900", "-o", str(tmp_path / "methods.md"), *flags]) == 0
+        assert cli.main(["cite", "-d", "900", "-o", str(tmp_path / "methods.md"), "--overwrite", *flags]) == 0
         return (tmp_path / "methods.md").read_text(encoding="utf-8")
 
     return cite
@@ -49,6 +49,14 @@ def train(dataset: PlannedDataset, results: Path, trainer: str, fold: str = "0",
     }
     checkpoint.save(saved | told, folder / "checkpoint_final.pth")
     return folder
+
+
+def test_what_authors_have_written_is_kept(cited, tmp_path, capsys) -> None:
+    (tmp_path / "methods.md").write_text("edited")
+    with pytest.raises(SystemExit):
+        cli.main(["cite", "-d", "900", "-o", str(tmp_path / "methods.md")])
+    assert "exists and is kept; give --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "methods.md").read_text() == "edited"
 
 
 def test_before_any_training_it_says_what_is_planned_and_marks_the_rest(cited, planned_dataset) -> None:

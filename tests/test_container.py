@@ -25,7 +25,7 @@ from nnunet_csm.model.classifier import build_classifier
 from nnunet_csm.model.segmenter import CSMSegmenter
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.schema import to_dict
-from nnunet_csm.sharing import contained
+from nnunet_csm.sharing import contained, container
 
 NAME, SECRET = "Dataset001_Tiny", "smith_john"
 # no processes beside this one
@@ -173,8 +173,9 @@ def test_the_folder_is_complete_and_tells_nothing_of_patients(contain, tmp_path,
     assert json.loads((folder / "interface.json").read_text())["device"] == "cuda"
 
 
-def test_fomo26_gives_a_flag_for_each_series_and_one_for_the_output(contain, images, tmp_path, monkeypatch) -> None:
+def test_fomo26_gives_a_flag_for_each_series_and_one_for_the_output(contain, images, tmp_path, monkeypatch, capsys) -> None:
     folder = contain(SEGMENTER, "fomo26")
+    assert "gives no" not in capsys.readouterr().out
     assert json.loads((folder / "interface.json").read_text())["inputs"] == {"flair": "FLAIR", "t1": "T1w", "t2": "T2w"}
     main(["predict", "-d", "1", "-i", str(images), "-o", str(tmp_path / "ours"), "-device", "cpu", *ALONE])
     out = tmp_path / "out" / "sub_1.nii.gz"
@@ -193,6 +194,12 @@ def test_fomo26_gives_a_flag_for_each_series_and_one_for_the_output(contain, ima
     assert sitk.ReadImage(str(out)).GetSize() == image.GetSize()
     with pytest.raises(SystemExit):
         in_this_process(folder, monkeypatch, "--dwi", finer, "--output", out)
+
+
+def test_a_series_that_the_interface_never_gives_is_said(contain, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(container, "FOMO26", {"flair": "FLAIR", "t1": "T1w"})
+    contain(SEGMENTER, "fomo26")
+    assert "The interface gives no T2w: the model will have zeros there, in every case" in capsys.readouterr().out
 
 
 def test_grand_challenge_gives_a_socket_for_each_series(contain, images, tmp_path, monkeypatch, capsys) -> None:

@@ -414,7 +414,7 @@ def test_what_is_wrong_with_classes_is_named(raw: Path, spoil) -> None:
     _, (problem,) = check_classification(NAME)
     assert re.match(message, problem)
     said = [str(finding) for finding in of_classes(NAME)]
-    assert re.match(rf"WRONG +classes +{message}.*\n +-> mend it, or correct .*classification\.csv", said[-1])
+    assert re.match(rf"WRONG +classification\.csv +{message}.*\n +-> mend it, or correct .*classification\.csv", said[-1])
     assert len([line for line in said if line.startswith("ok")]) == len(counted)
 
 

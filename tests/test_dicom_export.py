@@ -581,7 +581,7 @@ def test_without_the_extra_the_command_says_what_to_install(
             ]
         )
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "Error: DICOM segmentations need highdicom; pip install 'nnunet_csm[dicom]'\n"
+    assert capsys.readouterr().err == "Error: DICOM segmentations and reports need highdicom; pip install 'nnunet_csm[dicom]'\n"
 
 
 def test_predictions_without_names_for_their_labels_are_refused(predicted: Predicted) -> None:

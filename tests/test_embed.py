@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from factories import DATASET_JSON, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, checkpoint_of, csm_plans
+from factories import DATASET_JSON, PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, checkpoint_of, csm_plans, pretraining_request
 
 import nnunet_csm
 from nnunet_csm import checkpoint
@@ -52,19 +52,7 @@ class Model:
         return self.folder / "fold_0" / "checkpoint_final.pth"
 
     def request(self, **changes: Any) -> EmbedRequest:
-        values: dict[str, Any] = {
-            "dataset": "" if "encoder" in changes else "1",
-            "trainer": PRETRAINER,
-            "plans": "nnUNetCSMPlans",
-            "configuration": "3d_fullres",
-            "folds": (),
-            "checkpoint_name": "checkpoint_final.pth",
-            "images": self.images,
-            "output": self.output,
-            "device": "cpu",
-            "overwrite": True,
-        }
-        return EmbedRequest(**(values | changes))
+        return pretraining_request(EmbedRequest, self.images, self.output, **changes)
 
     def embed(self, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Case to vector, and the record."""

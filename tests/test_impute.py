@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
-from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TOKEN_SIZE, checkpoint_of, csm_plans
+from factories import GRID_SIZE, JOINT, PATCH_SIZE, SERIES, TOKEN_SIZE, checkpoint_of, csm_plans, pretraining_request
 
 from nnunet_csm import checkpoint
 from nnunet_csm.cli import main
@@ -69,19 +69,7 @@ class Model:
     raw: Path
 
     def impute(self, **changes: Any) -> list[str]:
-        values: dict[str, Any] = {
-            "dataset": "1",
-            "trainer": PRETRAINER,
-            "plans": "nnUNetCSMPlans",
-            "configuration": "3d_fullres",
-            "folds": (),
-            "checkpoint_name": "checkpoint_final.pth",
-            "images": self.images,
-            "output": self.output,
-            "device": "cpu",
-            "overwrite": True,
-        }
-        return impute(ImputeRequest(**(values | changes)))
+        return impute(pretraining_request(ImputeRequest, self.images, self.output, **changes))
 
     def written(self, name: str) -> np.ndarray:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(self.output / name)))

@@ -31,7 +31,7 @@ from nnunet_csm.sharing import network as sharing_network
 from nnunet_csm.sharing.card import card
 from nnunet_csm.sharing.contained import _write_decision
 from nnunet_csm.sharing.export import for_others
-from nnunet_csm.study.dataset import Dataset
+from nnunet_csm.study.collection import with_classes
 from nnunet_csm.study.divisions import divide, everybody, labelled
 from nnunet_csm.study.spec import Repeats, num_labelled
 
@@ -229,13 +229,10 @@ def test_doctor_describes_the_numbers_of_a_fold() -> None:
     )
 
 
-def test_a_study_of_classes_refuses_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = Dataset.__new__(Dataset)
-    dataset.name, dataset.study = "Dataset001_Tiny", "table3"
-    dataset.__dict__["found"] = SimpleNamespace(dataset_json={})
-    monkeypatch.setattr("nnunet_csm.study.dataset.take_class_table", lambda *_: table_of(np.arange(10.0)))
-    with pytest.raises(UserError, match=r"study table3: classification\.csv of Dataset001_Tiny has numbers.*evaluate -against"):
-        _ = dataset.classes
+def test_a_study_joins_what_was_predicted_of_a_part_of_the_series_with_the_true_numbers(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("case,mask_label,predicted\nc002,,31.5\nc000,,12\n")
+    found = with_classes(tmp_path / "one.csv", table_of(np.array([10.0, 20.0, 30.0])))
+    assert found[["case", "value", "predicted", "patient"]].values.tolist() == [["c002", 30, 31.5, "p2"], ["c000", 10, 12, "p0"]]
 
 
 # --- scores ------------------------------------------------------------------------------------------------------------------

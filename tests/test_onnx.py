@@ -99,3 +99,17 @@ def test_classes_of_a_classifier(tmp_path: Path, pooling: str) -> None:
         (found,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert (found.argmax(1) == expected.argmax(1)).all()
+
+
+def test_numbers_of_a_classifier_have_their_unit_and_name(tmp_path: Path) -> None:
+    plans = csm_plans(classification={"patch_size": list(PATCH_SIZE)})
+    network = build_classifier(read_configuration(plans, "3d_fullres", "plans"), len(SERIES), 1, in_units=True).eval()
+    assert network.units is not None
+    network.units.fit(torch.tensor([[20.0], [60.0]]))
+    saved = checkpoint_of(plans, network.state_dict()) | {"classes": [], "target": "value", "by_mask_label": False}
+    session, told = written("classifier", saved, tmp_path)
+    assert told["outputs"] == {"values": ["batch", 1]} and "unit" in told["values"] and "probabilities" not in told
+    volume = drawn(2, [])
+    with torch.no_grad():
+        expected = network(volume).numpy()
+    np.testing.assert_allclose(session.run(["values"], {"volume": volume.numpy()})[0], expected, rtol=1e-5)

@@ -39,7 +39,7 @@ from nnunet_csm.study.execution import cluster, perform, read_records, visible_g
 from nnunet_csm.study.forest import forest_predictions
 from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, arm_changes, essence
 from nnunet_csm.study.spec import Repeats, Study, parse_study, read_study, study_names
-from nnunet_csm.study.statistics import summarize_classes
+from nnunet_csm.study.statistics import MAE, summarize_classes
 
 JOINT = {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d", "masking": {"mask_ratio": 0.75}}}
 AUTOENCODER = {
@@ -299,6 +299,47 @@ def test_a_forest_of_mask_volumes_learns_from_labelled_cases_and_predicts_those_
     assert forest_predictions("s", classification(arms=[SCRATCH]), dataset).empty
     with pytest.raises(UserError, match=r"no_such.*needs a mask for every case"):
         forest_predictions("s", classification(arms=[{**FOREST, "mask_volumes": ["labelsTr", "no_such"]}]), dataset)
+
+
+def with_numbers(diagnoses: PlannedDataset) -> None:
+    """A number of every case that its mask tells: the volume of its labels, in thousands of voxels."""
+    raw = diagnoses.folders.raw / diagnoses.name
+    sizes = {
+        path: np.count_nonzero(sitk.GetArrayFromImage(sitk.ReadImage(path))) / 1000 for path in raw.glob("labelsTr/*.nii.gz")
+    }
+    rows = [f"{path.name.removesuffix('.nii.gz')},{size}" for path, size in sorted(sizes.items())]
+    (raw / "classification.csv").write_text("\n".join(["case,value", *rows]) + "\n")
+
+
+def test_a_forest_of_mask_volumes_learns_numbers(diagnoses: PlannedDataset, tmp_path: Path) -> None:
+    with_numbers(diagnoses)
+    found = forest_predictions(
+        "s", classification(repeats={"kind": "folds", "number": 2}), Dataset("900", "3d_fullres", tmp_path)
+    )
+    assert found["case"].is_unique and not [name for name in found if name.startswith("p_")]
+    errors = (found["predicted"] - found["value"]).abs()
+    (said,) = summarize_classes(found).to_dict("records")
+    assert said["structure"] == MAE and said["mean"] == pytest.approx(errors.groupby(found["repeat"]).mean().mean())
+    # means of numbers that it has seen
+    assert found["predicted"].between(found["value"].min(), found["value"].max()).all() and found["predicted"].nunique() > 2
+
+
+@pytest.mark.slow
+def test_a_study_of_numbers_to_its_page(diagnoses: PlannedDataset, tmp_path: Path) -> None:
+    with_numbers(diagnoses)
+    search = {"classification.schedule.learning_rate": [1e-4, 1e-3]}
+    study = spec(task="classification", arms=[SCRATCH, FOREST], tested="one_missing", search=search)
+    (tmp_path / "c.json").write_text(json.dumps(study))
+    output = tmp_path / "out"
+    assert ended_well(start_study(diagnoses, tmp_path / "c.json", output)), output.with_suffix(".txt").read_text()
+    found = pd.read_csv(output / "predictions.csv")
+    scratch = found[found["arm"] == "scratch"]
+    assert scratch["tested"].nunique() == 1 + len(Dataset("900", "3d_fullres", tmp_path).series)
+    truth = pd.read_csv(diagnoses.folders.raw / diagnoses.name / "classification.csv").set_index("case")["value"]
+    np.testing.assert_allclose(found["value"], truth.loc[found["case"]], rtol=1e-6)
+    tables = (output / "tables.md").read_text(encoding="utf-8")
+    assert "paired differences of the MAE, below 0 is better" in tables and "MAE with a part of the series" in tables
+    assert "Dice" not in tables.split("Cost:")[0] and "AUC" not in tables
 
 
 @pytest.mark.slow

@@ -266,6 +266,27 @@ def test_a_study_of_classes_has_tables_too(tmp_path):
     ]
 
 
+def test_of_numbers_the_smallest_error_is_best_and_differences_have_their_unit(tmp_path):
+    rng = np.random.default_rng(0)
+    table = study(("x",), (1.0, 0.1), tested=("all", "FLAIR", "T1w")).drop(columns=["structure", "dice", "prediction"])
+    table = table.assign(mask_label="", value=50.0)
+    errors = table["arm"].map({"Scratch": 12.0, "MAE3D": 9.0, "CSM_100% & more": 3.0})
+    table["predicted"] = table["value"] + errors + rng.normal(0, 0.1, len(table))
+    tables = make_tables(NONE, table, NONE)
+    main = layout_of(tables, "MAE")
+    assert header(main)[-1] == "MAE" and [main.cells["Method"][row] for row in np.flatnonzero(main.best.any(1))] == [
+        "CSM_100% & more",
+        "CSM_100% & more",
+    ]
+    of_parts = layout_of(tables, "subsets MAE 100")
+    assert of_parts.best[:, -1].all() and not of_parts.best[:, :-1].any() and ": MAE with a part" in of_parts.caption
+    compared = layout_of(tables, "comparisons")
+    assert "of the MAE, below 0 is better" in compared.caption and "Points" not in header(compared)
+    assert compared.cells["Difference"].str.match(r"−[239]\.").all()
+    page = write_report(tmp_path, "t", NONE, table, NONE).read_text(encoding="utf-8")
+    assert "MAE over the number of labelled training cases" in page and "Dice &lt; 0.1" not in page
+
+
 def test_a_study_whose_baseline_is_not_done_yet_has_no_comparisons(tmp_path):
     results = study()
     page = write_report(tmp_path, "t", results[results["arm"] != "Scratch"], NONE, NONE, baseline="Scratch")

@@ -9,6 +9,7 @@ from nnunet_csm.evaluation.classification import evaluate
 from nnunet_csm.study.statistics import (
     AUC,
     AVERAGE,
+    MAE,
     SINGLE_MEAN,
     Contrast,
     compare,
@@ -218,6 +219,27 @@ def test_classifiers_are_compared_on_the_same_samples():
     assert 0 < found["low"] < found["difference"] < found["high"] and found["p_value"] == pytest.approx(2 / 5001)
     (same,) = compare_classes(pd.concat([good, good.assign(arm="B")]), [Contrast("A", "B")]).to_dict("records")
     assert same["difference"] == 0 and same["p_value"] == 1
+
+
+def test_numbers_are_compared_by_their_mean_absolute_error():
+    arms = []
+    for arm, noise in (("A", 1.0), ("B", 4.0)):
+        table = predictions_of(arm, 0.0).drop(columns=["class", "p_benign", "p_malignant"])
+        rng = np.random.default_rng(0)
+        table["value"] = 10.0 + table["case"].astype(int)
+        arms.append(table.assign(predicted=table["value"] + noise * rng.normal(size=len(table))))
+    table = pd.concat([arms[0], arms[1][arms[1]["case"] != "00"]], ignore_index=True)
+    found = summarize_classes(table).set_index("arm")
+    errors = (arms[0]["predicted"] - arms[0]["value"]).abs().groupby(arms[0]["repeat"]).mean()
+    assert found.loc["A", ["structure", "mean", "sd"]].tolist() == [
+        MAE,
+        pytest.approx(errors.mean()),
+        pytest.approx(errors.std()),
+    ]
+    (compared,) = compare_classes(table, [Contrast("A", "B")]).to_dict("records")
+    both = summarize_classes(table[table["case"] != "00"])["mean"]
+    assert compared["difference"] == pytest.approx(both[0] - both[1]) and compared["structure"] == MAE
+    assert compared["low"] < compared["difference"] < compared["high"] < 0 and compared["num_unpaired"] == 4
 
 
 def test_the_auc_of_single_series_has_a_mean():

@@ -57,11 +57,16 @@ def declare(commands: Commands) -> None:
 
     p = formats.add(
         "to_dicom",
-        "the way out: predictions as DICOM segmentations that refer to the series they were made from",
+        "the way out: predictions as DICOM segmentations (of classify: reports) that refer to the series they were made from",
         "nnunet_csm convert to_dicom -i out -dicom 501 -o segmentations",
         convert_to_dicom,
     )
-    p.add_argument("-i", required=True, help="folder written by nnUNetv2_predict, or one label map of it")
+    p.add_argument(
+        "-i",
+        required=True,
+        help="folder written by nnUNetv2_predict, or one label map of it; or the CSV that nnunet_csm classify writes, for a "
+        "structured report of each case",
+    )
     p.add_argument(
         "-dicom",
         required=True,
@@ -70,7 +75,11 @@ def declare(commands: Commands) -> None:
     )
     p.add_argument("-o", required=True, help="folder to write, one file for each case; the codes that were used go beside it")
     p.add_argument("-labels_from", help="dataset.json, its folder, or an nnU-Net dataset; default: beside the predictions")
-    p.add_argument("-codes", help="what the labels are in DICOM's words: JSON in dcmqi's form; default: what their names tell")
+    p.add_argument(
+        "-codes",
+        help="what the labels are in DICOM's words: JSON in dcmqi's form; of a report, JSON as it is written beside -o; default: "
+        "what their names tell",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace a folder of that name, once the new one is complete")
 
 

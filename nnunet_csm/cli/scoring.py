@@ -90,6 +90,7 @@ def declare(commands: Commands) -> None:
     p.add_argument("-p", default=PLANS_NAME, help="plans")
     p.add_argument("-tr", default=FINETUNER, help=f"trainer; {CLASSIFIER} for a classifier")
     p.add_argument("-o", help="Markdown file to write; default: print it")
+    p.add_argument("--overwrite", action="store_true", help="replace a file of that name")
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -165,7 +166,10 @@ def _parameters(given: Sequence[str]) -> dict[str, str | int]:
 def cite(args: argparse.Namespace) -> int:
     from nnunet_csm.citing.command import cite as told
     from nnunet_csm.files import write_text
+    from nnunet_csm.inference.request import ModelRequest
 
+    if args.o is not None:
+        ModelRequest.check_output(Path(args.o), overwrite=args.overwrite)
     text = told(args.d, args.p, args.c, args.tr)
     if args.o is None:
         print(text)

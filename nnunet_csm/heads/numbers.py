@@ -99,7 +99,7 @@ class Numbers(Head):
         return spread_text(said[:, 0])
 
     def described(self) -> dict[str, Any]:
-        return {"values": "numbers in the unit of the training targets, though the output is named logits"}
+        return {"values": "numbers in the unit of the training targets"}
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> pd.DataFrame:

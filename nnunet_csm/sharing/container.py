@@ -110,6 +110,8 @@ def write_container(request: ContainerRequest) -> list[str]:
             write_text(folder / name, environment.from_string(text).render({"dataset": dataset} | values))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
     lines = [f"{request.output}: folds {', '.join(request.folds)} of {request.model}, {size:.1f} MiB; README.md there goes on"]
+    if interface.inputs and (never := [name for name in names if name not in interface.inputs.values()]):
+        lines.append(f"The interface gives no {', '.join(never)}: the model will have zeros there, in every case")
     if request.interface == "grand-challenge":
         lines.append(f"Before it is built: put the sockets of your algorithm into {request.output / INTERFACE}")
     if request.trainer == CLASSIFIER and interface.mask is None:

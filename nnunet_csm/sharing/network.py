@@ -59,7 +59,7 @@ def build(saved: Mapping[str, Any], where: str) -> tuple[nn.Module, dict[str, tu
         network: nn.Module = CSMSegmenter(num_channels, num_classes, **entry["architecture"]["arch_kwargs"])
         probabilities = "sigmoid, one for each region" if labels.has_regions else "softmax over the labels"
         output = {"shape": [num_classes, *patch], "probabilities": probabilities, "labels": dataset_json["labels"]}
-        return network, {"volume": (num_channels, *patch)}, output
+        return network, {"volume": (num_channels, *patch)}, {"name": "logits", **output}
     settings = read_configuration(plans, configuration, where)
     num_measures = len(measure_names(measured_labels(labels, bool(saved["by_mask_label"]))))
     head = head_in(saved)
@@ -69,4 +69,5 @@ def build(saved: Mapping[str, Any], where: str) -> tuple[nn.Module, dict[str, tu
     inputs: dict[str, tuple[int, ...]] = {"volume": shape}
     if classifier.measures is not None:
         inputs["measures"] = (num_measures,)
-    return classifier, inputs, {"shape": [head.num_outputs], **head.described()}
+    name = head.said_name if head.in_units else "logits"
+    return classifier, inputs, {"name": name, "shape": [head.num_outputs], **head.described()}

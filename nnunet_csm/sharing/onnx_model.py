@@ -18,7 +18,7 @@ from nnunet_csm.sharing.network import build
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
-# of a logit, as a share of the largest one: rounding in another order; labels then differ where two logits are as close
+# of an output, as a share of the largest one: rounding in another order; labels then differ where two logits are as close
 MOST_DIFFERENCE = 1e-3
 
 
@@ -44,6 +44,7 @@ def write_onnx(kind: str, saved: Mapping[str, Any], weights: Mapping[str, Tensor
     network, inputs, output = build(saved, "the checkpoint")
     checkpoint.load_weights(network, weights, "the checkpoint")
     network.eval()
+    name, shape = output.pop("name"), output.pop("shape")
     example = draw(inputs, 2)
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings(), torch.no_grad():
@@ -59,7 +60,7 @@ def write_onnx(kind: str, saved: Mapping[str, Any], weights: Mapping[str, Tensor
                 opset_version=OPSET,
                 external_data=False,
                 input_names=list(inputs),
-                output_names=["logits"],
+                output_names=[name],
                 dynamic_shapes=tuple({0: batch} for _ in inputs),
             )
         except torch.onnx.OnnxExporterError as error:
@@ -69,8 +70,8 @@ def write_onnx(kind: str, saved: Mapping[str, Any], weights: Mapping[str, Tensor
     assert program is not None
     program.save(str(path))
     compare(network, inputs, path)
-    told = {name: ["batch", *shape] for name, shape in inputs.items()}
-    return {"opset": OPSET, "inputs": told, "outputs": {"logits": ["batch", *output.pop("shape")]}, **output}
+    told = {given: ["batch", *one] for given, one in inputs.items()}
+    return {"opset": OPSET, "inputs": told, "outputs": {name: ["batch", *shape]}, **output}
 
 
 def draw(inputs: Mapping[str, tuple[int, ...]], batch_size: int) -> dict[str, Tensor]:
@@ -95,7 +96,7 @@ def compare(network: nn.Module, inputs: Mapping[str, tuple[int, ...]], path: Pat
         most = float(np.abs(found - expected).max())
         if not most <= MOST_DIFFERENCE * max(1.0, float(np.abs(expected).max())):
             raise UserError(
-                f"{path.name}: onnxruntime's logits differ from torch's by up to {most:g}; nothing was written: leave out --onnx"
+                f"{path.name}: onnxruntime's outputs differ from torch's by up to {most:g}; nothing was written: leave out --onnx"
             )
 
 

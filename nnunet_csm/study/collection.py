@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnunet_csm.data.diagnoses import ClassTable
 from nnunet_csm.evaluation.regions import BRATS_REGIONS
-from nnunet_csm.evaluation.repeats import read_predictions
+from nnunet_csm.heads.base import head_of
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.execution import class_predictions
 from nnunet_csm.study.runs import ALL, CLASSIFIER, Row, Run
@@ -52,7 +53,7 @@ def reported(scores: pd.DataFrame, structures: Sequence[str]) -> pd.DataFrame:
 
 
 def collect_predictions(name: str, rows: Sequence[Row], runs: Mapping[str, Run], dataset: Dataset) -> pd.DataFrame:
-    """Probabilities of classes of all test samples, a row each; empty when there are none.
+    """Probabilities of classes, or numbers, of all test samples, a row each; empty when there are none.
 
     Those with all series are the trainer's own; those with a part of them are in the folder of the study.
     """
@@ -61,7 +62,8 @@ def collect_predictions(name: str, rows: Sequence[Row], runs: Mapping[str, Run],
         run = runs[row.run]
         path = run.folder / "test" / "predictions.csv"
         if run.trainer == CLASSIFIER and path.is_file():
-            found.append(read_predictions(path).assign(**named(name, row), tested=row.finetuned))
+            predictions = head_of(dataset.classes).read([path]).drop(columns="run")
+            found.append(predictions.assign(**named(name, row), tested=row.finetuned))
             for one in run.tests:
                 of_part = with_classes(class_predictions(dataset.folder / "runs" / run.id, one), dataset.classes)
                 found.append(of_part.assign(**named(name, row), tested=one.name))
@@ -69,14 +71,14 @@ def collect_predictions(name: str, rows: Sequence[Row], runs: Mapping[str, Run],
 
 
 def with_classes(path: Path, table: ClassTable) -> pd.DataFrame:
-    """What `classify` has written, with classes and patients; labels of a mask that have no class are left out."""
+    """What `classify` has written, with classes or true numbers, and patients; labels of a mask without one are left out."""
     found = pd.read_csv(path, dtype={"case": str, "mask_label": str}, keep_default_na=False)
     known = pd.DataFrame(
         {
             "case": [sample.case for sample in table.samples],
             "mask_label": ["" if sample.mask_label is None else str(sample.mask_label) for sample in table.samples],
             "patient": [sample.patient for sample in table.samples],
-            "class": [table.classes[sample.class_index] for sample in table.samples],
+            **head_of(table).truth(np.array([sample.numbers or sample.class_index for sample in table.samples])),
         }
     )
     return found.merge(known, on=["case", "mask_label"])

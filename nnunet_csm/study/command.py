@@ -193,7 +193,7 @@ def cost_of(run: Run, plans: Mapping[str, Any], study: Study, dataset: Dataset) 
     if run.kind == "pretraining":
         return pretraining_cost(settings, dataset.presence(settings.pretraining_architecture.series))
     classifies = study.task == "classification"
-    num_classes = len(dataset.classes.classes) if classifies else dataset.num_classes
+    num_classes = len(dataset.classes.classes) or 1 if classifies else dataset.num_classes
     return finetuning_cost(settings, len(dataset.series), num_classes, classifies)
 
 

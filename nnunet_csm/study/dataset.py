@@ -75,20 +75,15 @@ class Dataset:
 
     @cached_property
     def classes(self) -> ClassTable:
-        """Cases with a class, and their patients.
+        """Cases with a class or number, and their patients.
 
         Raises:
-            UserError: there is no class table, or it has numbers.
+            UserError: there is no class table.
         """
         table = take_class_table(self.name, self.found.dataset_json)
         if table is None:
             path = nnunet.folder("nnUNet_raw") / self.name / FILE_NAME
-            raise UserError(f"{path}: no such file; a study of classes needs it: case,class[,mask_label,patient]")
-        if not table.classes:
-            raise UserError(
-                f"study {self.study}: {FILE_NAME} of {self.name} has numbers, and the tables of a study are of classes; "
-                f"train with `nnunet_csm finetune -tr nnUNetTrainerCSMClassifier` and compare with `nnunet_csm evaluate -against`"
-            )
+            raise UserError(f"{path}: no such file; a study of classes needs it: case,class (or value)[,mask_label,patient]")
         return table
 
     @cached_property

@@ -187,11 +187,12 @@ def link_cases(raw: Path, dataset_json: Mapping[str, Any], one: Evaluation, imag
 
 
 def validation_score(run: Run) -> float:
-    """Mean Dice of the validation cases, or AUC: what settings are chosen by. Never of test cases."""
+    """Mean Dice of the validation cases, AUC, or - MAE: what settings are chosen by. Never of test cases."""
     remedy = f"move away {run.folder} and the study's runs/{run.id}, and it is done again"
     summary = nnunet.read_json(run.folder / "validation" / "summary.json", remedy)
     if run.trainer == CLASSIFIER:
-        return float(summary["metrics"]["auc"]["value"])
+        metrics = summary["metrics"]
+        return float(metrics["auc"]["value"]) if "auc" in metrics else -float(metrics["mae"]["value"])
     return float(np.nan_to_num(summary["foreground_mean"]["Dice"]))
 
 

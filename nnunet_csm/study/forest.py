@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import Sample
 from nnunet_csm.data.lesions import measured_labels, sample_mask
 from nnunet_csm.errors import UserError
-from nnunet_csm.evaluation.repeats import PROBABILITY
+from nnunet_csm.heads.base import head_of
 from nnunet_csm.raw.subjects import CaseError, Volume
 from nnunet_csm.raw.volumes import read_volume
 from nnunet_csm.study.collection import named
@@ -35,20 +35,26 @@ def forest_predictions(name: str, study: Study, dataset: Dataset) -> pd.DataFram
     found = [pd.DataFrame()]
     for arm in (arm for arm in study.arms if arm.mask_volumes):
         table, volumes = dataset.classes, volumes_of(dataset, arm.mask_volumes)
-        divisions = enumerate(divide(table, study.repeats))
+        divisions, head = enumerate(divide(table, study.repeats)), head_of(table)
         for (number, division), share, seed in product(divisions, study.labels, range(study.repeats.seeds)):
             cases = labelled(table, division, share, seed)
             training, test = ([one for one in table.of(side) if one in volumes] for side in (cases, division.test))
-            forest = RandomForestClassifier(NUM_TREES, class_weight="balanced", random_state=SEED + seed)
-            forest.fit([volumes[one] for one in training], [one.class_index for one in training])
-            predicted = np.zeros((len(test), len(table.classes)))
-            predicted[:, forest.classes_] = forest.predict_proba([volumes[one] for one in test])
+            (seen, targets), (unseen, truth) = (
+                ([volumes[one] for one in side], np.array([one.numbers or one.class_index for one in side]))
+                for side in (training, test)
+            )
+            said = np.zeros((len(test), head.num_outputs))
+            if table.classes:
+                forest = RandomForestClassifier(NUM_TREES, class_weight="balanced", random_state=SEED + seed).fit(seen, targets)
+                said[:, forest.classes_] = forest.predict_proba(unseen)
+            else:
+                said[:, 0] = RandomForestRegressor(NUM_TREES, random_state=SEED + seed).fit(seen, targets[:, 0]).predict(unseen)
             columns: dict[str, Any] = {
                 "case": [one.case for one in test],
                 "mask_label": ["" if one.mask_label is None else str(one.mask_label) for one in test],
                 "patient": [one.patient for one in test],
-                "class": [table.classes[one.class_index] for one in test],
-                **{f"{PROBABILITY}{of}": predicted[:, index] for index, of in enumerate(table.classes)},
+                **head.truth(truth),
+                **head.predicted(said),
             }
             row = Row("", arm.name, share, len(cases), number, number * study.repeats.seeds + seed, ALL)
             found.append(pd.DataFrame(columns).assign(**named(name, row), tested=ALL))

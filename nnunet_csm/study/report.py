@@ -14,9 +14,9 @@ from nnunet_csm.figures.page import Page
 from nnunet_csm.figures.studies import Curve, PatientDifferences, save_label_efficiency, save_patient_differences
 from nnunet_csm.study.statistics import (
     ALL_SERIES,
-    AUC,
     AVERAGE,
     NUM_RESAMPLES,
+    OF_CLASSIFIERS,
     SINGLE_MEAN,
     Contrast,
     contrasts_of,
@@ -46,9 +46,9 @@ they are rather too wide than too narrow. With one division, all is said of its 
 curves, hold the variation between patients, which a paired difference does not have: curves with overlapping bands can
 differ clearly.
 
-P-values are two-sided (Wilcoxon's signed-rank test over patients' means, which takes the repeats as given; of an AUC, the
-bootstrap's) and corrected by Holm's method for all tests of a table. Where p and interval disagree, the interval is the more
-careful one: it knows that trainings differ."""
+P-values are two-sided (Wilcoxon's signed-rank test over patients' means, which takes the repeats as given; of an AUC, and of
+MAE, the mean absolute error of numbers, the bootstrap's) and corrected by Holm's method for all tests of a table. Where p and
+interval disagree, the interval is the more careful one: it knows that trainings differ."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def draw_label_efficiency(figures: Path, summary: pd.DataFrame, results: pd.Data
             structure: [_curve(arm, rows, results) for arm, rows in of_structure.groupby("arm", sort=False)]
             for structure, of_structure in list(part.groupby("structure", sort=False))[:MOST_PANELS]
         }
-        measure = AUC if list(panels) == [AUC] else "Dice"
+        measure = next((one for one in OF_CLASSIFIERS if list(panels) == [one]), "Dice")
         path = figures / f"labels_{len(drawn) + 1}.png"
         save_label_efficiency(path, panels, measure)
         drawn.append((path, f"{table}, {series_name(series)}: {measure} over the number of labelled training cases"))
@@ -139,8 +139,8 @@ def _curve(arm: str, rows: pd.DataFrame, results: pd.DataFrame) -> Curve:
 
 
 def _bounds(row: pd.Series, results: pd.DataFrame) -> tuple[float, float]:
-    """Interval of the mean over repeats; none for an AUC and for means of single series."""
-    if row["structure"] == AUC or row["tested"] == SINGLE_MEAN:
+    """Interval of the mean over repeats; none for AUC and MAE, and for means of single series."""
+    if row["structure"] in OF_CLASSIFIERS or row["tested"] == SINGLE_MEAN:
         return np.nan, np.nan
     names = ["table", "arm", "labels", "finetuned", "tested"]
     group = results[(results[names] == [row[name] for name in names]).all(axis=1)]

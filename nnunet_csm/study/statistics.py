@@ -1,7 +1,8 @@
 """What a study's results say: means over repeats, and arms compared on the same patients.
 
 Results have a row a tested case and structure: `SETTING`, num_labelled, repeat, case, patient, structure, dice, and prediction, a
-path. Predictions of classes have a row a sample: `SETTING`, num_labelled, repeat, case, mask_label, patient, class, p_CLASS.
+path. Predictions of classes have a row a sample: `SETTING`, num_labelled, repeat, case, mask_label, patient, class, p_CLASS;
+those of numbers value and predicted in place of the last two.
 `finetuned` and `tested` name series: "all", "FLAIR", "T1w+T2w"; `labels` is the share of training patients that are labelled.
 
 A setting is what one row of a paper's table is about. A repeat is a training with a split, a seed or a fold of its
@@ -26,7 +27,9 @@ ALL_SERIES, JOIN = "all", "+"
 # fine-tuned and tested on one series, the mean over the series
 SINGLE_MEAN = "mean of single series"
 AVERAGE = "Average"
-AUC = "AUC"
+# of classes, and of numbers: what stands in place of a structure, and is no Dice
+AUC, MAE = "AUC", "MAE"
+OF_CLASSIFIERS = (AUC, MAE)
 
 # Dice below which a structure counts as missed
 FAILURE = 0.1
@@ -279,7 +282,7 @@ def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def summarize_classes(predictions: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting, as `summarize` has it, of the AUC: mean and sd over repeats of the repeat's own.
+    """A row a setting, as `summarize` has it, of the AUC, or of numbers the MAE: mean and sd over repeats of the repeat's own.
 
     With several classes the AUC is the mean of each against all others. There is no median and no share of failures.
     """
@@ -287,17 +290,17 @@ def summarize_classes(predictions: pd.DataFrame) -> pd.DataFrame:
     single = _of_single_series(known).assign(finetuned=SINGLE_MEAN, tested=SINGLE_MEAN)
     rows = []
     for setting, group in pd.concat([known, single]).groupby(SETTING, sort=False):
-        by_repeat = group.groupby(["repeat", "series"])[list(group)].apply(_auc).groupby("repeat").mean()
+        by_repeat = group.groupby(["repeat", "series"])[list(group)].apply(_score_of_all).groupby("repeat").mean()
         num_cases = len(group.drop_duplicates(["repeat", "case", "mask_label"]))
         tested = {"num_cases": num_cases, "num_patients": group["patient"].nunique(), "median": np.nan, "share_failed": np.nan}
-        rows.append({**_over_repeats(setting, group, AUC, by_repeat), **tested})
+        rows.append({**_over_repeats(setting, group, _measure(predictions), by_repeat), **tested})
     return pd.DataFrame(rows)
 
 
 def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) -> pd.DataFrame:
-    """A row a pair of settings, as `compare` has it, of the AUC on the samples and repeats that both arms have.
+    """A row a pair of settings, as `compare` has it, of AUC or MAE on the samples and repeats that both arms have.
 
-    difference: mean over repeats. low, high: resamples of patients and, independently, of repeats, each with an AUC per repeat.
+    difference: mean over repeats. low, high: resamples of patients and, independently, of repeats, each with a score per repeat.
     An AUC has no value of a patient to rank, so p_value is the bootstrap's: twice the smaller share of resamples beyond 0.
     """
     rows = []
@@ -305,17 +308,17 @@ def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) ->
         runs = _common_runs(pair)
         num_samples = sum(len(arm) for arm, _ in runs)
         num_patients = len({patient for arm, _ in runs for patient in arm["patient"]})
-        resampled = _differences_of_auc(runs, NUM_RESAMPLES) if num_patients > 1 else np.full(1, np.nan)
+        resampled = _differences_of_scores(runs, NUM_RESAMPLES) if num_patients > 1 else np.full(1, np.nan)
         low, high = interval(resampled)
         rows.append(
             {
                 **pair.names,
-                "structure": AUC,
+                "structure": _measure(predictions),
                 "num_patients": num_patients,
                 "num_repeats": len(runs),
                 "num_pairs": num_samples,
                 "num_unpaired": len(pair.arm) + len(pair.baseline) - 2 * num_samples,
-                "difference": _differences_of_auc(runs, 0)[0] if runs else np.nan,
+                "difference": _differences_of_scores(runs, 0)[0] if runs else np.nan,
                 "low": low,
                 "high": high,
                 "test": "bootstrap",
@@ -329,14 +332,14 @@ def compare_classes(predictions: pd.DataFrame, contrasts: Sequence[Contrast]) ->
 
 def _common_runs(pair: Pair) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """Samples that both predict, in one order, of each repeat."""
-    sample = [*PAIR, "mask_label", "class"]
+    sample = [*PAIR, "mask_label", "class" if _measure(pair.arm) == AUC else "value"]
     arm, baseline = (rows.set_index(sample) for rows in (pair.arm, pair.baseline))
     common = arm.index.intersection(baseline.index)
     arm, baseline = (rows.loc[common].reset_index() for rows in (arm, baseline))
     return [(rows, baseline.loc[rows.index]) for _, rows in arm.groupby("repeat", sort=False)]
 
 
-def _differences_of_auc(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_resamples: int) -> Float[np.ndarray, " n"]:
+def _differences_of_scores(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_resamples: int) -> Float[np.ndarray, " n"]:
     """Arm - baseline, mean over repeats in which both are defined: of resamples, or, of 0 resamples, the value itself."""
     patient = np.unique(np.concatenate([arm["patient"] for arm, _ in runs]), return_inverse=True)[1]
     times, repeats = np.ones((1, patient.max() + 1)), np.ones((1, len(runs)))
@@ -346,12 +349,23 @@ def _differences_of_auc(runs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], num_r
         repeats = drawn_within(rng, np.concatenate([divisions(arm, arm["repeat"][:1]) for arm, _ in runs]), num_resamples)
     weights = np.split(times[:, patient], np.cumsum([len(arm) for arm, _ in runs])[:-1], axis=1)
     found = [
-        auc(*labels_and_probabilities(arm), drawn_here) - auc(*labels_and_probabilities(baseline), drawn_here)
-        for (arm, baseline), drawn_here in zip(runs, weights, strict=True)
+        _score(arm, drawn_here) - _score(baseline, drawn_here) for (arm, baseline), drawn_here in zip(runs, weights, strict=True)
     ]
     by_repeat = np.stack(found, axis=1)
     return ratio((repeats * np.nan_to_num(by_repeat)).sum(1), np.where(np.isnan(by_repeat), 0, repeats).sum(1))
 
 
-def _auc(samples: pd.DataFrame) -> float:
-    return float(auc(*labels_and_probabilities(samples), np.ones((1, len(samples))))[0])
+def _measure(predictions: pd.DataFrame) -> str:
+    """What they are scored by."""
+    return MAE if "value" in predictions else AUC
+
+
+def _score(samples: pd.DataFrame, weights: Float[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """AUC or MAE of resamples; `weights` says how often each drew each sample."""
+    if _measure(samples) == MAE:
+        return ratio(weights @ (samples["predicted"] - samples["value"]).abs().to_numpy(), weights.sum(1))
+    return auc(*labels_and_probabilities(samples), weights)
+
+
+def _score_of_all(samples: pd.DataFrame) -> float:
+    return float(_score(samples, np.ones((1, len(samples))))[0])

@@ -18,6 +18,8 @@ from nnunet_csm.study.statistics import (
     AUC,
     AVERAGE,
     JOIN,
+    MAE,
+    OF_CLASSIFIERS,
     SINGLE_MEAN,
     Contrast,
     compare,
@@ -39,8 +41,8 @@ class Tables:
     """Everything a study's results say.
 
     Attributes:
-        summary: as `summarize`; AUC too.
-        comparisons: as `compare`; AUC too. Without columns where nothing is compared.
+        summary: as `summarize`; AUC and MAE too.
+        comparisons: as `compare`; AUC and MAE too. Without columns where nothing is compared.
         costs: as `costs_by_arm`; empty when no costs are known.
         layouts: the same, for readers.
     """
@@ -192,8 +194,9 @@ def _main_layouts(name: str, summary: pd.DataFrame) -> Iterator[TableLayout]:
     """Arms by structures, as tables I, II and V; one structure and few choices of series: arms by series, as III and IV."""
     whole = summary[~_is_subset(summary)]
     whole = whole.assign(Method=whole["arm"], Series=_series_names(whole))
-    for is_auc, part in whole.groupby(whole["structure"] == AUC, sort=True):
-        measure, part = "AUC" if is_auc else "Dice", part.copy()
+    measures = whole["structure"].where(whole["structure"].isin(OF_CLASSIFIERS), "Dice")
+    for measure, part in whole.groupby(measures, sort=False):
+        part = part.copy()
         structures, settings = part["structure"].unique(), part["Series"].unique()
         by_series = len(structures) == 1 and 1 < len(settings) <= MOST_COLUMNS
         with_series = not by_series and len(settings) > 1
@@ -206,7 +209,9 @@ def _main_layouts(name: str, summary: pd.DataFrame) -> Iterator[TableLayout]:
         names = ["Method", *(["Series"] if with_series else []), LABELS]
         texts, means = _wide(part.sort_values("block", kind="stable"), ["block", *names], part["column"].unique())
         num_in_block = means.groupby("block").transform("size").to_numpy()
-        best = (means == means.groupby("block").transform("max")).to_numpy() & (num_in_block > 1)[:, None]
+        best = (means == means.groupby("block").transform("min" if measure == MAE else "max")).to_numpy() & (num_in_block > 1)[
+            :, None
+        ]
         cells = texts.reset_index()
         starts = tuple(np.flatnonzero(cells.pop("block").diff() != 0).tolist())
         # shares of labels of one arm read better as one block
@@ -253,10 +258,12 @@ def _subset_layouts(name: str, summary: pd.DataFrame, series: Sequence[str]) -> 
             last = ["mean", *[""] * (len(known) - 1), *(mean_and_sd(mean, np.nan) for mean in over_all)]
             cells = pd.DataFrame([*texts.reset_index().to_numpy(), last], columns=[*known, *arms])
             printed = np.vstack([means, over_all.round(4)])
-            best = (printed == np.fmax.reduce(printed, axis=1, keepdims=True)) & (len(arms) > 1)
+            of_best = np.fmin if structure == MAE else np.fmax
+            best = (printed == of_best.reduce(printed, axis=1, keepdims=True)) & (len(arms) > 1)
             one = of_structure.iloc[0]
             labels = share_of_labels(share, one["num_labelled_min"], of_structure["num_labelled_max"].max())
-            measure = {AUC: "AUC", AVERAGE: "average Dice"}.get(structure, f"Dice of {short_name(structure)}")
+            known_measures = {AUC: AUC, MAE: MAE, AVERAGE: "average Dice"}
+            measure = known_measures.get(structure, f"Dice of {short_name(structure)}")
             caption = (
                 f"{name}: {measure} with a part of the series at test time ({SHOWN} given, {HIDDEN} missing), "
                 f"one network for all parts, labels {labels}"
@@ -267,7 +274,7 @@ def _subset_layouts(name: str, summary: pd.DataFrame, series: Sequence[str]) -> 
 
 def _robust_layout(name: str, summary: pd.DataFrame) -> Iterator[TableLayout]:
     """Medians and shares of failures, which a mean of Dice hides; of all series, and of the average where there is one."""
-    part = summary[~_is_subset(summary) & (summary["structure"] != AUC)]
+    part = summary[~_is_subset(summary) & ~summary["structure"].isin(OF_CLASSIFIERS)]
     part = part[part["structure"] == AVERAGE] if (part["structure"] == AVERAGE).any() else part
     if part.empty:
         return
@@ -301,7 +308,9 @@ def _comparison_layouts(name: str, comparisons: pd.DataFrame) -> Iterator[TableL
 
 
 def _comparison_layout(name: str, part: str, comparisons: pd.DataFrame) -> TableLayout:
-    ends = zip(map(points, comparisons["low"]), map(points, comparisons["high"]), strict=True)
+    is_mae = bool((comparisons["structure"] == MAE).all())
+    written = in_units if is_mae else points
+    ends = zip(map(written, comparisons["low"]), map(written, comparisons["high"]), strict=True)
     names = {
         "Comparison": comparisons.apply(versus, axis=1),
         "Series": _series_names(comparisons),
@@ -309,7 +318,7 @@ def _comparison_layout(name: str, part: str, comparisons: pd.DataFrame) -> Table
         "Structure": comparisons["structure"].map(short_name),
     }
     numbers = {
-        "Points": comparisons["difference"].map(points),
+        "Difference" if is_mae else "Points": comparisons["difference"].map(written),
         "95 % interval": [UNDEFINED if low == UNDEFINED else f"{low} to {high}" for low, high in ends],
         "p": comparisons["p_value"].map(p_text),
         "p (Holm)": comparisons["p_holm"].map(p_text),
@@ -319,8 +328,9 @@ def _comparison_layout(name: str, part: str, comparisons: pd.DataFrame) -> Table
     tests = " and ".join(dict.fromkeys("Wilcoxon over patients" if t == "Wilcoxon" else "bootstrap" for t in comparisons["test"]))
     given = " with a part of the series at test time" if part != "comparisons" else ""
     num_tests = int(comparisons["p_value"].count())
+    of, unit = (" of the MAE", ", below 0 is better") if is_mae else ("", " in points")
     caption = (
-        f"{name}: paired differences{given} in points ({100 * CONFIDENCE:g} % bootstrap interval over patients and repeats; "
+        f"{name}: paired differences{of}{given}{unit} ({100 * CONFIDENCE:g} % bootstrap interval over patients and repeats; "
         f"p: {tests}; Holm over the {num_tests} test{'s' if num_tests != 1 else ''} of this table)"
     )
     details = ("Series", "Labels", "Structure", "Patients × repeats", "Note")
@@ -336,6 +346,11 @@ def versus(row: Mapping[str, Any]) -> str:
 def points(difference: float) -> str:
     """Write a difference of Dice in points of 100, with a sign."""
     return UNDEFINED if np.isnan(difference) else f"{100 * difference:+.2f}".replace("-", "−")
+
+
+def in_units(difference: float) -> str:
+    """Write a difference in the unit of the numbers, with a sign."""
+    return UNDEFINED if np.isnan(difference) else f"{difference:+.4g}".replace("-", "−")
 
 
 def p_text(p_value: float) -> str:
