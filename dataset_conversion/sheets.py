@@ -32,7 +32,7 @@ class Row:
     def require(self, column: str) -> str:
         """The value; raises `UserError` where there is none."""
         if not (value := self.get(column)):
-            raise self.error(f"{column!r} is empty; every row needs one")
+            raise self.error(f"{column!r} is empty; every row needs one: fill it, or take the row out where there is nothing")
         return value
 
     def choose(self, column: str, choices: Mapping[str, str]) -> str:
@@ -47,10 +47,11 @@ class Row:
         return UserError(f"{self.place}: {problem}")
 
 
-def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
+def read_sheet(path: Path, required: Collection[str], remedy: str = "") -> list[Row]:
     """Rows of a table that has the columns `required`, in any case and order; empty lines are skipped.
 
-    Commas, semicolons or tabs between values (the header tells), UTF-8 with or without a byte order mark. Raises `UserError`.
+    Commas, semicolons or tabs between values (the header tells), UTF-8 with or without a byte order mark. `remedy` ends the
+    message about a table that lacks a column. Raises `UserError`.
     """
     if os.path.lexists(path) and (problem := file_problem(path)):
         raise UserError(problem)
@@ -69,15 +70,15 @@ def read_sheet(path: Path, required: Collection[str]) -> list[Row]:
     if not lines:
         raise UserError(f"{path} is empty; it should have the columns {', '.join(required)}")
     header = [name.casefold() for name in lines[0][1]]
-    _check_header(path, header, required)
+    _check_header(path, header, required, remedy)
     return [_row(path, line, header, values) for line, values in lines[1:]]
 
 
-def _check_header(path: Path, header: list[str], required: Collection[str]) -> None:
+def _check_header(path: Path, header: list[str], required: Collection[str], remedy: str) -> None:
     missing = [column for column in required if column.casefold() not in header]
     if missing:
         what = f"the columns {', '.join(missing)}" if len(missing) > 1 else f"the column {missing[0]}"
-        raise UserError(f"{path} lacks {what}; found {', '.join(name for name in header if name)}")
+        raise UserError(f"{path} lacks {what}; found {', '.join(name for name in header if name)}{remedy}")
     twice = {name for name in header if name and header.count(name) > 1}
     if twice:
         raise UserError(f"{path} has the column {min(twice)} twice; keep one of them")

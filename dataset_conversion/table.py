@@ -35,6 +35,7 @@ from . import layout
 from .masks import inferred_labels, labels_of, parse_labels, values_in
 from .sheets import Row, read_sheet, words_for_none
 
+NO_SUCH_TABLE = "; expected a row a file, with the columns subject, series, path; docs/conversion.md makes it of a row a subject"
 # that are told at once
 MOST_PROBLEMS = 10
 IS_TEST = {"": "", "train": "", "training": "", "val": "", "valid": "", "validation": "", "0": "", "no": "", "false": ""}
@@ -64,7 +65,7 @@ def read(release: Path, dataset_id: int, name: str, *, labels: Sequence[str] = (
         raise UserError(f"{release} is not a file; give -i the table, a CSV or TSV with the columns subject, series, path")
     given = parse_labels(labels)
     subjects, matches = dict[str, _Subject](), dict[str, SeriesMatch]()
-    rows = read_sheet(release, ("subject", "series", "path"))
+    rows = read_sheet(release, ("subject", "series", "path"), NO_SUCH_TABLE)
     problems = list[str]()
     for row in rows:
         try:

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.special import softmax
 from sklearn.calibration import calibration_curve
 
+from nnunet_csm import cli
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.calibration import Calibration, calibrate_folder, calibration_sums
 from nnunet_csm.evaluation.class_metrics import NUM_BINS
@@ -145,6 +146,19 @@ def test_without_probabilities_there_is_no_line_and_no_file(tmp_path, nnunet_fol
     evaluate_dataset("1", tmp_path / "ref", tmp_path / "pred", tmp_path / "out")
     assert "Calibration of 1 cases" in capsys.readouterr().out
     assert (tmp_path / "out" / "calibration.csv").is_file() and (tmp_path / "out" / "calibration.png").is_file()
+
+
+def test_without_references_there_are_pictures_alone(tmp_path, nnunet_folders, capsys):
+    (nnunet_folders.raw / "Dataset001_Tiny").mkdir()
+    described = {"labels": LABELS, "channel_names": {"0": "T1w"}, "file_ending": ".nii.gz", "numTraining": 1}
+    (nnunet_folders.raw / "Dataset001_Tiny" / "dataset.json").write_text(json.dumps(described))
+    write_case(tmp_path, "x")
+    (tmp_path / "ref").rename(tmp_path / "images")
+    (tmp_path / "images" / "x.nii.gz").rename(tmp_path / "images" / "x_0000.nii.gz")
+    flags = ["-d", "1", "-pred", str(tmp_path / "pred"), "-images", str(tmp_path / "images")]
+    assert cli.main(["evaluate", *flags, "-o", str(tmp_path / "out")]) == 0
+    assert "1 overlay pictures in" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["x.png"]
 
 
 def spoil_file(folder):

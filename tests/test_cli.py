@@ -416,6 +416,7 @@ def test_a_doctor_ends_in_an_error_where_a_file_cannot_be_used(monkeypatch, caps
         (["-pred", "out", "-d", "1", "-ref", "r", "-against", "a.csv"], "-pred out -against -d -ref: give"),
         (["-pred", "out", "-d", "1"], "-pred out -d: give -pred one folder of segmentations, with -d and -ref"),
         (["-pred", "out"], "or CSV files of a classifier, alone or with -against"),
+        (["-pred", "out", "-d", "1", "-images", "i", "-regions", "a=1"], "or with -d and -images for pictures alone"),
         (["-pred", "a.csv"], "a.csv: no such file"),
         (["-pred", "out", "-d", "1", "-ref", "r"], "r "),
     ],

@@ -692,6 +692,8 @@ def test_all_mistakes_in_a_table_are_told_at_once(tmp_path: Path, table_rows: li
     [
         (b"", "is empty; it should have the columns subject, series, path"),
         (b"subject,path\nS1,a.mha\n", "lacks the column series; found subject, path"),
+        (b"patient,FLAIR,T1w\nS1,a.mha,b.mha\n", "lacks the columns subject, series, path; .* expected a row a file.*conversion"),
+        (b"subject,series,path\nS1,T2,\n", "line 2: 'path' is empty; .*take the row out where there is nothing"),
         (b"subject,series,path\n", "no usable case"),
         (b"subject,series,path\nS1,T2,a.mha,extra\n", "line 2: has 4 values, but the header has 3"),
         (b"subject,series,path,path\nS1,T2,a.mha,b.mha\n", "the column path twice"),

@@ -345,7 +345,8 @@ def test_a_checkpoint_without_a_decoder(model):
 def test_the_command_takes_its_flags(model, capsys):
     flags = ["-d", "1", "-f", "0", "-device", "cpu", "-i", str(model.images), "-o", str(model.output), "-series", "T1w"]
     assert main(["impute", *flags, "-draws", "2", "--score", "--for_prediction", "--z_scores", "-step_size", "1"]) == 0
-    assert "Not for diagnosis" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Not for diagnosis" in printed and "-series: T1w is hidden from the network in every case" in printed
     for wrong in (flags, ["--help"]):
         with pytest.raises(SystemExit):
             main(["impute", *wrong])

@@ -100,6 +100,12 @@ def write(path: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
+def test_what_a_preset_says_of_itself_is_not_said_of_one_that_changes_it(tmp_path: Path) -> None:
+    child = read_preset(write(tmp_path / "child.json", {"inherits_from": "cpu", "ema": 0.9}))
+    assert child.description == f"changed from: {read_preset('cpu').description}"
+    assert read_preset(write(tmp_path / "own.json", {"inherits_from": "cpu", "description": "mine"})).description == "mine"
+
+
 def test_a_file_inherits_from_a_file_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "folder" / "half.json", {"inherits_from": "S", "pretext": {"masking": {"mask_ratio": 0.5}}})
     child = read_preset(write(tmp_path / "folder" / "child.json", {"inherits_from": "half.json", "ema": 0.9}))

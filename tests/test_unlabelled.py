@@ -76,8 +76,13 @@ def test_test_images_are_drawn_on_by_flag_only_and_in_training_alone(planned_dat
     assert [s["subset"] for s in plain["configurations"]["3d_fullres"]["csm"]["sources"]] == ["imagesTr"]
     name = "nnUNetCSMPlans_test_images"
     flags = ("-preset", str(TINY_PRESET), "-overwrite_plans_name", name, "--test_images", "-np", "1")
-    planned_dataset.check("nnunet_csm", "plan", "-d", "900", *flags)
-    planned_dataset.check("nnunet_csm", "plan_and_preprocess", "-d", "900", "-preprocess_only", name, "-np", "1")
+    out = planned_dataset.check("nnunet_csm", "plan", "-d", "900", *flags)
+    assert "not preprocessed yet: nnunet_csm plan_and_preprocess" in out and "--test_images" not in out
+    lost = f"those drew on {planned_dataset.name}/imagesTs in pretraining, these do not; give --test_images for that"
+    without = [flag for flag in flags if flag != "--test_images"]
+    assert lost in planned_dataset.check("nnunet_csm", "plan", "-d", "900", *without)
+    out = planned_dataset.check("nnunet_csm", "plan_and_preprocess", "-d", "900", *flags)
+    assert "not preprocessed yet" not in out and f"{NUM_TEST} cases preprocessed" in out
     settings = read_configuration(json.loads((folder / f"{name}.json").read_text()), "3d_fullres", name)
     assert [s.subset for s in settings.csm.sources] == ["imagesTr", "imagesTs"]
     assert len(volumes(folder / "nnUNetPlans_3d_fullres_imagesTs")) == NUM_TEST

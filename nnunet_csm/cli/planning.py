@@ -72,7 +72,8 @@ def fingerprint(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from nnunet_csm.planning.command import plan_datasets
 
-    plan_datasets(args.d, *_asked(args))
+    for line in plan_datasets(args.d, *_asked(args)):
+        print(line)
     return 0
 
 
@@ -115,6 +116,7 @@ def split(args: argparse.Namespace) -> int:
 
 
 def plan_and_preprocess(args: argparse.Namespace) -> int:
+    from nnunet_csm.planning.command import plan_datasets
     from nnunet_csm.planning.facts import Wishes
     from nnunet_csm.planning.preprocessing import preprocess_datasets, remeasured
     from nnunet_csm.planning.request import PlanRequest, check_raw, check_request, described
@@ -137,7 +139,7 @@ def plan_and_preprocess(args: argparse.Namespace) -> int:
         for line in remeasured(labelled):
             print(line)
         _plan_and_preprocess_by_nnunet(labelled, args)
-    plan(args)
+    plan_datasets(args.d, *asked)
     # what is not planned jointly was preprocessed by nnU-Net just now
     preprocess_datasets(names, args.c, _plans_name(args), args.np, args.overwrite and args.joint)
     return 0

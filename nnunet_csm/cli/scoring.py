@@ -20,9 +20,9 @@ def declare(commands: Commands) -> None:
         "-pred", nargs="+", required=True, help="folder with segmentations; or the predictions.csv of each fold or repeat"
     )
     p.add_argument("-o", help="where tables and pictures go; default: the folder of the segmentations, for CSV files nowhere")
-    masks = p.add_argument_group("a folder of segmentations, for which -d and -ref are needed")
+    masks = p.add_argument_group("a folder of segmentations, for which -d is needed, and -ref for scores, -images for pictures")
     masks.add_argument("-d", help="dataset name or ID")
-    masks.add_argument("-ref", help="folder with reference segmentations")
+    masks.add_argument("-ref", help="folder with reference segmentations; without it, pictures of the first cases alone")
     masks.add_argument("-regions", nargs="+", metavar="NAME=1,2", help="regions to score, instead of those the label names imply")
     masks.add_argument("-np", type=int, default=1, help="processes; worth it for many large cases")
     masks.add_argument("-images", help="folder with the images, for overlay pictures")
@@ -99,16 +99,17 @@ def evaluate(args: argparse.Namespace) -> int:
 
     paths, output = [Path(path) for path in args.pred], Path(args.o) if args.o else None
     kinds = {path.suffix == ".csv" for path in paths}
-    given = {name for name in ("d", "ref", "regions", "images", "against") if getattr(args, name)}
+    segmented = {"d", "ref", "regions", "images"}
+    given = {name for name in (*segmented, "against") if getattr(args, name)}
     if kinds == {True} and given <= {"against"}:
         evaluate_runs(paths, [Path(path) for path in args.against], output)
-    elif kinds == {False} and len(paths) == 1 and {"d", "ref"} <= given and "against" not in given:
-        images = Path(args.images) if args.images else None
-        evaluate_dataset(args.d, Path(args.ref), paths[0], output or paths[0], args.regions, args.overlays, images, args.np)
+    elif kinds == {False} and len(paths) == 1 and (given == {"d", "images"} or {"d", "ref"} <= given <= segmented):
+        references, images = (Path(folder) if folder else None for folder in (args.ref, args.images))
+        evaluate_dataset(args.d, references, paths[0], output or paths[0], args.regions, args.overlays, images, args.np)
     else:
         found = " ".join(["-pred", *args.pred, *(f"-{name}" for name in sorted(given))])
-        known = "one folder of segmentations, with -d and -ref, or CSV files of a classifier, alone or with -against"
-        raise UserError(f"{found}: give -pred {known}")
+        one = "one folder of segmentations, with -d and -ref, or with -d and -images for pictures alone"
+        raise UserError(f"{found}: give -pred {one}, or CSV files of a classifier, alone or with -against")
     return 0
 
 

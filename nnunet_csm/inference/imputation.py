@@ -115,6 +115,8 @@ def impute(request: ImputeRequest) -> list[str]:
     if len(set(asked)) < len(asked) or not set(asked) <= set(known) or set(asked) == set(known):
         raise UserError(f"-series {' '.join(asked)}: expected some of {', '.join(known)}, each once, and not all of them")
     ending, names = origin.dataset_json["file_ending"], nnunet.channel_names(origin.dataset_json)
+    if asked:
+        print(f"-series: {', '.join(asked)} is hidden from the network in every case, and counts as having no file below")
     files, shown = _files(request, names, ending, {known[name] for name in asked})
     scans = None if request.z_scores and not request.score else _scans(origin)
     if scans is not None:

@@ -87,7 +87,7 @@ def predict_with_members(
             rows = volumes(structures, counts, found.counts, float(np.prod(properties["spacing"])) / 1000)
             _write_rows(table, path.name, rows)
             num_members = len(found.counts)
-    print(f"uncertainty by {num_members} members: maps and {table.name} in {table.parent}")
+    print(f"uncertainty by {num_members} member{'s' * (num_members > 1)}: maps and {table.name} in {table.parent}")
     if num_members == 1:
         print("one member (one fold, no mirrored pass): it is the entropy of its probabilities, and volumes have no interval")
 

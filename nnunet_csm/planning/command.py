@@ -52,18 +52,17 @@ class Found:
         return self.dataset_json.get("numTraining") or len(list((self.folder / "gt_segmentations").iterdir()))
 
 
-def plan_datasets(datasets: Sequence[str], request: PlanRequest, wishes: Wishes) -> None:
+def plan_datasets(datasets: Sequence[str], request: PlanRequest, wishes: Wishes) -> list[str]:
     """Write `<plans_name>.json` beside nnU-Net's plans of every dataset and print every decision with its reason.
 
-    Nothing is written for any of them unless all can be planned.
+    Nothing is written for any of them unless all can be planned. Returns lines about images that are to be preprocessed.
     """
     names = check_request(datasets, request, wishes)
     wishes = replace(wishes, device="cuda" if torch.cuda.is_available() else "cpu")
     found = [look_at(name, names, request) for name in names]
-    for one, plans, decisions in list(
-        planned_jointly(found, request, wishes) if request.joint else planned(found, request, wishes)
-    ):
-        write(one, request, plans, decisions)
+    results = list(planned_jointly(found, request, wishes) if request.joint else planned(found, request, wishes))
+    # joint plans have the same images
+    return list(dict.fromkeys(line for one, plans, decisions in results for line in write(one, request, plans, decisions)))
 
 
 Planned = tuple["Found", dict[str, Any], list[Decision]]
@@ -242,14 +241,16 @@ def planned_jointly(found: Sequence[Found], request: PlanRequest, wishes: Wishes
             )
 
 
-def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Sequence[Decision]) -> None:
-    """Save plans beside nnU-Net's, keeping earlier configurations of ours, and print the table."""
+def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Sequence[Decision]) -> list[str]:
+    """Save plans beside nnU-Net's, keeping earlier configurations of ours, and print the table; returns as `plan_datasets`."""
     configuration, path = request.configuration, one.folder / f"{request.plans_name}.json"
     earlier = nnunet.read_plans(path, "move it away")["configurations"] if path.is_file() else {}
     if earlier and not any("csm" in entry for entry in earlier.values()):
         raise UserError(f"{path}: holds plans that are not ours and are kept; give another -overwrite_plans_name")
     if configuration in earlier and earlier[configuration] != plans["configurations"][configuration]:
         print(f"replacing other plans for {configuration} in {path}; {trained_by(one.name, request)}")
+        if images_of(earlier[configuration]) - images_of(plans["configurations"][configuration]) == {(one.name, "imagesTs")}:
+            print(f"those drew on {one.name}/imagesTs in pretraining, these do not; give --test_images for that")
     plans["configurations"] = {**earlier, **plans["configurations"]}
     nnunet.save_json(plans, path)
     print(f"\n{one.name}\n{as_table(decisions)}\n\nwritten to {path}")
@@ -258,10 +259,16 @@ def write(one: Found, request: PlanRequest, plans: dict[str, Any], decisions: Se
     if one.num_cases < nnunet.NUM_FOLDS and not (one.folder / SPLITS).is_file():
         print(f"WARNING: {too_few_cases(one.folder, one.num_cases)}")
     missing = [s for s in settings.csm.sources if not is_preprocessed(s, plans, configuration)]
-    if missing:
-        ids = " ".join(dict.fromkeys(s.dataset for s in missing))
-        flags = f"-d {ids} -c {configuration} -preprocess_only {request.plans_name}"
-        print(f"not preprocessed yet: nnunet_csm plan_and_preprocess {flags}")
+    if not missing:
+        return []
+    ids = " ".join(dict.fromkeys(s.dataset for s in missing))
+    flags = f"-d {ids} -c {configuration} -preprocess_only {request.plans_name}"
+    return [f"not preprocessed yet: nnunet_csm plan_and_preprocess {flags}"]
+
+
+def images_of(entry: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Dataset and folder of the images that a configuration of plans pretrains on."""
+    return {(source["dataset"], source["subset"]) for source in entry.get("csm", {}).get("sources", ())}
 
 
 def time_told(one: Found, settings: Configuration) -> str:

@@ -104,7 +104,7 @@ def preset_names() -> list[str]:
 
 def read_preset(name: str) -> Preset:
     """A shipped preset by name, or a preset file by path."""
-    content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), ["auto", "paper"])
+    content = read_inherited("preset", name, FOLDER, partial(put_over, where=f"preset {name}: "), ["auto", "paper"])
     if moved := sorted(MOVED & content.keys()):
         print(f'preset {name}: {", ".join(moved)} are read as parts of "pretext", where they belong now')
         content = merged(content, {"pretext": {key: content.pop(key) for key in moved}})
@@ -129,6 +129,12 @@ def method_of(name: str) -> dict[str, Any]:
     """
     content = read_inherited("preset", name, FOLDER, partial(merged, where=f"preset {name}: "), root=False)
     return {key: value for key, value in content.items() if key not in ("description", "series")}
+
+
+def put_over(base: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`merged`; what `base` says of itself, such as a length that gained, is not said of a preset that changes it."""
+    told = {"description": f"changed from: {base['description']}"} if "description" in base else {}
+    return merged({**base, **told}, changes, where)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -133,7 +133,8 @@ def _painted(
     """The masks of a case on the reference's grid, later ones over earlier ones; one on the grid of a series moves with it."""
     if not case.masks:
         if dataset.labels and not case.test:
-            raise CaseError("the case has no mask, but the dataset has labels; add one, or make it a test case")
+            remedy = "add one, or make it a test case (in a table: `test` in the column split)"
+            raise CaseError(f"the case has no mask, but the dataset has labels; {remedy}")
         return None, []
     grid = looks[reference_name].places[0]
     label, records = grid.zeros(), []
