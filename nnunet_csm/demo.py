@@ -195,7 +195,7 @@ def summarize(demo: Demo, task: Path, seconds: float) -> Page:
     page = Page("Cross-series masking, demo", lead)
     page.section(
         "What pretraining brought",
-        f"{verdict(scores, whole)}\nBoth segmenters had the same fine-tuning.",
+        f"{verdict(scores, whole)}\nBoth segmenters had the same fine-tuning; their decoder reads the encoder's features alone.",
         [arm_table(demo)],
         [(p, f"pretrained, {given}: {p.stem}") for given in (COMPLETE, WITHOUT) for p in overlays(demo, given)],
     )
