@@ -16,7 +16,7 @@ from nnunet_csm.errors import UserError
 
 SCHEDULE = {"iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
 CUT_DOWN = {
-    "inherits_from": "phantom",
+    "inherits_from": "phantom_demo",
     "pretraining": {"num_crops": 64, **SCHEDULE},
     "finetuning": {"num_crops": 8, **SCHEDULE},
 }
