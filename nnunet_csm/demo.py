@@ -90,10 +90,10 @@ def run_demo(folder: Path, seed: int) -> None:
     num_training = NUM_LABELLED + NUM_WATCHING + NUM_UNLABELLED
     stages = ", ".join(f"{stage} {minutes:g} min" for stage, minutes in MINUTES.items())
     print(
-        f"A phantom of {num_training + NUM_TEST} subjects and four series, {NUM_LABELLED} labelled. A small encoder is "
-        f"pretrained on all\ntraining images; a segmenter learns from the {NUM_LABELLED} labelled "
-        f"ones, once from that encoder and once from scratch; both segment\n{NUM_TEST} test subjects, with all series and with "
-        f"{MISSING} missing. On two CPU cores about: {stages}.\nAll of it goes to {folder}"
+        f"A phantom of {num_training + NUM_TEST} subjects and four series. A small encoder is pretrained on the images of "
+        f"{NUM_LABELLED + NUM_UNLABELLED} of them;\na segmenter learns from the {NUM_LABELLED} of these that are labelled, once "
+        f"from that encoder and once from scratch, while {NUM_WATCHING} more watch;\nboth segment {NUM_TEST} test subjects, with all "
+        f"series and with {MISSING} missing. On two CPU cores about: {stages}.\nAll of it goes to {folder}"
     )
     demo = Demo(folder)
     started = time.monotonic()

@@ -209,9 +209,8 @@ def _main_layouts(name: str, summary: pd.DataFrame) -> Iterator[TableLayout]:
         names = ["Method", *(["Series"] if with_series else []), LABELS]
         texts, means = _wide(part.sort_values("block", kind="stable"), ["block", *names], part["column"].unique())
         num_in_block = means.groupby("block").transform("size").to_numpy()
-        best = (means == means.groupby("block").transform("min" if measure == MAE else "max")).to_numpy() & (num_in_block > 1)[
-            :, None
-        ]
+        best_of_block = means.groupby("block").transform("min" if measure == MAE else "max")
+        best = (means == best_of_block).to_numpy() & (num_in_block > 1)[:, None]
         cells = texts.reset_index()
         starts = tuple(np.flatnonzero(cells.pop("block").diff() != 0).tolist())
         # shares of labels of one arm read better as one block
