@@ -92,8 +92,8 @@ def run_demo(folder: Path, seed: int) -> None:
     print(
         f"A phantom of {num_training + NUM_TEST} subjects and four series. A small encoder is pretrained on the images of "
         f"{NUM_LABELLED + NUM_UNLABELLED} of them;\na segmenter learns from the {NUM_LABELLED} of these that are labelled, once "
-        f"from that encoder and once from scratch, while {NUM_WATCHING} more watch;\nboth segment {NUM_TEST} test subjects, with all "
-        f"series and with {MISSING} missing. On two CPU cores about: {stages}.\nAll of it goes to {folder}"
+        f"from that encoder and once from scratch, while {NUM_WATCHING} more watch;\nboth segment {NUM_TEST} test subjects, with "
+        f"all series and with {MISSING} missing. On two CPU cores about: {stages}.\nAll of it goes to {folder}"
     )
     demo = Demo(folder)
     started = time.monotonic()
