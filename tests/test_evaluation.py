@@ -165,8 +165,11 @@ def test_errors_name_the_files_and_the_remedy(folders, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         evaluate(folders)
     (folders[1] / "case_1.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 references \(case_1\.nii\.gz\)"):
+    with pytest.raises(UserError, match=r"1 of 3 references \(case_1\.nii\.gz\).*--chill"):
         evaluate(folders)
+    scores = evaluate(folders, chill=True)
+    assert list(scores.dice.index) == ["case_0", "case_2"] and scores.not_predicted == ("case_1",)
+    assert "Left out: 1 of 3 references" in scores.to_markdown()
     with pytest.raises(UserError, match="no such folder"):
         evaluate((tmp_path / "nowhere", folders[1]))
     with pytest.raises(UserError, match="no file ends with"):

@@ -23,6 +23,7 @@ def declare(commands: Commands) -> None:
     masks = p.add_argument_group("a folder of segmentations, for which -d is needed, and -ref for scores, -images for pictures")
     masks.add_argument("-d", help="dataset name or ID")
     masks.add_argument("-ref", help="folder with reference segmentations; without it, pictures of the first cases alone")
+    masks.add_argument("--chill", action="store_true", help="leave out references without a prediction, as for a fold's own")
     masks.add_argument("-regions", nargs="+", metavar="NAME=1,2", help="regions to score, instead of those the label names imply")
     masks.add_argument("-np", type=int, default=1, help="processes; worth it for many large cases")
     masks.add_argument("-images", help="folder with the images, for overlay pictures")
@@ -105,7 +106,8 @@ def evaluate(args: argparse.Namespace) -> int:
         evaluate_runs(paths, [Path(path) for path in args.against], output)
     elif kinds == {False} and len(paths) == 1 and (given == {"d", "images"} or {"d", "ref"} <= given <= segmented):
         references, images = (Path(folder) if folder else None for folder in (args.ref, args.images))
-        evaluate_dataset(args.d, references, paths[0], output or paths[0], args.regions, args.overlays, images, args.np)
+        options = (args.regions, args.overlays, images, args.np, args.chill)
+        evaluate_dataset(args.d, references, paths[0], output or paths[0], *options)
     else:
         found = " ".join(["-pred", *args.pred, *(f"-{name}" for name in sorted(given))])
         one = "one folder of segmentations, with -d and -ref, or with -d and -images for pictures alone"

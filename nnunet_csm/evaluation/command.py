@@ -21,6 +21,7 @@ def evaluate_dataset(
     num_overlays: int = 0,
     images: Path | None = None,
     num_processes: int = 1,
+    chill: bool = False,
 ) -> None:
     """Score predictions by label and region, print the tables, write them, and draw overlays when images are given.
 
@@ -33,7 +34,7 @@ def evaluate_dataset(
     dataset_json = nnunet.read_dataset_json(path, "nnU-Net needs it to read the dataset")
     if references is not None:
         own = parse_regions(regions) if regions else None
-        scores = evaluate_folder(references, predictions, dataset_json, own, num_processes)
+        scores = evaluate_folder(references, predictions, dataset_json, own, num_processes, chill=chill)
         scores.save(out_folder)
         print(scores.to_markdown())
         print(f"written to {out_folder}/evaluation.csv, .md and .json")

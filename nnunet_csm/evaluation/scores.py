@@ -21,12 +21,14 @@ class Scores:
     `table` has one row a case and structure: case, structure, kind ("label" or "region"), dice, sensitivity, precision, and
     reference_ml and predicted_ml in millilitres. Dice is NaN where reference and prediction are both empty, sensitivity where the
     reference is, precision where the prediction is. `not_scored` names predictions without a reference,
-    `brought` says of predictions how they came to their reference's grid, where that was not as they were stored.
+    `not_predicted` references without a prediction that were left out, `brought` says of predictions how they came to their
+    reference's grid, where that was not as they were stored.
     """
 
     table: pd.DataFrame
     structures: tuple[Structure, ...]
     not_scored: tuple[str, ...] = ()
+    not_predicted: tuple[str, ...] = ()
     brought: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -73,6 +75,9 @@ class Scores:
         ]
         if self.not_scored:
             parts.append("Not scored, no reference: " + ", ".join(self.not_scored))
+        if self.not_predicted:
+            number = len(self.not_predicted) + len(dice)
+            parts.append(f"Left out: {len(self.not_predicted)} of {number} references, which have no prediction")
         if self.brought:
             parts.append("Predictions brought to their reference's grid: " + "; ".join(map(": ".join, self.brought.items())))
         return "\n\n".join(parts) + "\n"
@@ -90,6 +95,7 @@ class Scores:
             "dice": dict(structures),
             "cases": {case: rows[list(METRICS)].to_dict("index") for case, rows in by_case},
             "not_scored": list(self.not_scored),
+            "not_predicted": list(self.not_predicted),
             "brought": dict(self.brought),
         }
         write_text(folder / "evaluation.csv", self.table.to_csv(index=False))

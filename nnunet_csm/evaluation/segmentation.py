@@ -31,16 +31,17 @@ def evaluate_folder(
     regions: Mapping[str, Sequence[int]] | None = None,
     num_processes: int = 1,
     progress_bar: bool = True,
+    chill: bool = False,
 ) -> Scores:
     """Score every case of `reference_folder` against the file of the same name in `prediction_folder`.
 
     `dataset_json` is nnU-Net's; `regions` (name -> label values) replaces `regions_of` its labels. Voxels whose reference is the
     'ignore' label count nowhere. `num_processes` above 1 starts that many processes. A prediction stored with other axes is
-    turned to those of its reference.
+    turned to those of its reference. With `chill`, as in nnU-Net, references without a prediction are left out.
 
     Raises:
-        UserError: a prediction is missing, the two files of a case lie on different grids, or a file is damaged or holds a label
-            that dataset.json does not name.
+        UserError: a prediction is missing, or with `chill` all are, the two files of a case lie on different grids, or a file is
+            damaged or holds a label that dataset.json does not name.
     """
     labels = dataset_json.get("labels")
     if not isinstance(labels, Mapping):
@@ -53,12 +54,13 @@ def evaluate_folder(
 
     file_ending = dataset_json.get("file_ending", ".nii.gz")
     references, predictions = (_files_in(Path(folder), file_ending) for folder in (reference_folder, prediction_folder))
-    if missing := sorted(references.keys() - predictions.keys()):
+    missing = sorted(references.keys() - predictions.keys())
+    if missing and not (chill and len(missing) < len(references)):
         shown = ", ".join(references[case].name for case in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UserError(
-            f"{prediction_folder}: no prediction for {len(missing)} of {len(references)} references ({shown}); "
-            "predict them, or take their references out of the reference folder"
-        )
+        remedy = "predict them" if len(missing) == len(references) else "predict them, or leave them out with --chill"
+        found = f"no prediction for {len(missing)} of {len(references)} references ({shown})"
+        raise UserError(f"{prediction_folder}: {found}; {remedy}")
+    references = {case: file for case, file in references.items() if case in predictions}
     score = partial(_score_case, structures=structures, declared=sorted(declared), ignore=ignore)
     jobs = [(case, file, predictions[case]) for case, file in references.items()]
     with closing(in_processes(score, jobs, num_processes)) as scored:
@@ -67,7 +69,7 @@ def evaluate_folder(
     rows = [row for job in jobs for row in found[job][0]]
     brought = {case: said for case, *files in jobs if (said := found[case, *files][1]) != "kept"}
     table = pd.DataFrame(rows, columns=["case", "structure", "kind", *METRICS])
-    return Scores(table, structures, tuple(sorted(predictions.keys() - references.keys())), brought)
+    return Scores(table, structures, tuple(sorted(predictions.keys() - references.keys())), tuple(missing), brought)
 
 
 def _files_in(folder: Path, file_ending: str) -> dict[str, Path]:
