@@ -58,8 +58,8 @@ def evaluate_folder(
     if missing and not (chill and len(missing) < len(references)):
         shown = ", ".join(references[case].name for case in missing[:5]) + (", ..." if len(missing) > 5 else "")
         remedy = "predict them" if len(missing) == len(references) else "predict them, or leave them out with --chill"
-        found = f"no prediction for {len(missing)} of {len(references)} references ({shown})"
-        raise UserError(f"{prediction_folder}: {found}; {remedy}")
+        number = f"{len(missing)} of {len(references)} references"
+        raise UserError(f"{prediction_folder}: no prediction for {number} ({shown}); {remedy}")
     references = {case: file for case, file in references.items() if case in predictions}
     score = partial(_score_case, structures=structures, declared=sorted(declared), ignore=ignore)
     jobs = [(case, file, predictions[case]) for case, file in references.items()]
