@@ -23,7 +23,7 @@ def declare(commands: Commands) -> None:
     masks = p.add_argument_group("a folder of segmentations, for which -d is needed, and -ref for scores, -images for pictures")
     masks.add_argument("-d", help="dataset name or ID")
     masks.add_argument("-ref", help="folder with reference segmentations; without it, pictures of the first cases alone")
-    masks.add_argument("--chill", action="store_true", help="leave out references without a prediction, as for a fold's own")
+    masks.add_argument("--chill", action="store_true", help="leave out references without a prediction, as nnU-Net's flag does")
     masks.add_argument("-regions", nargs="+", metavar="NAME=1,2", help="regions to score, instead of those the label names imply")
     masks.add_argument("-np", type=int, default=1, help="processes; worth it for many large cases")
     masks.add_argument("-images", help="folder with the images, for overlay pictures")
