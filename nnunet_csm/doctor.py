@@ -61,7 +61,7 @@ def installation() -> Iterator[Finding]:
         yield Finding(
             "GPU",
             "none",
-            "train with -device cpu and `nnunet_csm plan -preset cpu`, or check nvidia-smi and the torch build",
+            "train with -device cpu (`nnunet_csm plan` takes the preset cpu by itself), or check nvidia-smi and the torch build",
             "optional",
         )
     yield Finding("CPU", f"{num_cores()} cores, {platform.machine()}, {torch.get_num_threads()} torch threads")
