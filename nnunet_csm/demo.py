@@ -18,6 +18,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.bootstrap import SEED, drawn, interval
+from nnunet_csm.evaluation.pictures import save_methods_of_case
 from nnunet_csm.figures.overlays import save_overlay
 from nnunet_csm.figures.page import Page, Table
 from nnunet_csm.judging.kinds import HIDDEN_WHOLE
@@ -30,7 +31,7 @@ PRESET, SPEC = "phantom_demo", PhantomSpec(missing_share=0.1, snr=5.0)
 ARMS = {"pretrained": "nnUNetCSMPlans", "from scratch": "nnUNetCSMPlansScratch"}
 # of the training subjects, those that fine-tuning learns from, those that watch it, and those of which only images are used
 NUM_LABELLED, NUM_WATCHING, NUM_UNLABELLED, NUM_TEST = 5, 3, 40, 20
-MISSING = "FLAIR"
+MISSING, SHOWN = "FLAIR", "T2w"  # series that is to be missing, and that pictures show
 COMPLETE, WITHOUT = "all series", f"{MISSING} missing"
 CONVERT = "nnunetv2.dataset_conversion.convert_MSD_dataset:entry_point"
 NUM_RESAMPLES = 2000
@@ -115,9 +116,8 @@ def run_demo(folder: Path, seed: int) -> None:
         # small images: processes of their own would take longer to start than their work does
         of_one_process = ("-p", plans, "-i", str(of_test), "-o", output, "-npp", "0", "-nps", "0")
         demo.stage(f"predict, {arm}, {given}", *command, "predict", *common, *of_one_process)
-        pictures = ("-images", str(images[COMPLETE]), "-overlays", "3") if arm == "pretrained" else ()
         scored = ("evaluate", "-d", DATASET, "-ref", str(task / "labelsTs"), "-pred", output)
-        demo.stage(f"evaluate, {arm}, {given}", *command, *scored, *pictures)
+        demo.stage(f"evaluate, {arm}, {given}", *command, *scored)
 
     page = summarize(demo, task, time.monotonic() - started)
     page.save(folder / "summary.html")
@@ -200,7 +200,7 @@ def summarize(demo: Demo, task: Path, seconds: float) -> Page:
         f"{verdict(scores, whole)}\nBoth segmenters had the same fine-tuning, of {steps} steps, and their decoder reads the encoder's "
         "features alone. After a longer fine-tuning the two are nearer to each other on this phantom.",
         [arm_table(demo)],
-        [(p, f"pretrained, {given}: {p.stem}") for given in (COMPLETE, WITHOUT) for p in overlays(demo, given)],
+        [(compared(demo, task, scores, given), f"{given}, the test subject of median gain") for given in (COMPLETE, WITHOUT)],
     )
     # a subject that has every series and shows every label
     subjects = pd.read_csv(task / "cases.csv")
@@ -238,8 +238,20 @@ def summarize(demo: Demo, task: Path, seconds: float) -> Page:
     return page
 
 
-def overlays(demo: Demo, given: str) -> list[Path]:
-    return sorted((demo.predicted("pretrained", given) / "overlays").glob("*.png"))[:2]
+def compared(demo: Demo, task: Path, scores: pd.DataFrame, given: str) -> Path:
+    """A picture of one test subject under both segmenters: the one of median gain among those that have the series shown."""
+    has_series = pd.read_csv(task / "cases.csv").set_index("case")[SHOWN].astype(bool)
+    shown = scores[has_series[scores.index]].xs(given, axis=1, level=1)
+    gains = (shown["pretrained"] - shown["from scratch"]).sort_values()
+    case = gains.index[len(gains) // 2]
+    path = demo.folder / f"{case}_{given}.png".replace(" ", "_")
+    image = demo.raw / "imagesTs" / f"{case}_{SPEC.series.index(SHOWN):04d}.nii.gz"
+    predicted = {arm: demo.predicted(arm, given) / f"{case}.nii.gz" for arm in reversed(ARMS)}
+    names = {value: name for name, value in load_json(str(demo.raw / "dataset.json"))["labels"].items()}
+    dice = {arm: f"Dice {shown.loc[case, arm]:.2f}" for arm in ARMS}
+    title = f"{case}, {given}"
+    save_methods_of_case(path, image, task / "labelsTs" / f"{case}.nii.gz", predicted, names, title, dice)
+    return path
 
 
 def arm_table(demo: Demo) -> Table:

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from nnunet_csm.figures.canvas import (
     COLOURS,
@@ -137,7 +138,8 @@ def save_methods(
         _draw_labels(axes, segmentation[z][shown], labels)
     for axes, name in zip(panels[0][2:], list(segmentations)[1:], strict=True):
         note = notes.get(name, "")
-        axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
+        text = axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
+        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
     _draw_legend(figure, labels, label_names, with_lines=False)
     save_figure(figure, path)
 
