@@ -197,8 +197,8 @@ def summarize(demo: Demo, task: Path, seconds: float) -> Page:
     page = Page("Cross-series masking, demo", lead)
     page.section(
         "What pretraining brought",
-        f"{verdict(scores, whole)}\nBoth segmenters had the same fine-tuning, of {steps} steps, and their decoder reads the encoder's "
-        "features alone. After a longer fine-tuning the two are nearer to each other on this phantom.",
+        f"{verdict(scores, whole)}\nBoth segmenters had the same fine-tuning, of {steps} steps, and their decoder reads the "
+        "encoder's features alone. After a longer fine-tuning the two are nearer to each other on this phantom.",
         [arm_table(demo)],
         [(compared(demo, task, scores, given), f"{given}, the test subject of median gain") for given in (COMPLETE, WITHOUT)],
     )
