@@ -36,7 +36,7 @@ COMPLETE, WITHOUT = "all series", f"{MISSING} missing"
 CONVERT = "nnunetv2.dataset_conversion.convert_MSD_dataset:entry_point"
 NUM_RESAMPLES = 2000
 # of the stages, about, on two cores
-MINUTES = {"convert, plan and preprocess": 1, "pretrain": 3, "fine-tune twice": 2.5, "predict four times": 1, "evaluate": 0.5}
+MINUTES = {"convert, plan and preprocess": 1, "pretrain": 5, "fine-tune twice": 1.5, "predict four times": 1.5, "evaluate": 0.5}
 
 
 class Demo:
