@@ -17,17 +17,18 @@ import pytest
 import SimpleITK as sitk
 import torch
 import warm_processes
-from factories import masking_of
+from factories import checkpoint_of, csm_plans, masking_of, pretext_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunet_folders import NUM_TRAINING, TINY_PRESET, PlannedDataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nnunet_csm import cli, nnunet
+from nnunet_csm import checkpoint, cli, nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.encoder import encoder_class
 from nnunet_csm.planning.presets import method_of, read_preset
+from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.cost import counted, finetuning_cost, pretraining_cost
 from nnunet_csm.raw.manifest import MANIFEST
 from nnunet_csm.study import execution, measured
@@ -154,6 +155,8 @@ def test_the_papers_tables_are_shipped() -> None:
         (reconstruction(CSM, FOREST), "the task is reconstruction"),
         ({"surprise": 1}, "unknown surprise"),
         ({"arms": [{**CSM, "colour": "red"}]}, "unknown colour"),
+        ({"arms": [{**SCRATCH, "encoder": "x.pth"}]}, "leave out pretrained and"),
+        (reconstruction({**CSM, "encoder": "x.pth"}), "arm 'CSM': encoder does nothing"),
         ({"arms": [{**CSM, "pretraining_series": 0}]}, "pretraining_series is 0, expected 1 <= "),
         (reconstruction(CSM, SCRATCH), "arm 'scratch': pretrained does nothing for reconstruction"),
         (reconstruction(labels=[0.5]), "labels does nothing"),
@@ -374,6 +377,34 @@ def test_arms_that_pretrain_alike_share_their_pretraining_and_no_other(expand: C
     assert len(pretraining) == 3 * 2
     # arms, shares, folds
     assert len(runs.rows) == len({row.run for row in runs.rows}) == 5 * 2 * 2
+
+
+def test_an_arm_starts_from_weights_of_elsewhere_unless_they_saw_who_is_tested(
+    expand: Callable[..., Runs], tmp_path: Path
+) -> None:
+    plans = csm_plans()
+    paths = [tmp_path / f"{fold}.pth" for fold in range(2)]
+    arms = [SCRATCH, {"name": "elsewhere", "encoder": str(tmp_path / "{division}.pth")}]
+    with pytest.raises(UserError, match=f"study s: arm 'elsewhere': {paths[0]}: no such checkpoint"):
+        expand(arms=arms)
+    saved = checkpoint_of(plans, pretext_of(read_configuration(plans, "3d_fullres", "plans")).state_dict()) | {
+        "training_cases": ["Dataset001_Tiny/one"]
+    }
+    for fold, path in enumerate(paths):
+        checkpoint.save({**saved, "fold": fold}, path)
+    runs = expand(arms=arms)
+    started = {row.division: runs.runs[row.run] for row in runs.rows if row.arm == "elsewhere"}
+    assert {fold: run.encoder for fold, run in started.items()} == dict(enumerate(paths))
+    assert len(runs.runs) == len(runs.rows) == 4 and not any(run.needs for run in runs.runs.values())
+    assert all(
+        runs.plans[r.plans_name]["configurations"]["3d_fullres"]["csm"]["finetuning"]["encoder"] == "auto"
+        for r in started.values()
+    )
+    tested = next(iter(started[1].tests[0].channels))
+    seen = tmp_path / "seen.pth"
+    checkpoint.save({**saved, "training_cases": [f"{started[1].dataset}/{tested}"]}, seen)
+    with pytest.raises(UserError, match=f"{seen} learned from images of 1 test cases of division 1"):
+        expand(arms=[SCRATCH, {"name": "elsewhere", "encoder": str(seen)}])
 
 
 def test_folds_of_a_setting_share_plans_and_no_two_settings_do(expand: Callable[..., Runs]) -> None:

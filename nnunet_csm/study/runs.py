@@ -3,15 +3,20 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from nnunet_csm import nnunet
+from nnunet_csm import nnunet, weights_folder
+from nnunet_csm.data.sources import run_name
 from nnunet_csm.data.splits import split_problems
 from nnunet_csm.errors import UserError
+from nnunet_csm.files import sha256_of_file
+from nnunet_csm.hub import find_weights
 from nnunet_csm.model.encoder import encoder_class
+from nnunet_csm.model.transfer import read_encoder
 from nnunet_csm.planning.presets import merged, method_of
 from nnunet_csm.plans import PLANS_NAME
 from nnunet_csm.pretext.base import Pretext, setup_of
@@ -45,8 +50,8 @@ class Run:
 
     Attributes:
         id: unique in a study; also the name of its folder.
-        needs: the pretraining it starts from.
-        encoder: that one's checkpoint.
+        needs: the pretraining it starts from, when that is the study's.
+        encoder: the weights it starts from.
         tests: of classification those with a part of the series, as its trainer tests with all; none for pretraining, unless
             what it rebuilds is scored.
         num_crops: that it learns from.
@@ -191,7 +196,8 @@ class Expansion:
         return Row(run.id, arm.name, share, num, fold, fold * self.study.repeats.seeds + seed, series)
 
     def add_finetuning(self, arm: Arm, share: float, fold: int, seed: int, series: str, changes: Mapping[str, Any]) -> Run:
-        needs = self.add_pretraining(arm, fold, changes).id if arm.pretrained else None
+        given = self.encoder(arm, fold) if arm.encoder else None
+        needs = self.add_pretraining(arm, fold, changes).id if arm.pretrained and given is None else None
         plans = self.dataset.plans(self.study.preset, changes)
         entry = plans["configurations"][self.dataset.configuration]
         csm = entry["csm"]
@@ -205,7 +211,7 @@ class Expansion:
         }
         classifies = self.study.task == "classification"
         # which one it is, each run is told
-        csm["classification" if classifies else "finetuning"]["encoder"] = "auto" if needs else "scratch"
+        csm["classification" if classifies else "finetuning"]["encoder"] = "auto" if needs or given else "scratch"
         settings = self.dataset.settings({**plans, "plans_name": self.name})
         schedule = settings.csm.classification.schedule if classifies else settings.csm.finetuning_schedule
         patch = settings.csm.classification.patch_size if classifies else settings.patch_size
@@ -218,10 +224,30 @@ class Expansion:
             CLASSIFIER if classifies else SEGMENTER,
             fold,
             needs=needs,
+            given=given,
             tests=self.tests(fold, network.series, removed),
             num_crops=schedule.num_iterations * schedule.batch_size,
             visible_tokens=float(num_tokens),
         )
+
+    def encoder(self, arm: Arm, fold: int) -> Path:
+        """The weights that an arm names for a division.
+
+        Raises:
+            UserError: there are none, or they learned from images of patients that are tested.
+        """
+        where = f"study {self.name}: arm {arm.name!r}"
+        try:
+            path = find_weights(arm.encoder.replace("{division}", str(fold))).resolve()
+            seen = learned(path).cases & {run_name(self.dataset.name, case) for case in self.divisions[fold].test}
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if seen:
+            raise UserError(
+                f"{where}: {path} learned from images of {len(seen)} test cases of division {fold}, {min(seen)} first, and would "
+                f"score too well; leave encoder out, and the study pretrains without them"
+            )
+        return path
 
     def add_reconstructions(self) -> None:
         """Pretrainings whose networks rebuild patches of test cases, the same for all arms.
@@ -305,13 +331,14 @@ class Expansion:
         trainer: str,
         fold: int,
         needs: str | None = None,
+        given: Path | None = None,
         tests: tuple[Evaluation, ...] = (),
         num_crops: int = 0,
         visible_tokens: float = 0.0,
     ) -> Run:
         del plans["plans_name"]
-        pretraining = self.result.runs[needs].plans_name if needs else None
-        digest = hashed([trainer, pretraining, essence(plans)])
+        start = self.result.runs[needs].plans_name if needs else learned(given).digest if given else None
+        digest = hashed([trainer, start, essence(plans)])
         plans_name = f"{PLANS_NAME}_{self.name}_{digest}"
         run = Run(
             id=f"{digest}_{fold}",
@@ -322,7 +349,7 @@ class Expansion:
             trainer=trainer,
             fold=fold,
             needs=needs,
-            encoder=self.result.runs[needs].folder / "checkpoint_final.pth" if needs else None,
+            encoder=self.result.runs[needs].folder / "checkpoint_final.pth" if needs else given,
             tests=tests,
             num_crops=num_crops,
             visible_tokens=visible_tokens,
@@ -367,6 +394,21 @@ class Expansion:
             if any(given.values()) and not (name == ALL and self.study.task == "classification"):
                 tests.append(Evaluation(name, {case: numbers for case, numbers in given.items() if numbers}))
         return tuple(tests)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Weights from elsewhere: a hash of them, and the cases that they say they were learned from."""
+
+    digest: str
+    cases: frozenset[str]
+
+
+@cache
+def learned(path: Path) -> Learned:
+    """Read the weights of an encoder, once."""
+    digest = sha256_of_file(path / weights_folder.WEIGHTS if path.is_dir() else path)
+    return Learned(digest, frozenset(read_encoder(str(path)).training_cases))
 
 
 def essence(plans: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class Arm:
         method: a preset whose changes to what it inherits from (B, for those shipped) are made to the study's preset first.
         changes: to that, as a preset file has them; what concerns pretraining tells pretrainings apart.
         pretrained: False for initial weights.
+        encoder: weights that it starts from instead of a pretraining of its own, such as those of another dataset: what
+            `hub.find_weights` takes, `{division}` in it being the number of the division.
         pretraining_series: names of the series that pretraining sees, or how many of the dataset's first; all when None.
         incomplete: fine-tune and test with series missing.
         nnunet: stock nnU-Net instead.
@@ -78,6 +80,7 @@ class Arm:
     changes: dict[str, Any]
     method: str = ""
     pretrained: bool = True
+    encoder: str = ""
     pretraining_series: tuple[str, ...] | Count | None = None
     incomplete: Incomplete | None = None
     nnunet: StockArm | None = None
@@ -196,7 +199,7 @@ def _check_without_finetuning(study: Study, where: str) -> None:
     idle = [name for name in names if getattr(study, name) != getattr(plain, name)]
     idle += ["repeats.seeds"] * (study.repeats.seeds > 1)
     for arm in study.arms:
-        stated = {"pretrained": not arm.pretrained, "incomplete": arm.incomplete, "nnunet": arm.nnunet}
+        stated = {"pretrained": not arm.pretrained, "encoder": arm.encoder, "incomplete": arm.incomplete, "nnunet": arm.nnunet}
         idle += [f"arm {arm.name!r}: {name}" for name, is_stated in stated.items() if is_stated]
     if idle:
         raise UserError(f"{where}: {idle[0]} does nothing for reconstruction, which trains no segmenter; leave it out")
@@ -207,7 +210,7 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
         others = [one.name for one in study.arms if one.is_trained]
         if arm.nnunet.minutes_of not in others:
             raise UserError(f"{where}: minutes_of is {arm.nnunet.minutes_of!r}, expected one of the arms {', '.join(others)}")
-        if arm.incomplete is not None or arm.pretraining_series is not None or arm.changes or arm.method:
+        if arm != Arm(arm.name, {}, nnunet=arm.nnunet, pretrained=arm.pretrained):
             raise UserError(
                 f"{where}: stock nnU-Net has no method, no changes, no pretraining and no incomplete series; leave them out"
             )
@@ -218,6 +221,8 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
             raise UserError(f"{where}: mask_volumes tell a class; the task is {study.task}, leave the arm out")
         if arm != Arm(arm.name, {}, mask_volumes=arm.mask_volumes):
             raise UserError(f"{where}: a forest of mask volumes sees no series and has no network; leave all else out")
+    if arm.encoder and (not arm.pretrained or arm.pretraining_series is not None):
+        raise UserError(f"{where}: encoder names weights to start from; leave out pretrained and pretraining_series")
     lost = arm.incomplete
     if lost is not None and not lost.remove:
         raise UserError(f"{where}: incomplete is {lost}; expected a share above 0 and up to 1, and numbers of series to remove")
