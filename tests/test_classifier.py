@@ -1,5 +1,7 @@
 """The classifier knows series by name, sees nothing of absent ones, and takes the pretrained encoder whole."""
 
+import math
+
 import pytest
 import torch
 from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, pretext_of
@@ -155,15 +157,31 @@ def test_a_classifier_that_pools_by_the_mask_takes_it_as_the_last_channel_and_as
 def test_measures_are_standardised_by_the_training_samples_and_their_statistics_are_saved():
     measures = torch.randn(50, 7) * torch.arange(1, 8) + 3
     measures[:, 2] = 4.0
+    measures[::2, 3] = torch.nan
+    measures[:, 4] = torch.nan
     one, other = StandardizedMeasures(7, 28), StandardizedMeasures(7, 28)
     one.fit(measures)
     found = one(measures)
     torch.testing.assert_close(found.mean(0), torch.zeros(7), atol=1e-5, rtol=0)
-    expected = torch.tensor([2.0, 2.0, 0.0, 2.0, 2.0, 2.0, 2.0])
-    torch.testing.assert_close(found.std(0, correction=0), expected, atol=1e-5, rtol=0)
+    assert not found[::2, 3].any() and not found[:, [2, 4]].any()
+    # 2 is the gain; as if one more sample were 1 away
+    for column in (0, 1, 5, 6):
+        spread = measures[:, column].var(correction=0)
+        expected = 2 * (spread / ((50 * spread + 1) / 51)).sqrt()
+        torch.testing.assert_close(found[:, column].std(correction=0), expected, atol=1e-5, rtol=0)
     other.load_state_dict(one.state_dict())
     assert torch.equal(other(measures), found)
-    assert one(measures + 1e6).max() == MOST_DEVIATIONS * 2
+    far = one(torch.full((1, 7), 1e6))[0]
+    assert far[4] == 0 and (far[[0, 1, 2, 3, 5, 6]] == MOST_DEVIATIONS * 2).all()
+
+
+@pytest.mark.parametrize(("num_samples", "is_like"), [(3, True), (20, True), (30, False)])
+def test_that_all_samples_had_a_label_tells_only_where_they_are_many(num_samples, is_like):
+    """Also that they were of one size: a factor of 2.5 is too much only for many."""
+    one = StandardizedMeasures(2, 2)
+    one.fit(torch.tensor([[6.0, 1.0]]).repeat(num_samples, 1))
+    for measures in ([6.0 + math.log(2.5), 1.0], [torch.nan, 0.0]):
+        assert (one.standardized(torch.tensor([measures])).abs().max() <= MOST_DEVIATIONS) == is_like
 
 
 def test_the_head_sees_measures_only_where_the_plans_say_so():

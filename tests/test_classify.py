@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from contextlib import closing
@@ -318,19 +319,28 @@ def test_only_labels_that_training_had_are_lesions(model):
 
 
 def test_a_mask_of_a_size_that_training_never_saw_is_left_out_where_the_head_looks_at_it(model):
-    """The volume of label 1 is what a mask of other labels would lack."""
+    """Masks of 30 training samples had both labels; that those of 2 had tells nothing."""
     plans = plans_of(mask_features=True)
     (model.folder / "plans.json").write_text(json.dumps(plans))
-    seen = torch.tensor([[8.0, 8, 8, 400, 250, 250], [4, 4, 4, 80, 40, 40]]).log1p()
+    sizes = torch.tensor([[8.0, 8, 8, 400, 250, 250], [6, 6, 6, 120, 60, 60]]).log1p()
+    seen = torch.cat([sizes, torch.ones(2, 2)], dim=1)
     for fold in (0, 1):
-        model.save_fold(fold, plans, seen)
+        model.save_fold(fold, plans, seen.repeat(15, 1))
     whole, _ = model.classify()
     assert whole["case"].tolist() == ["a", "b", "c"]
     path = model.masks / "b.nii.gz"
     save(path, 2 * (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) > 0))
     table, record = model.classify()
     assert table["case"].tolist() == ["a", "c"]
-    assert "b.nii.gz: the mask's volume of label 1 is 0 voxels at the spacing" in record["left_out"]["b"]
+    assert "b.nii.gz: presence of label 1 in the mask is 0 (1: there), 1.00 on average" in record["left_out"]["b"]
+    tiny = np.zeros_like(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+    tiny[8, 8, 8:10] = 1, 2
+    save(path, tiny)
+    assert re.search(r"b.nii.gz: the mask's volume is \d+ voxels at the spacing", model.classify()[1]["left_out"]["b"])
+    for fold in (0, 1):
+        model.save_fold(fold, plans, seen)
+    save(path, 2 * (sitk.GetArrayFromImage(sitk.ReadImage(str(model.masks / "a.nii.gz"))) > 0))
+    assert model.classify()[0]["case"].tolist() == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("changes", [{"scale": 1.5}, {"pooling": "mask"}, {"mask_features": True}])

@@ -83,8 +83,8 @@ def test_classes_of_a_classifier(tmp_path: Path, pooling: str) -> None:
     plans = csm_plans(classification={"patch_size": list(PATCH_SIZE), "pooling": pooling, "mask_features": pooling == "mask"})
     settings = read_configuration(plans, "3d_fullres", "plans")
     torch.manual_seed(0)
-    # volumes of the two labels, of all, and the lengths of a box
-    num_measures = 6
+    # lengths of a box, volumes of all and of the two labels, and whether these are there
+    num_measures = 8
     network = build_classifier(settings, len(SERIES), 2, num_measures).eval()
     saved = checkpoint_of(plans, network.state_dict()) | {"classes": ["benign", "malignant"], "by_mask_label": False}
     session, told = written("classifier", saved, tmp_path)
@@ -93,7 +93,9 @@ def test_classes_of_a_classifier(tmp_path: Path, pooling: str) -> None:
         volume = drawn(2, absent)
         given = {"volume": volume}
         if pooling == "mask":
-            given = {"volume": torch.cat([volume, (volume[:, :1] > 0).float()], dim=1), "measures": torch.rand(2, num_measures)}
+            measures = torch.rand(2, num_measures)
+            measures[0, 4] = torch.nan
+            given = {"volume": torch.cat([volume, (volume[:, :1] > 0).float()], dim=1), "measures": measures}
         with torch.no_grad():
             expected = network(*given.values()).numpy()
         (found,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})

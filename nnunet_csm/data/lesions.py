@@ -123,12 +123,14 @@ def box_of(mask: Bool[np.ndarray, "z y x"]) -> tuple[Int[np.ndarray, " 3"], Int[
 def measures_of(
     mask: Bool[np.ndarray, "z y x"], segmentation: Integer[np.ndarray, "z y x"], labels: Sequence[int]
 ) -> Float[Tensor, " f"]:
-    """Measure how large a mask is: log(1 + voxels) of the lengths of its box, of its volume, and of that of each of some labels.
+    """Measure a mask: log(1 + voxels) of the lengths of its box, of its volume, and of that of each of some labels, NaN for a
+    label that is absent; then 1 for each of these labels that is there, 0 for one that is not.
 
-    Voxels are those of the plans, which are as large in all cases. A label may be absent.
+    Voxels are those of the plans, which are as large in all cases.
     """
-    volumes = [np.count_nonzero(mask), *(np.count_nonzero(segmentation == label) for label in labels)]
-    return torch.log1p(torch.tensor([*box_of(mask)[1], *volumes], dtype=torch.float32))
+    volumes = [np.count_nonzero(segmentation == label) for label in labels]
+    sizes = torch.tensor([*box_of(mask)[1], np.count_nonzero(mask), *volumes], dtype=torch.float32)
+    return torch.cat([sizes.log1p().where(sizes > 0, torch.nan), torch.tensor([float(volume > 0) for volume in volumes])])
 
 
 def measured_labels(labels: LabelManager, by_mask_label: bool) -> tuple[int, ...]:
@@ -142,7 +144,8 @@ def measured_labels(labels: LabelManager, by_mask_label: bool) -> tuple[int, ...
 
 def measure_names(labels: Sequence[int]) -> tuple[str, ...]:
     """Name what `measures_of` gives for these labels, in its order."""
-    return ("length along z", "length along y", "length along x", "volume", *(f"volume of label {label}" for label in labels))
+    of_mask = ("length along z", "length along y", "length along x", "volume")
+    return (*of_mask, *(f"volume of label {label}" for label in labels), *(f"presence of label {label}" for label in labels))
 
 
 def sample_mask(sample: Sample, segmentation: Integer[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:

@@ -234,12 +234,12 @@ def _unlike_training(measures: Float[Tensor, "1 f"], ensemble: Ensemble) -> str:
         far = member.measures.standardized(measures.to(ensemble.device))[0].abs()
         worst = int(far.argmax())
         if far[worst] > MOST_DEVIATIONS:
-            name = measure_names(ensemble.measured_labels)[worst]
-            found, usual = (float(one[worst].expm1()) for one in (measures[0], member.measures.mean))
-            return (
-                f"the mask's {name} is {found:.0f} voxels at the spacing of the plans, about {usual:.0f} in the training of fold "
-                f"{fold}, whose head looks at it; give a mask with the labels of dataset.json"
-            )
+            name, found, usual = measure_names(ensemble.measured_labels)[worst], measures[0, worst], member.measures.mean[worst]
+            if name.startswith("presence"):
+                what = f"{name} in the mask is {found:.0f} (1: there), {usual:.2f} on average"
+            else:
+                what = f"the mask's {name} is {found.expm1():.0f} voxels at the spacing of the plans, about {usual.expm1():.0f}"
+            return f"{what} in the training of fold {fold}, whose head looks at it; give a mask with the labels of dataset.json"
     return ""
 
 

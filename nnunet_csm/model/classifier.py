@@ -19,8 +19,6 @@ from nnunet_csm.schema import to_dict
 
 # all classes equally likely before the first step, and yet a gradient for the encoder
 HEAD_STD = 0.01
-# of logarithms of lengths and volumes: 1 %
-LEAST_DEVIATION = 0.01
 # a mask that is further from those of the training is classified as one that far from them
 MOST_DEVIATIONS = 5.0
 
@@ -75,7 +73,8 @@ class AttentivePooling(nn.Module):
 
 
 class StandardizedMeasures(nn.Module):
-    """How large masks are (`data/lesions.py`), in units of the training samples' deviation, from their mean.
+    """How large masks are and which labels they have (`data/lesions.py`), in units of the training samples' deviation, from
+    their mean. What is NaN, as the volume of a label that is absent, counts as the mean.
 
     Mean and deviation are buffers, so that a checkpoint holds them. The vector is scaled to the length that pooled features
     have, so that the head learns from both as fast.
@@ -95,16 +94,20 @@ class StandardizedMeasures(nn.Module):
         self.register_buffer("deviation", torch.ones(num_measures))
 
     def fit(self, measures: Float[Tensor, "m f"]) -> None:
-        """Take mean and deviation of the training samples; what is the same in all of them tells nothing and stays near 0."""
-        self.mean.copy_(measures.mean(0))
-        self.deviation.copy_(measures.std(0, correction=0).clamp_min(LEAST_DEVIATION))
+        """Take mean and deviation of the training samples, the latter as if one more were 1 away: a factor e in size, a label
+        more or less. So a few samples that are alike make no narrow rule. What none of them has tells nothing, and is 0.
+        """
+        count = measures.isfinite().sum(0)
+        self.mean.copy_(measures.nanmean(0).nan_to_num())
+        squares = (measures - self.mean).nan_to_num().square().sum(0)
+        self.deviation.copy_(((squares + 1) / (count + 1)).sqrt().masked_fill(count == 0, math.inf))
 
     def forward(self, measures: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         return self.gain * self.standardized(measures).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
 
     def standardized(self, measures: Float[Tensor, "b f"]) -> Float[Tensor, "b f"]:
         """Measures in deviations from the mean, however far."""
-        return (measures - self.mean) / self.deviation
+        return ((measures - self.mean) / self.deviation).masked_fill(measures.isnan(), 0.0)
 
 
 class Units(nn.Module):
