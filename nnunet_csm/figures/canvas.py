@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from nnunet_csm.files import whole
@@ -129,6 +130,12 @@ def draw_grey(axes: Axes, image: Float[np.ndarray, "y x"], window: tuple[float, 
     """`aspect` is the height of a voxel over its width."""
     axes.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect, interpolation="nearest")
     axes.set_axis_off()
+
+
+def write_within(axes: Axes, text: str, **style: object) -> None:
+    """White text in the lower left corner of an image, outlined, so that it is read on white, too."""
+    note = axes.text(0.03, 0.03, text, transform=axes.transAxes, color="white", va="bottom", **style)
+    note.set_path_effects([withStroke(linewidth=2, foreground="black")])
 
 
 def line_colours(num_lines: int) -> list[str]:

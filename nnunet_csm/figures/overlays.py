@@ -12,7 +12,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from nnunet_csm.figures.canvas import (
     COLOURS,
@@ -28,6 +27,7 @@ from nnunet_csm.figures.canvas import (
     save_figure,
     write_above,
     write_beside,
+    write_within,
 )
 
 # Pixels. The width of a panel shrinks with their number, which keeps files under 300 kB.
@@ -137,9 +137,7 @@ def save_methods(
     for axes, segmentation in zip(panels[0][1:], segmentations.values(), strict=True):
         _draw_labels(axes, segmentation[z][shown], labels)
     for axes, name in zip(panels[0][2:], list(segmentations)[1:], strict=True):
-        note = notes.get(name, "")
-        text = axes.text(0.03, 0.03, note, transform=axes.transAxes, color="white", fontsize=10, fontweight="bold", va="bottom")
-        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+        write_within(axes, notes.get(name, ""), fontsize=10, fontweight="bold")
     _draw_legend(figure, labels, label_names, with_lines=False)
     save_figure(figure, path)
 

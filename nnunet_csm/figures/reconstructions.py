@@ -18,6 +18,7 @@ from nnunet_csm.figures.canvas import (
     save_figure,
     write_above,
     write_beside,
+    write_within,
 )
 
 # Pixels.
@@ -81,10 +82,10 @@ def save_restoration(
 
     def draw(series: int, panels: Sequence[Axes]) -> str:
         difference = np.abs(restored[series] - view[series])
-        windows = ((0.0, 1.0), grey_window(seen[series]), (0.0, 1.0), (0.0, 0.5))
-        images = (view[series], seen[series], restored[series], difference)
-        for axes, image, window in zip(panels, images, windows, strict=True):
+        windows = ((0.0, 1.0), grey_window(seen[series]), (0.0, 1.0))
+        for axes, image, window in zip(panels[:3], (view[series], seen[series], restored[series]), windows, strict=True):
             draw_grey(axes, image[z], window)
+        _draw_difference(panels[3], difference[z], 0.5)
         return f"MSE {np.mean(difference.astype(np.float64) ** 2):.3g}"
 
     _save_rows(path, COLUMNS_OF_RESTORATION, view, series_names, series_present, title, draw)
@@ -151,7 +152,13 @@ def save_methods_of_patch(
 
 def _draw_rebuilt(panels: Sequence[Axes], true: Float[np.ndarray, "y x"], rebuilt: Float[np.ndarray, "y x"]) -> None:
     draw_grey(panels[0], rebuilt, (0.0, 1.0))
-    draw_grey(panels[1], np.abs(rebuilt - true), (0.0, WHITE))
+    _draw_difference(panels[1], np.abs(rebuilt - true), WHITE)
+
+
+def _draw_difference(axes: Axes, difference: Float[np.ndarray, "y x"], white: float) -> None:
+    """From black at 0 to white, which is said."""
+    draw_grey(axes, difference, (0.0, white))
+    write_within(axes, f"white: {white:.2g}", fontsize=8)
 
 
 def _draw_seen(axes: Axes, true: Float[np.ndarray, "y x"], hidden: Bool[np.ndarray, "y x"], window: tuple[float, float]) -> None:
@@ -185,4 +192,4 @@ def _draw_series(
             0.5, 0.5, "hidden whole", transform=panels[1].transAxes, ha="center", va="center", color="white", fontsize=10
         )
     draw_grey(panels[2], filled[z], (low, high))
-    draw_grey(panels[3], np.abs(filled[z] - true[z]), (0.0, (high - low) / 2))
+    _draw_difference(panels[3], np.abs(filled[z] - true[z]), (high - low) / 2)
