@@ -380,11 +380,12 @@ def test_arms_that_pretrain_alike_share_their_pretraining_and_no_other(expand: C
 
 
 def test_an_arm_starts_from_weights_of_elsewhere_unless_they_saw_who_is_tested(
-    expand: Callable[..., Runs], tmp_path: Path
+    expand: Callable[..., Runs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = csm_plans()
     paths = [tmp_path / f"{fold}.pth" for fold in range(2)]
-    arms = [SCRATCH, {"name": "elsewhere", "encoder": str(tmp_path / "{division}.pth")}]
+    monkeypatch.setenv("somewhere", str(tmp_path))
+    arms = [SCRATCH, {"name": "elsewhere", "encoder": "$somewhere/{division}.pth"}]
     with pytest.raises(UserError, match=f"study s: arm 'elsewhere': {paths[0]}: no such checkpoint"):
         expand(arms=arms)
     saved = checkpoint_of(plans, pretext_of(read_configuration(plans, "3d_fullres", "plans")).state_dict()) | {

@@ -1,6 +1,7 @@
 """The runs of a study: what is to be trained, with which plans and patients, and which rows of the table it serves."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -238,7 +239,7 @@ class Expansion:
         """
         where = f"study {self.name}: arm {arm.name!r}"
         try:
-            path = find_weights(arm.encoder.replace("{division}", str(fold))).resolve()
+            path = find_weights(os.path.expandvars(arm.encoder).replace("{division}", str(fold))).resolve()
             seen = learned(path).cases & {run_name(self.dataset.name, case) for case in self.divisions[fold].test}
         except UserError as error:
             raise UserError(f"{where}: {error}") from None

@@ -68,7 +68,7 @@ class Arm:
         changes: to that, as a preset file has them; what concerns pretraining tells pretrainings apart.
         pretrained: False for initial weights.
         encoder: weights that it starts from instead of a pretraining of its own, such as those of another dataset: what
-            `hub.find_weights` takes, `{division}` in it being the number of the division.
+            `hub.find_weights` takes, with environment variables, `{division}` in it being the number of the division.
         pretraining_series: names of the series that pretraining sees, or how many of the dataset's first; all when None.
         incomplete: fine-tune and test with series missing.
         nnunet: stock nnU-Net instead.
