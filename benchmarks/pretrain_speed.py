@@ -48,7 +48,7 @@ from nnunet_csm.machine import num_workers
 from nnunet_csm.planning.presets import preset_names, read_preset
 from nnunet_csm.pretext.batches import Batches
 from nnunet_csm.schema import Size
-from nnunet_csm.study.runs import arm_changes
+from nnunet_csm.study.expansion import arm_changes
 from nnunet_csm.study.spec import pretraining_changes, read_study
 from nnunet_csm.training.graphs import why_no_graphs
 

@@ -91,7 +91,7 @@ def test_a_study_has_it_beside_ours_with_its_cost(
 ) -> None:
     from nnunet_csm.pretext.cost import pretraining_cost
     from nnunet_csm.study.dataset import Dataset
-    from nnunet_csm.study.runs import Expansion
+    from nnunet_csm.study.expansion import Expansion
     from nnunet_csm.study.spec import parse_study
 
     for name, value in planned_dataset.environment.items():

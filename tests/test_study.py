@@ -37,8 +37,9 @@ from nnunet_csm.study.command import StudyRequest, run_study, study_name
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.divisions import divide, everybody, labelled, taken_away
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
+from nnunet_csm.study.expansion import Expansion, arm_changes, essence
 from nnunet_csm.study.forest import forest_predictions
-from nnunet_csm.study.runs import Evaluation, Expansion, Run, Runs, arm_changes, essence
+from nnunet_csm.study.runs import Evaluation, Run, Runs
 from nnunet_csm.study.spec import Repeats, Study, parse_study, read_study, study_names
 from nnunet_csm.study.statistics import MAE, summarize_classes
 

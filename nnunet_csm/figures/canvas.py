@@ -132,9 +132,10 @@ def draw_grey(axes: Axes, image: Float[np.ndarray, "y x"], window: tuple[float, 
     axes.set_axis_off()
 
 
-def write_within(axes: Axes, text: str, **style: object) -> None:
+def write_within(axes: Axes, text: str, fontsize: float, fontweight: str = "normal") -> None:
     """White text in the lower left corner of an image, outlined, so that it is read on white, too."""
-    note = axes.text(0.03, 0.03, text, transform=axes.transAxes, color="white", va="bottom", **style)
+    style = {"transform": axes.transAxes, "color": "white", "va": "bottom", "fontsize": fontsize, "fontweight": fontweight}
+    note = axes.text(0.03, 0.03, text, **style)  # type: ignore[arg-type]
     note.set_path_effects([withStroke(linewidth=2, foreground="black")])
 
 

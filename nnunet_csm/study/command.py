@@ -19,10 +19,11 @@ from nnunet_csm.schema import to_dict
 from nnunet_csm.study.collection import collect_costs, collect_predictions, collect_results
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.execution import cluster, local, perform, read_records
+from nnunet_csm.study.expansion import Expansion
 from nnunet_csm.study.forest import forest_predictions
 from nnunet_csm.study.reconstruction import collect_scores, slices_of, write_reconstruction_report
 from nnunet_csm.study.report import CaseFiles, write_report
-from nnunet_csm.study.runs import Expansion, Run, Runs
+from nnunet_csm.study.runs import Run, Runs
 from nnunet_csm.study.spec import Study, read_study, study_names
 
 
