@@ -172,6 +172,7 @@ def csm_plans(
     """What `nnunet_csm plan -preset B` writes and JSON gives back, with a network of a few weights.
 
     `architecture`, `reconstruction`, `masking` and `csm` are changes to those parts, `pretext` is the name of one.
+    A classifier's head sees no measures of the mask unless they ask for it.
     """
     base = base_plans(num_series=len(series))
     wishes = Wishes("B", patch_size, token_size)
@@ -181,6 +182,7 @@ def csm_plans(
     network = entry["architecture"]
     network["arch_kwargs"] = merged(network["arch_kwargs"], TINY | dict(architecture or {}))
     block = {"name": pretext, "masking": masking or {}, "reconstruction": TINY_DECODER | dict(reconstruction or {})}
+    entry["csm"]["classification"]["mask_features"] = False
     entry["csm"] = merged(entry["csm"], csm | {"pretext": block})
     return plans
 
