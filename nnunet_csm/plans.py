@@ -95,8 +95,6 @@ class Architecture:
     `stem`: how raw voxels reach the last block of UNETR's, past the encoder: in full, through a gate that starts almost closed,
     or not at all.
     `fusion`: how the segmenter makes one map of the encoder's features of all series; a name in `model/fusion.py`, or a block.
-    `normalized_taps`: a layer norm, the segmenter's own, on the levels that it reads before the encoder's end, which has one.
-    `decoder_init`: of convolutions past the encoder: torch's, or He's, which keeps the size of what passes through them.
     """
 
     series: tuple[str, ...]
@@ -110,8 +108,6 @@ class Architecture:
     decoder: Literal["unetr", "light", "unet", "linear", "nonlinear", "adaptive"] = "unetr"
     stem: Literal["full", "gated", "none"] = "full"
     fusion: str | FusionSettings = "mean"
-    normalized_taps: bool = False
-    decoder_init: Literal["torch", "he"] = "torch"
     encoder: EncoderSettings = EncoderSettings()
 
     @property

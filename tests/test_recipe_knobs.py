@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,17 @@ import pytest
 import torch
 from factories import PATCH_SIZE, SERIES, TINY, TOKEN_SIZE, csm_plans, facts_of, pretext_of, settings
 from torch import nn
-from torch.nn import functional as F
 
 from nnunet_csm import checkpoint
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.classifier import build_classifier
-from nnunet_csm.model.decoders import draw_as_he
-from nnunet_csm.model.encoder import Encoder, Features, build_encoder, check_encoder
+from nnunet_csm.model.encoder import Encoder, build_encoder, check_encoder
 from nnunet_csm.model.segmenter import GATE, CSMSegmenter
 from nnunet_csm.model.transfer import PretrainedEncoder, as_table, transfer
 from nnunet_csm.planning.facts import Wishes
 from nnunet_csm.planning.planner import plan
 from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext import memory
-from nnunet_csm.study.spec import pretraining_changes
 from nnunet_csm.training.averaging import WeightAverage
 from nnunet_csm.training.optimization import build_optimizer
 from nnunet_csm.training.segmentation import drop_series, stem_opening
@@ -95,108 +91,13 @@ def test_the_classifier_has_no_stem() -> None:
     assert names[0] == names[1] == names[2]
 
 
-# --- norms of taps -----------------------------------------------------------------------------------------------------------
-
-
-def scaled(network: CSMSegmenter, factor: float) -> torch.Tensor:
-    """Logits when all levels before the encoder's end are so many times as large."""
-    own = network.encoder.levels
-
-    def levels(*args: Any) -> list[Features]:
-        *before, end = own(*args)
-        return [*(replace(level, tokens=factor * level.tokens) for level in before), end]
-
-    network.encoder.levels = levels  # type: ignore[method-assign, assignment]
-    try:
-        with torch.no_grad():
-            return network(volume())
-    finally:
-        network.encoder.levels = own  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("decoder", ["unetr", "light"])
-def test_with_norms_the_size_of_taps_does_not_matter(decoder: str) -> None:
-    plain, normed = segmenter(decoder=decoder), segmenter(decoder=decoder, normalized_taps=True)
-    num_levels = len(plain.encoder.level_widths)
-    assert num_levels > 1 and len(normed.tap_norms) == num_levels - 1
-    torch.testing.assert_close(scaled(normed, 30.0), scaled(normed, 1.0), atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(scaled(plain, 30.0), scaled(plain, 1.0), atol=1e-2)
-    # drawn alike, and the encoder is what it was: its weights are carried as ever
-    new = {f"tap_norms.{n}.{name}" for n in range(num_levels - 1) for name in ("weight", "bias")}
-    assert normed.state_dict().keys() - plain.state_dict().keys() == new
-    assert all(tensor.equal(normed.state_dict()[name]) for name, tensor in plain.state_dict().items())
-
-
-def test_norms_of_taps_learn_and_do_not_decay() -> None:
-    network = segmenter(normalized_taps=True)
-    network(volume()).square().mean().backward()
-    assert all(p.grad is not None and p.grad.any() for p in network.tap_norms.parameters())
-    optimizer = build_optimizer(network, network.encoder, settings().csm.finetuning_schedule)
-    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
-    assert {id(p) for p in network.tap_norms.parameters()} <= spared
-
-
-def test_the_encoder_of_plans_without_the_knobs_enters_a_segmenter_with_them() -> None:
-    source = settings().architecture
-    target = settings(architecture={"normalized_taps": True, "decoder_init": "he"}).architecture
-    network, pretrained = segmenter(normalized_taps=True, decoder_init="he"), encoder(5)
-    transfer(PretrainedEncoder("file", source, pretrained.state_dict()), network.encoder, target)
-    assert all(tensor.equal(network.encoder.state_dict()[name]) for name, tensor in pretrained.state_dict().items())
-    assert pretraining_changes({"network": {"normalized_taps": True, "decoder_init": "he"}}) == {}
-
-
-# --- initial weights ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2), (1, 1, 1)])
-def test_a_transposed_convolution_keeps_the_variance(stride: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    layer, x = nn.ConvTranspose3d(192, 64, stride, stride), torch.randn(2, 192, 4, 4, 4)
-    draw_as_he(layer)
-    with torch.no_grad():
-        assert layer(x).var().item() == pytest.approx(1.0, abs=0.05)
-        assert not layer.bias.any()  # type: ignore[union-attr]
-        # what torch takes for the fan-in is another number
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-        assert abs(layer(x).var().item() - 1.0) > 0.2
-
-
-def test_a_convolution_of_rectified_features_keeps_their_second_moment() -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Conv3d(96, 96, 3, padding=0), torch.randn(2, 96, 6, 6, 6)
-    draw_as_he(layer)
-    with torch.no_grad():
-        assert layer(F.leaky_relu(x)).square().mean().item() == pytest.approx(1.0, abs=0.15)
-
-
-def test_only_convolutions_past_the_encoder_are_drawn_anew() -> None:
-    plain, he = segmenter(fusion="deformable"), segmenter(fusion="deformable", decoder_init="he")
-    assert plain.state_dict().keys() == he.state_dict().keys()
-    convolutions = {
-        f"{name}.weight"
-        for name, module in plain.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d) and not name.startswith("encoder.") and ".offset." not in name
-    }
-    parts = {name.split(".")[0] for name in convolutions}
-    assert parts == {"stem", "skips", "decoder", "fusions"}
-    biases = {name.replace(".weight", ".bias") for name in convolutions}
-    for name, tensor in he.state_dict().items():
-        if name in convolutions:
-            assert not tensor.equal(plain.state_dict()[name]), name
-        elif name in biases:
-            assert not tensor.any(), name
-        else:
-            assert tensor.equal(plain.state_dict()[name]), name
-    torch.testing.assert_close(segmenter(decoder_init="torch").state_dict(), segmenter().state_dict(), rtol=0, atol=0)
-
-
 # --- settings ----------------------------------------------------------------------------------------------------------------
 
 
 def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
     plans = csm_plans()
     entry = plans["configurations"]["3d_fullres"]
-    for name in ("stem", "decoder", "fusion", "normalized_taps", "decoder_init"):
+    for name in ("stem", "decoder", "fusion"):
         del entry["architecture"]["arch_kwargs"][name]
     for name in ("frozen_share", "stem_closed_share", "transferred_blocks", "ema", "series_dropout", "masked_loss_weight"):
         del entry["csm"]["finetuning"][name]
@@ -211,6 +112,18 @@ def test_plans_from_before_the_knobs_read_as_their_defaults() -> None:
         None,
         0,
     )
+
+
+@pytest.mark.parametrize(("knob", "unturned", "turned"), [("normalized_taps", False, True), ("decoder_init", "torch", "he")])
+def test_plans_with_a_knob_that_is_gone_are_read_where_it_was_not_turned(knob: str, unturned: object, turned: object) -> None:
+    plans = csm_plans()
+    network = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    network[knob] = unturned
+    assert read_configuration(plans, "3d_fullres", "plans") == settings()
+    assert CSMSegmenter(len(SERIES), 3, **network).state_dict().keys() == segmenter().state_dict().keys()
+    network[knob] = turned
+    with pytest.raises(UserError, match=knob):
+        read_configuration(plans, "3d_fullres", "plans")
 
 
 @pytest.mark.parametrize(
@@ -274,8 +187,7 @@ def test_weights_say_how_far_the_stem_was_open(opening: float) -> None:
 def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     from factories import GuessedMemory, base_plans
 
-    network = {"stem": "gated", "normalized_taps": True, "decoder_init": "he"}
-    preset = {"inherits_from": "S", "network": network, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
+    preset = {"inherits_from": "S", "network": {"stem": "gated"}, "frozen_share": 0.1, "transferred_blocks": 8, "ema": 0.999}
     preset |= {"stem_closed_share": 0.4, "series_dropout": 0.3, "masked_loss_weight": 0.2}
     (tmp_path / "preset.json").write_text(json.dumps(preset))
     wishes = Wishes(str(tmp_path / "preset.json"))
@@ -284,7 +196,6 @@ def test_a_preset_file_reaches_the_plans(tmp_path: Path) -> None:
     finetuning = planned.csm.finetuning
     assert (finetuning.frozen_share, finetuning.transferred_blocks, finetuning.ema) == (0.1, 8, 0.999)
     assert (finetuning.stem_closed_share, finetuning.series_dropout, finetuning.masked_loss_weight) == (0.4, 0.3, 0.2)
-    assert planned.architecture.normalized_taps and planned.architecture.decoder_init == "he"
     told = {decision.name: decision.value for decision in decisions}
     assert "first 10%" in told["frozen encoder"] and "first 40%" in told["stem of raw voxels"]
     assert "30%" in told["series dropped"] and "weight 0.2" in told["loss of the pretext"]

@@ -157,6 +157,8 @@ def test_the_papers_tables_are_shipped() -> None:
         ({"surprise": 1}, "unknown surprise"),
         ({"arms": [{**CSM, "colour": "red"}]}, "unknown colour"),
         ({"arms": [{**SCRATCH, "encoder": "x.pth"}]}, "leave out pretrained and"),
+        ({"arms": [{**SCRATCH, "changes": {"pretraining": {"warmup": 0.2}}}]}, "pretraining does nothing in an arm without"),
+        ({"arms": [{**CSM, "encoder": "x.pth", "changes": {"pretraining": {"warmup": 0.2}}}]}, "changes.pretraining does nothing"),
         (reconstruction({**CSM, "encoder": "x.pth"}), "arm 'CSM': encoder does nothing"),
         ({"arms": [{**CSM, "pretraining_series": 0}]}, "pretraining_series is 0, expected 1 <= "),
         (reconstruction(CSM, SCRATCH), "arm 'scratch': pretrained does nothing for reconstruction"),

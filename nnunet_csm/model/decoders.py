@@ -4,7 +4,6 @@ Of a ViT's, all on the token grid: UNETR's, and a light one. Of a pyramid's, one
 of a U-Net, which is UNETR's without what brings tokens up, and the two heads of vox2vec.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,24 +19,6 @@ from nnunet_csm.model.tokens import Size
 
 # of leaky ReLUs, torch's and nnU-Net's
 SLOPE = 0.01
-
-
-def draw_as_he(module: nn.Module) -> None:
-    """Draw the weights of a convolution so that what passes through it keeps its size (He et al., ICCV 2015); biases are 0.
-
-    A convolution is taken to follow a leaky ReLU, as in nnU-Net. A transposed one is linear, and a voxel of its result is a sum
-    over `kernel_size / stride` places along each axis, one in our decoders, and the input's channels; torch's own fan-in of its
-    weights counts the output's channels and the whole kernel.
-    """
-    if isinstance(module, nn.Conv3d):
-        nn.init.kaiming_normal_(module.weight, a=SLOPE, nonlinearity="leaky_relu")
-    elif isinstance(module, nn.ConvTranspose3d):
-        num_summed = module.in_channels * math.prod(module.kernel_size) / math.prod(module.stride)
-        nn.init.normal_(module.weight, std=num_summed**-0.5)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def conv_block(input_channels: int, output_channels: int, kernel_size: Size) -> BasicBlockD:

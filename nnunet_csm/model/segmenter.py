@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.model.adaptive import AdaptiveDecoder
-from nnunet_csm.model.decoders import LightDecoder, LinearHead, NonlinearHead, Skip, UNETRDecoder, conv_block, draw_as_he
+from nnunet_csm.model.decoders import LightDecoder, LinearHead, NonlinearHead, Skip, UNETRDecoder, conv_block
 from nnunet_csm.model.fusion import build_fusion
 from nnunet_csm.model.outputs import Outputs
 from nnunet_csm.model.planned import PlannedNetwork, series_present
@@ -63,9 +62,6 @@ class CSMSegmenter(PlannedNetwork):
         self.fusions = nn.ModuleList(
             build_fusion(fusion, num_fused, width, end) for width, end in zip(encoder.level_widths, ends, strict=True)
         )
-        # the encoder's end has a norm of its own
-        normed = encoder.level_widths[:-1] if a.normalized_taps else []
-        self.tap_norms = nn.ModuleList(nn.LayerNorm(width) for width in normed)
         self.stem: nn.Module | None = None
         self.stem_gate: nn.Parameter | None = None
         # of a network that still learns to need its encoder, see `open_stem`; None: open
@@ -99,11 +95,6 @@ class CSMSegmenter(PlannedNetwork):
                     f"full resolution to refine; make it 'none', or set decoder to 'unetr' or 'unet'"
                 )
             self.decoder.refine(kernel_sizes[0], fusion.refinement)
-        if a.decoder_init == "he":
-            for name, module in self.named_modules():
-                # the offsets of a deformable fusion begin at zero
-                if not name.startswith("encoder.") and ".offset." not in name:
-                    draw_as_he(module)
 
     def bring_up(self, widths: Sequence[int]) -> None:
         """Make what brings a map to each level of UNETR's decoder: the voxels to the finest, levels of the ViT to the others."""
@@ -181,8 +172,6 @@ class CSMSegmenter(PlannedNetwork):
     ) -> list[Outputs]:
         """Maps of the encoder's levels, fused over the present series."""
         levels = self.encoder.levels(volume, present, len(self.fusions), shown)
-        for number, norm in enumerate(self.tap_norms):
-            levels[number] = replace(levels[number], tokens=norm(levels[number].tokens))
         return [Outputs.of(fuse(f.tokens, f.present, f.grid, f.series)) for fuse, f in zip(self.fusions, levels, strict=True)]
 
 

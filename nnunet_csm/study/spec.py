@@ -223,6 +223,8 @@ def _check_arm(study: Study, arm: Arm, where: str) -> None:
             raise UserError(f"{where}: a forest of mask volumes sees no series and has no network; leave all else out")
     if arm.encoder and (not arm.pretrained or arm.pretraining_series is not None):
         raise UserError(f"{where}: encoder names weights to start from; leave out pretrained and pretraining_series")
+    if "pretraining" in arm.changes and (arm.encoder or not arm.pretrained):
+        raise UserError(f"{where}: changes.pretraining does nothing in an arm without a pretraining of its own; leave it out")
     lost = arm.incomplete
     if lost is not None and not lost.remove:
         raise UserError(f"{where}: incomplete is {lost}; expected a share above 0 and up to 1, and numbers of series to remove")
