@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +107,28 @@ def make_trainer(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: p
         return trainer(plans, "3d_fullres", fold, dataset_json, torch.device("cpu"))
 
     return make
+
+
+@pytest.fixture
+def studied(planned_dataset: PlannedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The planned phantom as a study sees it."""
+    from nnunet_csm.study.dataset import Dataset
+
+    for name, value in planned_dataset.environment.items():
+        if name.startswith("nnUNet"):
+            monkeypatch.setenv(name, value)
+    return Dataset("900", "3d_fullres", tmp_path)
+
+
+@pytest.fixture
+def expand(studied: Any) -> Callable[..., Any]:
+    """The runs of a study of it, see `studies.spec`; `records` are of those that are done."""
+    from studies import spec
+
+    from nnunet_csm.study.expansion import Expansion
+    from nnunet_csm.study.spec import parse_study
+
+    def expand(records: Mapping[str, Mapping[str, Any]] | None = None, **given: Any) -> Any:
+        return Expansion(parse_study(spec(**given), "study"), "s", studied, records or {}).expand()
+
+    return expand
