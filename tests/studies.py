@@ -1,10 +1,16 @@
 """Studies of the tests: of the planned phantom's six cases."""
 
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
-from nnunet_folders import TINY_PRESET
+import warm_processes
+from nnunet_folders import TINY_PRESET, PlannedDataset
 
+from nnunet_csm import cli
 from nnunet_csm.data.diagnoses import ClassTable, Sample
+from nnunet_csm.study import execution, measured
 from nnunet_csm.study.runs import Run
 
 JOINT = {"network": {"encoder": {"kind": "joint_vit"}}, "pretext": {"name": "mae3d", "masking": {"mask_ratio": 0.75}}}
@@ -48,3 +54,29 @@ def make_table(num_patients: int, num_positive: int, cases_each: int = 1) -> Cla
 
 def make_run(name: str, needs: str | None = None) -> Run:
     return Run(name, "fine-tuning", "d", "c", "p", "t", 0, needs, None, (), 0, 0.0)
+
+
+def study_of_warm_steps(*arguments: str) -> int:
+    """`nnunet_csm study`, in a process of its own, whose steps start warm as well and end with it."""
+    execution.run_command = warm_step  # type: ignore[assignment]
+    return cli.main(["study", *arguments])
+
+
+def warm_step(command: Sequence[str], environment: Mapping[str, str], stdout: TextIO) -> int:
+    assert command[:2] == ["-m", measured.__name__]
+    log = Path(stdout.name)
+    process = warm_processes.start(measured.main, [command[2:]], environment, log, log, os.getpgrp())
+    process.join()
+    # its exit code is read once, by either of the threads that do runs; the file is written when all went well
+    return int(not Path(command[2]).is_file())
+
+
+def start_study(planned: PlannedDataset, file: Path, output: Path) -> warm_processes.WarmProcess:
+    arguments = [str(file), "-d", "900", "-device", "cpu", "-jobs", "2", "-o", str(output)]
+    said = output.with_suffix(".txt")
+    return warm_processes.start(study_of_warm_steps, arguments, planned.environment, said, said)
+
+
+def ended_well(process: warm_processes.WarmProcess) -> bool:
+    process.join(600)
+    return process.exitcode == 0

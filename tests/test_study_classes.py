@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 from nnunet_folders import NUM_TRAINING, PlannedDataset
-from studies import FOREST, SCRATCH, spec
+from studies import FOREST, SCRATCH, ended_well, spec, start_study
 
 from nnunet_csm import nnunet
 from nnunet_csm.data.diagnoses import ClassTable, Sample

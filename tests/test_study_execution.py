@@ -4,22 +4,19 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import warm_processes
 from nnunet_folders import NUM_TRAINING, PlannedDataset
-from studies import AUTOENCODER, CSM, MAE3D, SCRATCH, make_run, reconstruction, spec
+from studies import AUTOENCODER, CSM, MAE3D, SCRATCH, ended_well, make_run, reconstruction, spec, start_study
 
-from nnunet_csm import cli, nnunet
+from nnunet_csm import nnunet
 from nnunet_csm.errors import UserError
-from nnunet_csm.study import execution, measured
 from nnunet_csm.study.command import StudyRequest, run_study
 from nnunet_csm.study.dataset import Dataset
 from nnunet_csm.study.execution import cluster, perform, read_records, visible_gpus
@@ -93,32 +90,6 @@ def test_a_dry_run_tells_runs_and_costs_and_writes_no_plans(
     said = capsys.readouterr().out
     assert "4 pretraining" in said and "6 fine-tuning" in said and "visible tokens" in said and "hours" in said
     assert not list((planned_dataset.folders.preprocessed / planned_dataset.name).glob("*dry*"))
-
-
-def study_of_warm_steps(*arguments: str) -> int:
-    """`nnunet_csm study`, in a process of its own, whose steps start warm as well and end with it."""
-    execution.run_command = warm_step  # type: ignore[assignment]
-    return cli.main(["study", *arguments])
-
-
-def warm_step(command: Sequence[str], environment: Mapping[str, str], stdout: TextIO) -> int:
-    assert command[:2] == ["-m", measured.__name__]
-    log = Path(stdout.name)
-    process = warm_processes.start(measured.main, [command[2:]], environment, log, log, os.getpgrp())
-    process.join()
-    # its exit code is read once, by either of the threads that do runs; the file is written when all went well
-    return int(not Path(command[2]).is_file())
-
-
-def start_study(planned: PlannedDataset, file: Path, output: Path) -> warm_processes.WarmProcess:
-    arguments = [str(file), "-d", "900", "-device", "cpu", "-jobs", "2", "-o", str(output)]
-    said = output.with_suffix(".txt")
-    return warm_processes.start(study_of_warm_steps, arguments, planned.environment, said, said)
-
-
-def ended_well(process: warm_processes.WarmProcess) -> bool:
-    process.join(600)
-    return process.exitcode == 0
 
 
 @pytest.mark.slow
