@@ -410,6 +410,7 @@ def test_a_doctor_ends_in_an_error_where_a_file_cannot_be_used(monkeypatch, caps
     "flags, words",
     [
         (["-pred", "a.csv", "out"], "-pred a.csv out: give -pred one folder"),
+        (["-pred", "a.csv", "--chill"], "-pred a.csv --chill: give -pred one folder"),
         (["-pred", "out", "out2", "-d", "1", "-ref", "r"], "-pred out out2 -d -ref: give"),
         (["-pred", "a.csv", "-ref", "r"], "-pred a.csv -ref: give"),
         (["-pred", "a.csv", "-d", "1"], "-pred a.csv -d: give"),

@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     paths, output = [Path(path) for path in args.pred], Path(args.o) if args.o else None
     kinds = {path.suffix == ".csv" for path in paths}
-    segmented = {"d", "ref", "regions", "images"}
+    segmented = {"d", "ref", "regions", "images", "chill"}
     given = {name for name in (*segmented, "against") if getattr(args, name)}
     if kinds == {True} and given <= {"against"}:
         evaluate_runs(paths, [Path(path) for path in args.against], output)
@@ -109,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> int:
         options = (args.regions, args.overlays, images, args.np, args.chill)
         evaluate_dataset(args.d, references, paths[0], output or paths[0], *options)
     else:
-        found = " ".join(["-pred", *args.pred, *(f"-{name}" for name in sorted(given))])
+        found = " ".join(["-pred", *args.pred, *(f"--{name}" if name == "chill" else f"-{name}" for name in sorted(given))])
         one = "one folder of segmentations, with -d and -ref, or with -d and -images for pictures alone"
         raise UserError(f"{found}: give -pred {one}, or CSV files of a classifier, alone or with -against")
     return 0
