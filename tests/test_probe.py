@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nnunet_csm.data.bank import open_bank
 from nnunet_csm.data.stored import CaseFile
 from nnunet_csm.errors import UserError
 from nnunet_csm.judging.average_precision import LabelledTokens, average_precision
+from nnunet_csm.judging.comparison import fit_linear_maps
 from nnunet_csm.judging.hidden_errors import (
     LOGGED_ERRORS,
     LOGGED_TOKENS,
@@ -40,7 +42,7 @@ from nnunet_csm.judging.kinds import (
     squared_errors,
 )
 from nnunet_csm.judging.lesion_probe import LabelledPatches, draw_starts, label_file, place_features
-from nnunet_csm.judging.linear_maps import fit_linear_maps
+from nnunet_csm.judging.linear_maps import LinearMaps, sets_of_series
 from nnunet_csm.judging.plateau import judge
 from nnunet_csm.judging.probe import Probe
 from nnunet_csm.judging.token_regression import TokenRidge, cell_size
@@ -400,7 +402,7 @@ def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(
         return Rebuilt(torch.full(tokens.shape[:3], 4.0), tokens + 2)
 
     monkeypatch.setattr(HiddenTokens, "of", counted)
-    maps = fit_linear_maps(lambda _: volume, pretext, batch_size, torch.device("cpu"))
+    maps = fit_linear_maps(partial(always, volume), pretext, batch_size, torch.device("cpu"))
     errors = HiddenErrors(pretext, maps, torch.device("cpu"))
     errors.add(batch, off_by_two)
     found = validation_sums(batch, off_by_two, pretext)
@@ -412,8 +414,60 @@ def test_batches_are_scored_and_fitted_to_in_parts_of_which_the_whole_comes_out(
     assert max(sizes) == most
     assert torch.equal(errors.counts, num_voxels(whole.inside, kinds))
     torch.testing.assert_close(errors.sums["network"], 4 * errors.counts)
-    for name, estimate in zip(("linear", "token_linear"), maps.estimates(whole.truth, ~mask.hidden), strict=True):
+    for name, estimate in maps.estimates(whole.truth, ~mask.hidden, whole.present).items():
         torch.testing.assert_close(errors.sums[name], squared_errors(whole.truth, estimate, whole.inside, kinds))
+
+
+def always(volume: torch.Tensor, _: int) -> torch.Tensor:
+    return volume
+
+
+def test_patches_of_two_datasets_have_the_maps_of_their_own_series() -> None:
+    """No patch holds all: each dataset is estimated as if it were alone, and has a mean of its own."""
+    pretext = factories.pretext_of(factories.settings())
+    volume = masked_batch(pretext, 8).volumes[0].clone()
+    volume[:4, 2:], volume[4:, :1] = 0, 0
+    together = fit_linear_maps(partial(always, volume), pretext, 8, torch.device("cpu"))
+    assert set(together.fitted) == {(0, 1), (1, 2)}
+    batch = HiddenTokens.of(volume, pretext)
+    visible = torch.rand(batch.truth.shape[:3], generator=torch.Generator().manual_seed(3)) < 0.5
+    found = together.estimates(batch.truth, visible, batch.present)
+    for rows, series in ((slice(0, 4), (0, 1)), (slice(4, 8), (1, 2))):
+        of_one = volume[rows].repeat(2, 1, 1, 1, 1)
+        alone = fit_linear_maps(partial(always, of_one), pretext, 8, torch.device("cpu"))
+        assert set(alone.fitted) == {series}
+        expected = alone.estimates(batch.truth[rows], visible[rows], batch.present[rows])
+        for name, estimate in expected.items():
+            torch.testing.assert_close(found[name][rows, list(series)], estimate[:, list(series)], rtol=1e-4, atol=1e-4)
+
+
+def test_a_patch_with_series_of_two_sets_takes_the_larger_part_and_means_of_the_rest() -> None:
+    one, two = fitted(correlated()), fitted(correlated(seed=1)[:, 1:])
+    maps, tokens = LinearMaps({(0, 1, 2): one, (3, 4): two}), torch.randn(1, 6, 1, math.prod(TOKEN_SIZE))
+    present = torch.tensor([[True, True, False, True, False, True]])
+    found = maps.estimates(tokens, present[..., None], present)
+    expected = one.estimates(tokens[:, :3], present[:, :3, None])
+    assert torch.equal(found["linear"][:, :3], expected[0]) and torch.equal(found["token_linear"][:, :3], expected[1])
+    # of a patch with the last two series alone, the smaller set's
+    present[0, :3] = False
+    assert torch.equal(
+        maps.estimates(tokens, present[..., None], present)["linear"][:, 3:5],
+        two.estimates(tokens[:, 3:5], present[:, 3:5, None])[0],
+    )
+    means = torch.tensor([*one.voxelwise.mean, *two.voxelwise.mean, 0.0])[:, None, None].float()
+    for name in ("mean", "linear", "token_linear"):
+        torch.testing.assert_close(found[name][0, 3:], means[3:].expand(-1, 1, tokens.shape[3]))
+
+
+def test_a_set_has_maps_where_more_patches_hold_it_than_hold_more_besides() -> None:
+    held: dict[tuple[bool, ...], int] = {(True, True, False): 3, (True, False, False): 2, (False, True, True): 5}
+    held[False, False, False] = 9
+    assert sets_of_series(held, 4) == [(1, 2), (0, 1)] and sets_of_series(held, 1) == [(1, 2)]
+    held[True, True, True] = 3
+    # three patches hold the first two series and nothing else, and three all
+    assert sets_of_series(held, 4) == [(1, 2), (0, 1, 2)]
+    held[True, True, True] = 100
+    assert sets_of_series(held, 4) == [(0, 1, 2)]
 
 
 def judged_by(probe: Probe) -> str:

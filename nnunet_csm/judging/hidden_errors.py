@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nnunet_csm.data.intensities import foreground
 from nnunet_csm.judging.kinds import KINDS, error_table, kinds_of, num_voxels, squared_errors
-from nnunet_csm.judging.token_regression import CHUNK, HELD_OUT, TokenRidge
+from nnunet_csm.judging.linear_maps import LinearMaps
+from nnunet_csm.judging.token_regression import CHUNK, HELD_OUT
 from nnunet_csm.pretext.base import Batch
 from nnunet_csm.pretext.masking import Mask
 from nnunet_csm.pretext.rebuilding import Rebuilding, Rebuilt
@@ -18,7 +19,6 @@ from nnunet_csm.pretext.rebuilding import Rebuilding, Rebuilt
 # what is logged of every epoch: tokens by the loss, then foreground voxels by `KINDS`
 LOGGED_TOKENS = ("error_part_hidden", "error_whole_hidden")
 LOGGED_ERRORS = ("hidden_whole", "hidden_whole_alone", "hidden_part")
-ESTIMATES = ("linear", "token_linear", "mean")
 
 Rebuild = Callable[[Tensor, Mask], Rebuilt]
 
@@ -103,7 +103,7 @@ class HiddenErrors:
     They are summed up on `device`, some samples at a time.
     """
 
-    def __init__(self, pretext: Rebuilding, maps: TokenRidge | None, device: torch.device) -> None:
+    def __init__(self, pretext: Rebuilding, maps: LinearMaps | None, device: torch.device) -> None:
         self.pretext, self.maps, self.device = pretext, maps, device
         self.series = pretext.setup.architecture.series
         self.counts = torch.zeros(len(KINDS), len(self.series), dtype=torch.double)
@@ -121,9 +121,7 @@ class HiddenErrors:
         if rebuild is not None:
             self._add("network", batch.errors(rebuild(volume, mask).tokens, kinds))
         if self.maps is not None:
-            linear, token_linear = self.maps.estimates(batch.truth, ~mask.hidden)
-            mean = torch.from_numpy(self.maps.voxelwise.mean).to(batch.truth)[:, None, None]
-            for name, estimate in (("linear", linear), ("token_linear", token_linear), ("mean", mean)):
+            for name, estimate in self.maps.estimates(batch.truth, ~mask.hidden, batch.present).items():
                 self._add(name, squared_errors(batch.truth, estimate, batch.inside, kinds))
 
     def _add(self, name: str, sums: Tensor) -> None:

@@ -1,54 +1,64 @@
-"""The linear maps that a pretext which rebuilds is compared with: what is linear need not be learned by a ViT."""
+"""Linear maps of whatever series patches hold together: what is linear need not be learned by a ViT."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 
-import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnunet_csm.judging.hidden_errors import HiddenTokens, samples_at_a_time
-from nnunet_csm.judging.token_regression import HELD_OUT, MAX_TOKENS, TokenRidge
-from nnunet_csm.judging.voxel_regression import RidgeBaseline
-from nnunet_csm.pretext.rebuilding import Rebuilding
+from nnunet_csm.judging.token_regression import TokenRidge
 
-# patches to fit linear maps to
-MAX_FITTED = 640
+ESTIMATES = ("linear", "token_linear", "mean")
 
 
-def fit_linear_maps(volume: Callable[[int], Tensor], pretext: Rebuilding, batch_size: int, device: torch.device) -> TokenRidge:
-    """The voxel-wise and the per-token ridge regression, on patches of training cases.
+class LinearMaps:
+    """One `TokenRidge` for each of the sets of series that many patches hold, see `sets_of_series`.
+
+    Most pretrainings have one set, all series. Where datasets with other series are pretrained on together, no patch may hold
+    all: then each dataset's are estimated from each other.
 
     Args:
-        volume: a batch by its number, anywhere; each is asked for twice.
-        pretext: whose units the errors are to have.
-        batch_size: of all ranks.
-        device: where the maps are fitted, to some samples at a time.
-
-    Raises:
-        UserError: no patch, or hardly one, holds every series.
+        fitted: by numbers of the series, rising; not empty.
     """
 
-    # some are background, or lack a series
-    num_patches = min(2 * MAX_TOKENS // pretext.setup.num_tokens, MAX_FITTED)
-    num_batches = max(HELD_OUT, math.ceil(num_patches / batch_size))
+    def __init__(self, fitted: Mapping[tuple[int, ...], TokenRidge]) -> None:
+        self.fitted = {series: fitted[series] for series in sorted(fitted, key=len)}
 
-    def parts() -> Iterator[HiddenTokens]:
-        for number in range(num_batches):
-            for part in volume(number).split(samples_at_a_time(batch_size, pretext)):
-                yield HiddenTokens.of(part.to(device), pretext)
+    def estimates(
+        self, tokens: Float[Tensor, "b s l v"], visible: Bool[Tensor, "b s l"], present: Bool[Tensor, "b s"]
+    ) -> dict[str, Float[Tensor, "b s l v"]]:
+        """Every token, by `ESTIMATES`, from the other series' tokens visible at its place.
 
-    def voxels() -> Iterator[np.ndarray]:
-        for part in parts():
-            for truth, inside in zip(part.truth, part.inside.any(1), strict=True):
-                if inside.any():
-                    yield truth[:, inside].cpu().numpy()[:, :, None, None]
+        A patch takes the maps of the set that holds most of its series, and as few others as possible. Of a series beyond that
+        set the estimate is its mean in another set, or 0, the mean of z-scores, where no set holds it.
+        """
+        means = tokens.new_zeros(tokens.shape[1])
+        for series, ridge in self.fitted.items():
+            means[list(series)] = torch.from_numpy(ridge.voxelwise.mean).to(means)
+        found = {name: means[:, None, None].expand_as(tokens).clone() for name in ESTIMATES}
+        # the first of those that hold as many, which is the smallest
+        taken = torch.stack([present[:, list(series)].sum(1) for series in self.fitted]).argmax(0)
+        for number, (series, ridge) in enumerate(self.fitted.items()):
+            here = (taken == number).nonzero()
+            columns = torch.tensor(series, device=tokens.device)
+            if len(here):
+                linear, token_linear = ridge.estimates(tokens[here, columns], visible[here, columns])
+                mean = torch.from_numpy(ridge.voxelwise.mean).to(tokens)[:, None, None].expand_as(linear)
+                for name, estimate in zip(ESTIMATES, (linear, token_linear, mean), strict=True):
+                    found[name][here, columns] = estimate
+        return found
 
-    def tokens() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in parts():
-            full = part.present.all(1)
-            truth, inside = (t[full].transpose(1, 2).flatten(0, 1) for t in (part.truth, part.inside))
-            somewhere = inside.flatten(1).any(1)
-            yield truth[somewhere], inside[somewhere]
 
-    return TokenRidge(RidgeBaseline().fit(voxels()), pretext.setup.architecture.token_size).fit(tokens())
+def sets_of_series(held: Mapping[tuple[bool, ...], int], most: int) -> list[tuple[int, ...]]:
+    """Sets of series to fit maps for, those of most patches first, at most so many.
+
+    They are the sets that more patches hold than hold more series besides: of a few patches with all series no maps are made
+    that serve many others.
+
+    Args:
+        held: which series a patch holds, to the number of such patches.
+        most: sets.
+    """
+    sets = {tuple(number for number, there in enumerate(one) if there): count for one, count in held.items() if any(one)}
+    more = {one: sum(count for other, count in sets.items() if set(one) < set(other)) for one in sets}
+    return sorted((one for one in sets if sets[one] > more[one]), key=lambda one: (-sets[one], one))[:most]

@@ -8,9 +8,10 @@ import pandas as pd
 
 from nnunet_csm.figures.curves import Panel
 from nnunet_csm.files import write_text
-from nnunet_csm.judging.hidden_errors import ESTIMATES, LOGGED_ERRORS, LOGGED_TOKENS, HiddenErrors
+from nnunet_csm.judging.hidden_errors import LOGGED_ERRORS, LOGGED_TOKENS, HiddenErrors
 from nnunet_csm.judging.kinds import HIDDEN_PART, HIDDEN_WHOLE, KINDS
 from nnunet_csm.judging.lesion_probe import LinearProbe
+from nnunet_csm.judging.linear_maps import ESTIMATES
 from nnunet_csm.judging.plateau import MEAN, Verdict, judge
 from nnunet_csm.model.encoder import Encoder
 from nnunet_csm.plans import Schedule
@@ -66,9 +67,9 @@ class Probe:
 
     def said(self, log: Mapping[str, Sequence[float]]) -> str:
         """A line on the last epoch, one more when lesions were probed, and what the pretext warns of."""
+        known = {name: error for of, name in TRIVIAL.items() if np.isfinite(error := self.baseline(of))}
         first = "; smaller is better" if len(log[self.judged]) == 1 else ""
-        beside = ", ".join(f"{name} {self.baseline(of):.4f}" for of, name in TRIVIAL.items())
-        beside = f" ({beside}{first})" if self.baselines is not None else ""
+        beside = f" ({', '.join(f'{name} {error:.4f}' for name, error in known.items())}{first})" if known else ""
         lines = [f"Probe: {self.name}: {log[self.judged][-1]:.4f}{beside}; {self.verdict(log)}"]
         precision, probe = log[LOGGED_PRECISION][-1], self.linear_probe
         if probe is not None and np.isfinite(precision):
