@@ -20,7 +20,7 @@ from nnunet_csm.plans import read_configuration
 from nnunet_csm.pretext.cost import counted, finetuning_cost, pretraining_cost
 from nnunet_csm.study.dataset import Dataset, hashed
 from nnunet_csm.study.expansion import Expansion, essence
-from nnunet_csm.study.runs import Run, Runs
+from nnunet_csm.study.runs import CLASSIFIER, PRETRAINER, SEGMENTER, Run, Runs
 from nnunet_csm.study.spec import parse_study
 
 
@@ -258,9 +258,13 @@ def test_what_only_people_read_makes_no_other_run(studied: Dataset) -> None:
     other = json.loads(json.dumps(plans))
     csm = other["configurations"]["3d_fullres"]["csm"]
     csm["preset"], csm["reasons"] = "x", {}
-    assert essence(plans) == essence(other) and hashed(plans) != hashed(other)
+    assert essence(plans, SEGMENTER) == essence(other, SEGMENTER) and hashed(plans) != hashed(other)
+    # a classifier's settings make no other segmenter
+    csm["classification"]["mask_features"] ^= True
+    alike = {trainer for trainer in (PRETRAINER, SEGMENTER, CLASSIFIER) if essence(plans, trainer) == essence(other, trainer)}
+    assert alike == {PRETRAINER, SEGMENTER}
     csm["pretext"]["masking"]["mask_ratio"] = 0.123
-    assert essence(plans) != essence(other)
+    assert essence(plans, SEGMENTER) != essence(other, SEGMENTER)
 
 
 def test_stock_nnunet_is_given_what_it_was_trained_with(expand: Callable[..., Runs], studied: Dataset) -> None:

@@ -267,7 +267,7 @@ class Expansion:
     ) -> Run:
         del plans["plans_name"]
         start = self.result.runs[needs].plans_name if needs else learned(given).digest if given else None
-        digest = hashed([trainer, start, essence(plans)])
+        digest = hashed([trainer, start, essence(plans, trainer)])
         plans_name = f"{PLANS_NAME}_{self.name}_{digest}"
         run = Run(
             id=f"{digest}_{fold}",
@@ -340,9 +340,13 @@ def learned(path: Path) -> Learned:
     return Learned(digest, frozenset(read_encoder(str(path)).training_cases))
 
 
-def essence(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """Plans without what only people read: a reason in other words makes no other run."""
-    told = ("preset", "reasons")
+# blocks of the recipe that one trainer reads
+READ_BY = {"classification": CLASSIFIER, "finetuning_schedule": SEGMENTER}
+
+
+def essence(plans: Mapping[str, Any], trainer: str) -> dict[str, Any]:
+    """Plans without what only people read, or other trainers: a reason in other words makes no other run."""
+    told = ("preset", "reasons", *(key for key, reader in READ_BY.items() if reader != trainer))
     configurations = {
         name: {**entry, "csm": {key: value for key, value in entry["csm"].items() if key not in told}}
         if "csm" in entry
