@@ -6,6 +6,9 @@ It asks what a pretraining is for: the same fine-tuning from scratch stands besi
 import os
 import shlex
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,7 +29,7 @@ from nnunet_csm.phantom import PhantomSpec, write_task
 from nnunet_csm.processes import run_command
 
 DATASET, NAME, CONFIGURATION, FOLD = "900", "Dataset900_Phantom", "3d_fullres", "0"
-PRESET, SPEC = "phantom_demo", PhantomSpec(missing_share=0.1, snr=5.0)
+PRESET, SPEC = "phantom_demo", PhantomSpec(missing_share=0.1, snr=5.0, ventricles=True)
 # plans of the two segmenters, which differ in where their encoder begins
 ARMS = {"pretrained": "nnUNetCSMPlans", "from scratch": "nnUNetCSMPlansScratch"}
 # of the training subjects, those that fine-tuning learns from, those that watch it, and those of which only images are used
@@ -36,7 +39,7 @@ COMPLETE, WITHOUT = "all series", f"{MISSING} missing"
 CONVERT = "nnunetv2.dataset_conversion.convert_MSD_dataset:entry_point"
 NUM_RESAMPLES = 2000
 # of the stages, about, on two cores
-MINUTES = {"convert, plan and preprocess": 1, "pretrain": 5, "fine-tune twice": 1.5, "predict four times": 1.5, "evaluate": 0.5}
+MINUTES = {"convert, plan and preprocess": 1, "pretrain": 5, "fine-tune twice": 1.5, "predict four times and evaluate": 1}
 
 
 class Demo:
@@ -69,14 +72,24 @@ class Demo:
 
     def stage(self, title: str, *command: str) -> None:
         """Run one command and show its output; its time goes into the summary."""
-        number = len(self.times) + 1
-        shown = shlex.join(command[1:] if command[1] == "nnunet_csm" else ("python", *command))
-        print(f"\n=== {number}. {title}\n$ {shown}", flush=True)
+        self.side_by_side(title, {title: command})
+
+    def side_by_side(self, title: str, commands: Mapping[str, tuple[str, ...]]) -> None:
+        """Run commands at once and show the output of the first; that of others goes to files. A thread each, if several."""
+        print(f"\n=== {len(self.times) + 1}. {title}")
+        for command in commands.values():
+            print("$", shlex.join(command[1:] if command[1] == "nnunet_csm" else ("python", *command)), flush=True)
+        environment = self.environment | ({"OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1"} if len(commands) > 1 else {})
         started = time.monotonic()
-        code = run_command(command, self.environment)
+        with ExitStack() as stack, ThreadPoolExecutor(len(commands)) as pool:
+            files = [(self.folder / f"{title}, {name}.log".replace(", ", "_").replace(" ", "_")) for name in list(commands)[1:]]
+            logs = [None, *(stack.enter_context(file.open("w", encoding="utf-8")) for file in files)]
+            codes = list(pool.map(lambda command, log: run_command(command, environment, log), commands.values(), logs))
         self.times.append((title, time.monotonic() - started))
-        if code:
-            raise UserError(f"the demo stopped at {title!r} (exit code {code}, see above); run `nnunet_csm doctor`")
+        for name, code, shown in zip(commands, codes, ("above", *files), strict=True):
+            if code:
+                which = title if name == title else f"{title}, {name}"
+                raise UserError(f"the demo stopped at {which!r} (exit code {code}, see {shown}); run `nnunet_csm doctor`")
 
 
 def run_demo(folder: Path, seed: int) -> None:
@@ -108,16 +121,20 @@ def run_demo(folder: Path, seed: int) -> None:
     keep_labels_of_few(demo.preprocessed)
     demo.stage("plan once more", *command, "plan", "-d", DATASET, "-preset", PRESET, "-overwrite_plans_name", scratch)
     demo.stage("pretrain", *command, "pretrain", *common)
-    demo.stage("fine-tune", *command, "finetune", *common)
-    demo.stage("fine-tune from scratch", *command, "finetune", *common, "-p", scratch, "-encoder", "scratch")
+    # of the two segmenters, at once: networks so small gain little from a second core
+    start = {"pretrained": (), "from scratch": ("-encoder", "scratch")}
+    demo.side_by_side(
+        "fine-tune", {arm: (*command, "finetune", *common, "-p", plans, *start[arm]) for arm, plans in ARMS.items()}
+    )
     images = {COMPLETE: demo.raw / "imagesTs", WITHOUT: without_series(demo.raw / "imagesTs", folder / "images_incomplete")}
-    for (arm, plans), (given, of_test) in product(ARMS.items(), images.items()):
-        output = str(demo.predicted(arm, given))
+    for given, of_test in images.items():
+        outputs = {arm: str(demo.predicted(arm, given)) for arm in ARMS}
         # small images: processes of their own would take longer to start than their work does
-        of_one_process = ("-p", plans, "-i", str(of_test), "-o", output, "-npp", "0", "-nps", "0")
-        demo.stage(f"predict, {arm}, {given}", *command, "predict", *common, *of_one_process)
-        scored = ("evaluate", "-d", DATASET, "-ref", str(task / "labelsTs"), "-pred", output)
-        demo.stage(f"evaluate, {arm}, {given}", *command, *scored)
+        few = ("-i", str(of_test), "-npp", "0", "-nps", "0")
+        predict = {arm: (*command, "predict", *common, "-p", plans, *few, "-o", outputs[arm]) for arm, plans in ARMS.items()}
+        demo.side_by_side(f"predict, {given}", predict)
+        scored = (*command, "evaluate", "-d", DATASET, "-ref", str(task / "labelsTs"), "-pred")
+        demo.side_by_side(f"evaluate, {given}", {arm: (*scored, output) for arm, output in outputs.items()})
 
     page = summarize(demo, task, time.monotonic() - started)
     page.save(folder / "summary.html")
@@ -144,13 +161,9 @@ def without_series(images: Path, folder: Path) -> Path:
 
 
 def scores_of(demo: Demo) -> pd.DataFrame:
-    """Dice of each test subject, its mean over structures: a column for each arm and what it was given."""
-    return pd.DataFrame(
-        {
-            (arm, given): pd.read_csv(demo.predicted(arm, given) / "evaluation.csv").groupby("case")["dice"].mean()
-            for arm, given in product(ARMS, (COMPLETE, WITHOUT))
-        }
-    )
+    """Dice of each test subject, its mean over labels: a column for each arm and what it was given."""
+    tables = {each: pd.read_csv(demo.predicted(*each) / "evaluation.csv") for each in product(ARMS, (COMPLETE, WITHOUT))}
+    return pd.DataFrame({each: table[table["kind"] == "label"].groupby("case")["dice"].mean() for each, table in tables.items()})
 
 
 def gain(scores: pd.DataFrame, given: str) -> str:
@@ -210,7 +223,8 @@ def summarize(demo: Demo, task: Path, seconds: float) -> Page:
     case = task / "imagesTr" / f"{full['case'].iloc[0]}.nii.gz"
     page.section(
         "The phantom",
-        "One training subject. Oedema shows in FLAIR, the enhancing part in T1ce only. One series in ten is missing.",
+        "One training subject. Oedema shows in FLAIR, the tumour's rim in T1ce only; the ventricles' fluid is as bright as that "
+        "between the folds of the brain, so that only its place tells it. One series in ten is missing.",
         images=[(phantom_picture(case, demo.folder / "phantom.png"), case.name)],
     )
     decisions = [(name, value, reason) for name, (value, reason) in csm["reasons"].items()]
@@ -234,7 +248,7 @@ def summarize(demo: Demo, task: Path, seconds: float) -> Page:
     )
     curves = [(demo.results("nnUNetTrainerCSM", plans) / "progress.png", arm) for arm, plans in ARMS.items()]
     page.section("Fine-tuning", "nnU-Net's own progress pictures.", images=curves)
-    page.section("Test subjects", "Mean Dice over structures.", [Table(per_subject(scores))])
+    page.section("Test subjects", "Mean Dice over labels.", [Table(per_subject(scores))])
     page.section("Time", facts=[(name, f"{t:.0f} s") for name, t in demo.times])
     return page
 

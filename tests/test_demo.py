@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -39,10 +40,10 @@ def save_picture(path: Path) -> None:
     PIL.Image.new("L", (8, 8)).save(path)
 
 
-def warm(command: tuple[str, ...], environment: dict[str, str]) -> int:
+def warm(command: tuple[str, ...], environment: dict[str, str], log: IO[str] | None = None) -> int:
     """A stage in a process that has imported what it needs; what it says goes to a file."""
-    log = Path(environment["DEMO_LOG"])
-    process = warm_processes.start(act, (command,), environment, log, log)
+    file = Path(log.name if log else environment["DEMO_LOG"])
+    process = warm_processes.start(act, (command,), environment, file, file)
     process.join()
     return process.exitcode or 0
 
@@ -66,6 +67,7 @@ def test_the_demo_runs_to_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "With all series: Dice" in said
     assert "With FLAIR missing: Dice" in said
     assert "the best linear map" in said
+    assert "epoch" in (tmp_path / "out" / "fine-tune_from_scratch.log").read_text("utf-8").lower()
     page = (tmp_path / "out" / "summary.html").read_text("utf-8")
     assert "What pretraining brought" in page
     assert page.count("<img") >= 8
@@ -100,3 +102,16 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UserError, match="not an empty folder"):
         demo.run_demo(tmp_path, seed=0)
+
+
+def test_a_stage_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(command: tuple[str, ...], environment: dict[str, str], log: IO[str] | None) -> int:
+        return 3 if "scratch" in command else 0
+
+    monkeypatch.setattr(demo, "run_command", fails)
+    one = demo.Demo(tmp_path / "out")
+    one.stage("plan", "-m", "nnunet_csm", "plan")
+    with pytest.raises(UserError, match=r"at 'fine-tune, from scratch' \(exit code 3, see .*fine-tune_from_scratch\.log\)"):
+        one.side_by_side("fine-tune", {"pretrained": ("-m", "nnunet_csm"), "from scratch": ("-m", "nnunet_csm", "scratch")})
+    with pytest.raises(UserError, match=r"at 'plan' \(exit code 3, see above\)"):
+        one.stage("plan", "-m", "nnunet_csm", "scratch")

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_csm.errors import UserError
-from nnunet_csm.phantom.anatomy import LABELS, draw_anatomy, label_map, smooth_field, tissue_fractions
+from nnunet_csm.phantom.anatomy import GLIOMA, LABELS, draw_anatomy, label_map, smooth_field, tissue_fractions
 from nnunet_csm.phantom.subject import PhantomSpec, Subject, add_rician_noise, draw_subject
 from nnunet_csm.phantom.task import write_task
 from nnunet_csm.phantom.tissues import ACQUISITIONS, CLASSES, CORES, TISSUES, signal
@@ -83,12 +83,36 @@ def test_absent_series_are_zero_and_one_remains():
 def test_fractions_sum_to_one_and_restricted_tumour_needs_diffusion():
     rng = np.random.default_rng(5)
     anatomy = draw_anatomy(rng, enhancing_share=1.0)
-    without, brain = tissue_fractions(anatomy, (20, 24, 28), restricted_focus=False)
-    with_focus, _ = tissue_fractions(anatomy, (20, 24, 28), restricted_focus=True)
+    without, ventricles, brain = tissue_fractions(anatomy, (20, 24, 28), restricted_focus=False)
+    with_focus, _, _ = tissue_fractions(anatomy, (20, 24, 28), restricted_focus=True)
     np.testing.assert_allclose(without.sum(0), 1, atol=1e-5)
     restricted = list(TISSUES).index("restricted")
     assert without.min() >= 0 and not without[restricted].any() and with_focus[restricted].any()
-    assert np.array_equal(label_map(with_focus)[brain], label_map(without)[brain])
+    labels = [label_map(fractions, ventricles, GLIOMA)[brain] for fractions in (with_focus, without)]
+    assert np.array_equal(*labels)
+
+
+def test_ventricles_are_told_by_their_place_and_leave_the_rest_alone():
+    """In each series other fluid within the brain is as bright as theirs, and nothing but the labels is another."""
+    spec = replace(PhantomSpec(), ventricles=True, bias=0.0)
+    for index in range(4):
+        subject, plain = draw_subject(spec, index), draw_subject(replace(spec, ventricles=False), index)
+        assert same(subject, replace(plain, labels=subject.labels), spec.series)
+        ventricles = subject.labels == list(spec.labelled).index("ventricles") + 1
+        core = subject.labels == list(spec.labelled).index("tumour core") + 1
+        # (a rim and a core of less than half of a voxel each are a core of more)
+        assert core[plain.labels >= 2].all() and not ventricles[plain.labels > 0].any()
+        # near the middle from left to right
+        assert ventricles.sum() > 100 and np.abs(np.nonzero(ventricles)[2] / spec.shape[2] - 0.5).max() < 0.25
+        rng = np.random.default_rng(np.random.SeedSequence(spec.seed, spawn_key=(index,)))
+        rng.random(len(ACQUISITIONS)), rng.standard_normal()
+        fractions, _, brain = tissue_fractions(draw_anatomy(rng, spec.enhancing_share), spec.shape, restricted_focus=False)
+        fluid = (fractions[list(TISSUES).index("CSF")] > 0.7) & brain
+        assert (fluid & ~ventricles).sum() > 100
+        for volume in subject.series.values():
+            means = [volume[fluid & where].mean() for where in (ventricles, ~ventricles)]
+            spread = volume[fluid & ~ventricles].std()
+            assert abs(means[0] - means[1]) < 2 * spread
 
 
 def test_smooth_field_is_standard_normal_in_each_voxel():
@@ -160,7 +184,7 @@ def test_tissue_predicts_a_series_better_than_another_series_does():
     subject = draw_subject(spec, 0)
     rng = np.random.default_rng(np.random.SeedSequence(spec.seed, spawn_key=(0,)))
     rng.random(len(ACQUISITIONS)), rng.standard_normal()
-    fractions, _ = tissue_fractions(draw_anatomy(rng, spec.enhancing_share), spec.shape, restricted_focus=False)
+    fractions, _, _ = tissue_fractions(draw_anatomy(rng, spec.enhancing_share), spec.shape, restricted_focus=False)
 
     def explained(target: np.ndarray, predictors: np.ndarray) -> float:
         design = np.concatenate([predictors, np.ones((1, target.size))]).T
@@ -210,7 +234,7 @@ def test_task_is_never_overwritten_nor_half_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="letters and digits"):
         write_task(SMALL, tmp_path, num_training=1, num_test=0, name="two_words")
 
-    monkeypatch.setattr("nnunet_csm.phantom.subject.label_map", lambda fractions: 1 / 0)
+    monkeypatch.setattr("nnunet_csm.phantom.subject.label_map", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_task(SMALL, tmp_path, num_training=1, num_test=0, task_id=902)
     assert [path.name for path in tmp_path.iterdir()] == ["Task900_Phantom"]

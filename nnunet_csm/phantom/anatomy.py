@@ -15,10 +15,15 @@ from nnunet_csm.phantom.tissues import TISSUES, Tissue
 Triple = tuple[float, float, float]
 Shape = tuple[int, int, int]
 
-# MSD Task01_BrainTumour's names.
-LABELS = {"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumor": 3}
-# For labels 1, 2 and 3 in turn.
-LABELLED_TISSUES = (("oedema",), ("core", "restricted"), ("enhancing",))
+# What labels 1, 2 and 3 are made of. MSD Task01_BrainTumour's names:
+GLIOMA = {"edema": ("oedema",), "non-enhancing tumor": ("core", "restricted"), "enhancing tumor": ("enhancing",)}
+# and two that show by their brightness beside one that does not, since the fluid of sulci is as bright:
+GLIOMA_AND_VENTRICLES = {
+    "oedema": ("oedema",),
+    "tumour core": ("core", "restricted", "enhancing"),
+    "ventricles": ("ventricles",),
+}
+LABELS = {name: value for value, name in enumerate(("background", *GLIOMA))}
 TISSUE_INDEX = {name: i for i, name in enumerate(TISSUES)}
 
 CORTEX_THICKNESS = 0.05  # head units, about 3.5 mm
@@ -182,12 +187,13 @@ class _Mixture:
     def __getitem__(self, tissue: str) -> np.ndarray:
         return self.fractions[TISSUE_INDEX[tissue]]
 
-    def place(self, tissue: str, distance: np.ndarray) -> None:
-        """Put `tissue` inside, at the cost of all that was there."""
+    def place(self, tissue: str, distance: np.ndarray) -> np.ndarray:
+        """Put `tissue` inside, at the cost of all that was there; returns the share of each voxel that is inside."""
         share = self._share_inside(distance)
         touched = share > 0
         self.fractions[:, touched] *= 1 - share[touched]
         self[tissue][...] += share
+        return share
 
     def convert(self, source: str, tissue: str, distance: np.ndarray) -> None:
         """Turn what there is of `source` inside into `tissue`."""
@@ -211,8 +217,8 @@ def _head_coordinates(anatomy: Anatomy, shape: Shape) -> tuple[np.ndarray, np.nd
     return point, 2 / np.array(shape) / anatomy.semi_axes
 
 
-def tissue_fractions(anatomy: Anatomy, shape: Shape, restricted_focus: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Fractions (t, z, y, x) in the order of TISSUES, summing to 1, and the brain (z, y, x) bool.
+def tissue_fractions(anatomy: Anatomy, shape: Shape, restricted_focus: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fractions (t, z, y, x) in the order of TISSUES, summing to 1, that of the ventricles' fluid and the brain, bool (z, y, x).
 
     `restricted_focus` adds the part of the tumour that only diffusion shows.
     """
@@ -232,10 +238,10 @@ def tissue_fractions(anatomy: Anatomy, shape: Shape, restricted_focus: bool) -> 
     mixture.place("white matter", brainstem + 0.02)
     _place_cerebrum(mixture, anatomy, point, cerebrum, sulci, fields["depth"])
     mixture.convert("CSF", "blood", np.hypot(sulci, _distance_to_level_set(fields["vessels"], step)) - 0.02)
-    _place_deep_structures(mixture, anatomy, _before_mass_effect(point, anatomy.lesion), fields["water"])
+    ventricles = _place_deep_structures(mixture, anatomy, _before_mass_effect(point, anatomy.lesion), fields["water"])
     mixture.convert("white matter", "gliosis", 0.1 * (anatomy.spot_level - fields["spots"]))
     _place_lesion(mixture, anatomy.lesion, point, restricted_focus)
-    return mixture.fractions, brain
+    return mixture.fractions, np.minimum(ventricles, mixture["CSF"]), brain
 
 
 def _place_cerebrum(
@@ -266,8 +272,8 @@ def _place_cerebellum(mixture: _Mixture, point: np.ndarray, cerebellum: np.ndarr
     mixture.convert("grey matter", "white matter", np.minimum(stems, cerebellum + 0.2))
 
 
-def _place_deep_structures(mixture: _Mixture, anatomy: Anatomy, point: np.ndarray, cap_field: np.ndarray) -> None:
-    """Deep nuclei on either side, then the ventricles between them with their gliotic lining."""
+def _place_deep_structures(mixture: _Mixture, anatomy: Anatomy, point: np.ndarray, cap_field: np.ndarray) -> np.ndarray:
+    """Deep nuclei on either side, then the ventricles between them with their gliotic lining; returns the ventricles' share."""
     z, y, x = point
     # One side serves both, about the midline.
     folded = np.stack([z, y, np.abs(x)])
@@ -287,7 +293,7 @@ def _place_deep_structures(mixture: _Mixture, anatomy: Anatomy, point: np.ndarra
     # Caps sit at the two horns, a thin line along the body.
     cap = anatomy.horn_caps * (0.4 + np.abs(y) + 0.3 * cap_field)
     mixture.convert("white matter", "gliosis", lateral - cap)
-    mixture.place("CSF", ventricles)
+    return mixture.place("CSF", ventricles)
 
 
 def _before_mass_effect(point: np.ndarray, lesion: Lesion) -> np.ndarray:
@@ -317,7 +323,11 @@ def _place_lesion(mixture: _Mixture, lesion: Lesion, point: np.ndarray, restrict
         mixture.convert("core", "restricted", to_focus - 0.45 * lesion.radius * (1 + 0.3 * reach))
 
 
-def label_map(fractions: np.ndarray) -> np.ndarray:
-    """Tissue fractions (t, z, y, x) to labels (z, y, x) uint8: of healthy and the three lesion parts, the largest."""
-    parts = [fractions[[TISSUE_INDEX[tissue] for tissue in tissues]].sum(0) for tissues in LABELLED_TISSUES]
+def label_map(fractions: np.ndarray, ventricles: np.ndarray, labelled: dict[str, tuple[str, ...]]) -> np.ndarray:
+    """Fractions of tissues (t, z, y, x) and ventricles (z, y, x) to labels (z, y, x) uint8: the largest of each voxel.
+
+    `labelled` as in GLIOMA; what is not labelled is one part.
+    """
+    share = {**dict(zip(TISSUES, fractions, strict=True)), "ventricles": ventricles}
+    parts = [sum(share[one] for one in made_of) for made_of in labelled.values()]
     return np.argmax([1 - sum(parts), *parts], axis=0).astype(np.uint8)

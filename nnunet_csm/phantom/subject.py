@@ -7,6 +7,8 @@ import numpy as np
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.phantom.anatomy import (
+    GLIOMA,
+    GLIOMA_AND_VENTRICLES,
     Anatomy,
     Shape,
     Triple,
@@ -36,6 +38,7 @@ class PhantomSpec:
     missing_share: float = 0.0  # probability that a subject lacks a series; one always remains
     enhancing_share: float = 0.85  # probability that the tumour takes up contrast agent
     diagnoses: bool = False  # cores are of four kinds, see CORES, and subjects have a class
+    ventricles: bool = False  # they are labelled, and the tumour's core and its rim are one, see GLIOMA_AND_VENTRICLES
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,15 +60,21 @@ class PhantomSpec:
             if is_wrong:
                 raise UserError(what)
 
+    @property
+    def labelled(self) -> dict[str, tuple[str, ...]]:
+        """What labels 1, 2 and 3 are made of."""
+        return GLIOMA_AND_VENTRICLES if self.ventricles else GLIOMA
+
 
 @dataclass(frozen=True)
 class Subject:
     """One subject on the common grid."""
 
     series: dict[str, np.ndarray]  # name to (z, y, x) float32, 0 outside the brain and all 0 where not present
-    labels: np.ndarray  # (z, y, x) uint8, values of LABELS
+    labels: np.ndarray  # (z, y, x) uint8, values 1 to 3 in the order of the spec's `labelled`
     present: dict[str, bool]  # name to whether the series was acquired
     brain: np.ndarray  # (z, y, x) bool
+    enhancing: bool  # the tumour takes up contrast agent
     diagnosis: str | None  # one of CLASSES
 
 
@@ -144,7 +153,8 @@ def draw_subject(spec: PhantomSpec, index: int) -> Subject:
 
     draw = {name: draws[i] for i, name in enumerate(ACQUISITIONS) if name in spec.series}
     present = {name: bool(draw[name] >= spec.missing_share or draw[name] == max(draw.values())) for name in spec.series}
-    fractions, brain = tissue_fractions(anatomy, spec.shape, restricted_focus=not {"DWI", "ADC"}.isdisjoint(spec.series))
+    shows_diffusion = not {"DWI", "ADC"}.isdisjoint(spec.series)
+    fractions, ventricles, brain = tissue_fractions(anatomy, spec.shape, restricted_focus=shows_diffusion)
     series = {}
     for name in spec.series:
         if not present[name]:
@@ -156,5 +166,5 @@ def draw_subject(spec: PhantomSpec, index: int) -> Subject:
         values = acquire_series(spec, name, anatomy, fractions, gain, series_rng)
         # Within the brain a value of 0 would read as background, so the least is 1, on a scale where tissue is hundreds.
         series[name] = np.where(brain, np.maximum(values, 1), 0).astype(np.float32)
-    labels = np.where(brain, label_map(fractions), 0).astype(np.uint8)
-    return Subject(series, labels, present=present, brain=brain, diagnosis=diagnosis)
+    labels = np.where(brain, label_map(fractions, ventricles, spec.labelled), 0).astype(np.uint8)
+    return Subject(series, labels, present=present, brain=brain, enhancing=anatomy.lesion.rim > 0, diagnosis=diagnosis)

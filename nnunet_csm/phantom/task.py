@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from nnunet_csm.errors import UserError
 from nnunet_csm.files import whole_folder
-from nnunet_csm.phantom.anatomy import LABELS, Triple
+from nnunet_csm.phantom.anatomy import Triple
 from nnunet_csm.phantom.subject import PhantomSpec, Subject, draw_subject
 
 
@@ -59,8 +59,9 @@ def write_task(
             subject = draw_subject(spec, index)
             _write_case(spec, subject, task / f"images{split}" / f"{case}.nii.gz", task / f"labels{split}" / f"{case}.nii.gz")
             present = {series: int(subject.present[series]) for series in spec.series}
-            enhancing = int((subject.labels == LABELS["enhancing tumor"]).any())
-            rows.append({"case": case, "split": split, **present, "enhancing": enhancing, "class": subject.diagnosis})
+            rows.append(
+                {"case": case, "split": split, **present, "enhancing": int(subject.enhancing), "class": subject.diagnosis}
+            )
         table = pd.DataFrame(rows)
         table.drop(columns="class").to_csv(task / "cases.csv", index=False)
         if spec.diagnoses:
@@ -81,7 +82,7 @@ def _dataset_json(spec: PhantomSpec, name: str, training: list[str], test: list[
         "release": "1.0",
         "tensorImageSize": "4D",
         "modality": {str(channel): series for channel, series in enumerate(spec.series)},
-        "labels": {str(value): label for label, value in LABELS.items()},
+        "labels": {str(value): label for value, label in enumerate(("background", *spec.labelled))},
         "numTraining": len(training),
         "numTest": len(test),
         "training": [{"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in training],
