@@ -12,7 +12,7 @@ from nnunet_csm.errors import UserError
 from nnunet_csm.evaluation.pictures import save_overlays_of_folder
 from nnunet_csm.figures.canvas import COARSE_LEVELS, COLOURS, EMPTY
 from nnunet_csm.figures.curves import Panel, save_curves
-from nnunet_csm.figures.overlays import save_overlay
+from nnunet_csm.figures.overlays import _fullest_slice, save_overlay
 from nnunet_csm.figures.page import Page, Table
 from nnunet_csm.figures.reconstructions import HIDDEN_COLOUR, save_reconstruction, save_restoration
 
@@ -40,6 +40,16 @@ def study():
     reference[4, 6:9, 7:10] = 2
     reference[3, 7:9, 8:11] = 2
     return volume, reference, np.roll(reference, 1, axis=2)
+
+
+def test_the_slice_shown_is_one_with_every_label(study):
+    _, reference, _ = study
+    reference[1], reference[5] = 3, 0  # the largest area, and a label beside the two others
+    assert _fullest_slice(reference, (1, 2)) == 3
+    reference[4] = np.where(reference[4] == 2, 2, 1)  # nearly all of the one, and more of the other
+    assert _fullest_slice(reference, (1, 2)) == 4
+    assert _fullest_slice(reference, (3,)) == 1
+    assert _fullest_slice(reference, (7,)) == 3 and _fullest_slice(reference, ()) == 3
 
 
 def test_overlay_with_and_without_reference(study, tmp_path):

@@ -62,7 +62,7 @@ def save_overlay(
     `drawn` is the heading of the predictions' column, for labels that are something else. `uncertainty`, from 0 (nothing over the
     image) to 1 (yellow), has the last column.
 
-    All show the slice with most foreground in the reference (in the prediction where there is none). A series that is 0
+    All show the slice with most of the labels in the reference (in the prediction where there is none). A series that is 0
     everywhere is drawn as absent. `label_names` names the labels to draw (0 is never drawn); `spacing` is in mm as (z, y, x).
     """
     assert len(volume) == len(series_names)
@@ -113,7 +113,7 @@ def save_methods(
 ) -> None:
     """One case under several methods: image, reference and every prediction by name, whole and enlarged around the labels.
 
-    The slice is the one with most foreground in the reference, which comes first of `segmentations`. `notes` are words
+    The slice is the one with most of the labels in the reference, which comes first of `segmentations`. `notes` are words
     under a prediction, such as its Dice; `spacing` is in mm, (z, y, x).
     """
     (_, reference), *_ = segmentations.items()
@@ -143,9 +143,9 @@ def save_methods(
 
 
 def _fullest_slice(segmentation: Int[np.ndarray, "z y x"], labels: Sequence[int]) -> int:
-    """The slice with most foreground; the middle one where there is none."""
-    num_foreground = np.isin(segmentation, labels).sum(axis=(1, 2))
-    return int(num_foreground.argmax()) if num_foreground.any() else len(segmentation) // 2
+    """The slice that shows most of the labels, each as a share of its own largest area; the middle one where there is none."""
+    areas = np.array([(segmentation == label).sum(axis=(1, 2)) for label in labels if (segmentation == label).any()])
+    return int((areas / areas.max(axis=1, keepdims=True)).sum(axis=0).argmax()) if len(areas) else len(segmentation) // 2
 
 
 def _grid(
