@@ -143,9 +143,14 @@ def save_methods(
 
 
 def _fullest_slice(segmentation: Int[np.ndarray, "z y x"], labels: Sequence[int]) -> int:
-    """The slice that shows most of the labels, each as a share of its own largest area; the middle one where there is none."""
+    """The slice that shows most of the labels, each as a share of its own largest area; the middle one where there is none.
+
+    Of the shares the roots are added: something of every label is better than all of one.
+    """
     areas = np.array([(segmentation == label).sum(axis=(1, 2)) for label in labels if (segmentation == label).any()])
-    return int((areas / areas.max(axis=1, keepdims=True)).sum(axis=0).argmax()) if len(areas) else len(segmentation) // 2
+    if not len(areas):
+        return len(segmentation) // 2
+    return int(np.sqrt(areas / areas.max(axis=1, keepdims=True)).sum(axis=0).argmax())
 
 
 def _grid(
