@@ -76,20 +76,26 @@ class Demo:
 
     def side_by_side(self, title: str, commands: Mapping[str, tuple[str, ...]]) -> None:
         """Run commands at once and show the output of the first; that of others goes to files. A thread each, if several."""
+        files = [
+            None,
+            *(self.folder / f"{title}, {name}.log".replace(", ", " ").replace(" ", "_") for name in list(commands)[1:]),
+        ]
         print(f"\n=== {len(self.times) + 1}. {title}")
-        for command in commands.values():
-            print("$", shlex.join(command[1:] if command[1] == "nnunet_csm" else ("python", *command)), flush=True)
+        for command, file in zip(commands.values(), files, strict=True):
+            shown = shlex.join(command[1:] if command[1] == "nnunet_csm" else ("python", *command))
+            print("$", shown if file is None else f"{shown} > {shlex.quote(str(file))}", flush=True)
         environment = self.environment | ({"OMP_NUM_THREADS": "1", "nnUNet_def_n_proc": "1"} if len(commands) > 1 else {})
         started = time.monotonic()
         with ExitStack() as stack, ThreadPoolExecutor(len(commands)) as pool:
-            files = [(self.folder / f"{title}, {name}.log".replace(", ", "_").replace(" ", "_")) for name in list(commands)[1:]]
-            logs = [None, *(stack.enter_context(file.open("w", encoding="utf-8")) for file in files)]
+            logs = [file and stack.enter_context(file.open("w", encoding="utf-8")) for file in files]
             codes = list(pool.map(lambda command, log: run_command(command, environment, log), commands.values(), logs))
         self.times.append((title, time.monotonic() - started))
-        for name, code, shown in zip(commands, codes, ("above", *files), strict=True):
+        for name, code, file in zip(commands, codes, files, strict=True):
             if code:
                 which = title if name == title else f"{title}, {name}"
-                raise UserError(f"the demo stopped at {which!r} (exit code {code}, see {shown}); run `nnunet_csm doctor`")
+                raise UserError(
+                    f"the demo stopped at {which!r} (exit code {code}, see {file or 'above'}); run `nnunet_csm doctor`"
+                )
 
 
 def run_demo(folder: Path, seed: int) -> None:
