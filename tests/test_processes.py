@@ -62,12 +62,13 @@ def started(folder: Path, script: str, begun: str, *more: str) -> subprocess.Pop
     """A command in a session of its own, once the files of that pattern are there."""
     (folder / "command.py").write_text(script)
     arguments = [sys.executable, str(folder / "command.py"), str(folder / "out"), *more]
-    # a shell ignores Ctrl-C for what it starts in the background, these tests perhaps
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a shell ignores Ctrl-C for what it starts in the background, and `nohup` a hang-up: these tests perhaps
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
     command = subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=folder
     )
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     for _ in range(600):
         if list(folder.glob(begun)):
             return command
