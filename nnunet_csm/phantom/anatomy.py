@@ -23,6 +23,7 @@ GLIOMA_AND_VENTRICLES = {
     "tumour core": ("core", "restricted", "enhancing"),
     "ventricles": ("ventricles",),
 }
+# of a phantom without a label for ventricles
 LABELS = {name: value for value, name in enumerate(("background", *GLIOMA))}
 TISSUE_INDEX = {name: i for i, name in enumerate(TISSUES)}
 
